@@ -1,0 +1,60 @@
+"""Test-time alignment: train autoregressive reward models and steer any frozen causal LM with them.
+
+After `import genarm`, a guided model folder is a causal LM to transformers:
+`AutoModelForCausalLM.from_pretrained(folder)`. The names below are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from genarm.auto import register as _register
+
+if TYPE_CHECKING:
+    from genarm.errors import GenarmError
+    from genarm.model.compose import compose
+    from genarm.model.config import GuidedConfig
+    from genarm.model.modeling import GuidedForCausalLM
+    from genarm.model.token_rewards import TokenRewards
+    from genarm.train.config import TrainConfig
+    from genarm.train.run import train_arm
+    from genarm.train.trainer import ArmTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ArmTrainer": "genarm.train.trainer",
+    "GenarmError": "genarm.errors",
+    "GuidedConfig": "genarm.model.config",
+    "GuidedForCausalLM": "genarm.model.modeling",
+    "TokenRewards": "genarm.model.token_rewards",
+    "TrainConfig": "genarm.train.config",
+    "compose": "genarm.model.compose",
+    "train_arm": "genarm.train.run",
+}
+
+__all__ = [
+    "ArmTrainer",
+    "GenarmError",
+    "GuidedConfig",
+    "GuidedForCausalLM",
+    "TokenRewards",
+    "TrainConfig",
+    "__version__",
+    "compose",
+    "train_arm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'genarm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_register()

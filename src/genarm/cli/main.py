@@ -1,0 +1,51 @@
+"""Entry point of the `genarm` command: find the verb, run it, turn the user's mistakes into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = ("train", "compose", "generate", "chat", "score", "demo")
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; each verb's module says its own summary, options and action."""
+    from genarm import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="genarm",
+        description="Train autoregressive reward models and steer any frozen causal LM with them.",
+    )
+    parser.add_argument("--version", action="version", version=f"genarm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"genarm.cli.{name}")
+        verb = verbs.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        verb.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    from genarm.errors import GenarmError
+
+    try:
+        code: int = arguments.run(arguments)
+    except GenarmError as error:
+        print(f"genarm {arguments.verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ngenarm {arguments.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left: nothing more to say, and no traceback
+        sys.stderr.close()
+        return 0
+    return code

@@ -1,0 +1,50 @@
+"""The one exception tree of the project.
+
+    GenarmError (ValueError)
+    ├── ConfigError       an option or a configuration file does not hold together
+    ├── DataError         a data set, a prompt file or an output file is not what it should be
+    ├── MemberError       a base or a reward cannot be found, loaded or combined
+    │   └── VocabularyError   the tokenizers of two members really differ
+    ├── WeightsError      reward weights that name no reward, or are not finite numbers
+    ├── UnsupportedError  something that a guided model cannot do
+    └── MissingExtraError an optional dependency is not installed
+
+Each message says what was got, what is allowed and what to do. The command line prints it on one line.
+"""
+
+from __future__ import annotations
+
+
+class GenarmError(ValueError):
+    """A mistake that the caller can mend."""
+
+
+class ConfigError(GenarmError):
+    """An option or a configuration file does not hold together."""
+
+
+class DataError(GenarmError):
+    """A data set, a prompt file or an output file is not what it should be."""
+
+
+class MemberError(GenarmError):
+    """A base or a reward cannot be found, loaded or combined with the others."""
+
+
+class VocabularyError(MemberError):
+    """The tokenizers of two members differ on tokens that both know."""
+
+
+class WeightsError(GenarmError):
+    """Reward weights that name no reward, have the wrong shape or are not finite."""
+
+
+class UnsupportedError(GenarmError):
+    """Something that a guided model cannot do."""
+
+
+class MissingExtraError(GenarmError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'genarm[{extra}]'")
