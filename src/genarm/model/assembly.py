@@ -1,0 +1,118 @@
+"""Members put together: from a guided folder, or from models in memory.
+
+Both ways end with what `GuidedForCausalLM` is made of: a configuration, the members, and how each reward's
+vocabulary aligns with the base's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from genarm.errors import MemberError, UnsupportedError
+from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec
+from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
+from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
+from genarm.model.weights import weight_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
+_MEMBER_OPTIONS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "attn_implementation")
+# What the Auto classes add on their own.
+_AUTO_OPTIONS = ("adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "use_safetensors")
+
+
+def load_guided(
+    reference: str | os.PathLike[str], *, config: GuidedConfig | None, revision: str | None, **options: Any
+) -> tuple[GuidedConfig, list[Member], list[Alignment], Path]:
+    """Load the members of a guided folder; see `GuidedForCausalLM.from_pretrained`."""
+    given = {name: value for name, value in options.items() if value is not None and name not in _AUTO_OPTIONS}
+    unknown = sorted(set(given) - set(_HUB_OPTIONS) - set(_MEMBER_OPTIONS))
+    if unknown:
+        raise UnsupportedError(
+            f"from_pretrained of a guided model does not take {unknown[0]!r}; it takes {', '.join(_HUB_OPTIONS)} and, "
+            f"for every member, {', '.join(_MEMBER_OPTIONS)}; set others per member in the folder's config.json"
+        )
+    hub = HubOptions(**{name: given[name] for name in _HUB_OPTIONS if name in given})
+    folder = _local_folder(reference, revision, hub)
+    config = GuidedConfig.from_pretrained(folder) if config is None else config
+    members = load_members(config, folder, hub, {name: given[name] for name in _MEMBER_OPTIONS if name in given})
+    specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
+    base, *rewards = (_vocabulary(m, s, specs[0], folder, hub) for m, s in zip(members, specs, strict=True))
+    return config, members, [align(base, reward) for reward in rewards], folder
+
+
+def gather_guided(
+    base: PreTrainedModel,
+    rewards: Mapping[str, PreTrainedModel | PeftModel],
+    weights: Mapping[str, float],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
+    """Members from memory; see `GuidedForCausalLM.from_members`."""
+    members = [Member(name=BASE, model=base), *(_member(name, reward) for name, reward in rewards.items())]
+    values = weight_row(weights, dict.fromkeys(rewards, 1.0))
+    specs = [
+        RewardSpec(name=member.name, weight=value, member=_place(member, base))
+        for member, value in zip(members[1:], values, strict=True)
+    ]
+    config = GuidedConfig.of(MemberSpec(model=_in_folder(BASE)), specs, [m.model.config for m in members])
+    vocabularies = [
+        read_vocabulary(
+            tokenizers.get(BASE if member.model is base else member.name),
+            size=output_rows(member.model),
+            label=member.name,
+        )
+        for member in members
+    ]
+    return config, members, [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+
+
+def output_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model's output layer has a row for."""
+    out_features = getattr(model.get_output_embeddings(), "out_features", None)
+    return int(out_features if out_features is not None else model.config.get_text_config().vocab_size)
+
+
+def _local_folder(reference: str | os.PathLike[str], revision: str | None, hub: HubOptions) -> Path:
+    if Path(reference).is_dir():
+        return Path(reference).resolve()
+    try:
+        options = {key: value for key, value in hub.common().items() if value is not None}
+        return Path(snapshot_download(str(reference), revision=revision, **options))
+    except (OSError, ValueError) as error:
+        raise MemberError(f"there is no guided folder {str(reference)!r}, here or on the hub: {error}") from error
+
+
+def _vocabulary(member: Member, spec: MemberSpec, base: MemberSpec, folder: Path, hub: HubOptions) -> Vocabulary:
+    # An adapter speaks its model's language: its own copy of the tokenizer is not consulted.
+    host = spec if spec.model is not None else base
+    tokenizer = load_tokenizer(str(host.model), folder, hub, host.revision)
+    return read_vocabulary(tokenizer, size=output_rows(member.model), label=f"{member.name} ({host.model})")
+
+
+def _member(name: str, reward: PreTrainedModel | PeftModel) -> Member:
+    if not isinstance(reward, PeftModel):
+        return Member(name=name, model=reward)
+    active = reward.active_adapter
+    adapter = active if isinstance(active, str) else active[0]
+    return Member(name=name, model=cast(PreTrainedModel, reward.get_base_model()), peft=reward, adapter=adapter)
+
+
+def _in_folder(name: str) -> str:
+    return f"./members/{name}"
+
+
+def _place(member: Member, base: PreTrainedModel) -> MemberSpec:
+    """Where `save_pretrained` will put a member that has no files yet."""
+    if member.adapter is None:
+        return MemberSpec(model=_in_folder(member.name))
+    model = None if member.model is base else _in_folder(f"{member.name}-model")
+    return MemberSpec(model=model, adapter=_in_folder(member.name))

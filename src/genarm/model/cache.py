@@ -1,0 +1,65 @@
+"""One cache made of a cache per member."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from genarm.errors import UnsupportedError
+
+
+class GuidedCache(Cache):
+    """The key-value caches of the base and of the rewards that are in use, under the members' names.
+
+    To `generate` it is one cache: `layers` lists the layers of all members, so that everything transformers does
+    layer by layer (reorder for beams, crop for assisted decoding, select, repeat, reset) reaches every member.
+    A reward whose weight is 0 is not run and has no entry; it cannot join later, because the tokens it did not
+    see are gone.
+    """
+
+    def __init__(self, members: dict[str, Cache] | None = None) -> None:
+        # No super().__init__(): it would assign `layers`, which is computed here because a member's cache may
+        # grow its own layers at the first forward.
+        self.members: dict[str, Cache] = {} if members is None else members
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    @property
+    def layers(self) -> list[Any]:  # type: ignore[override]
+        """Layers of every member, base first."""
+        return [layer for cache in self.members.values() for layer in cache.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: each member makes its own attention mask, so `generate` must not make one mask for all."""
+        return False
+
+    def member(self, name: str, model: PreTrainedModel) -> Cache:
+        """The cache of one member, made at its first use.
+
+        Raises:
+            UnsupportedError: other members have already seen tokens that this one has not.
+        """
+        seen = self.get_seq_length()
+        if name not in self.members:
+            self.members[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = self.members[name]
+        if self.members and cache.get_seq_length() != seen:
+            raise UnsupportedError(
+                f"reward {name!r} was not run for the {seen} tokens already in this cache (its weight was 0), so it "
+                "cannot be switched on now; start from a new cache (past_key_values=None) with the new weights"
+            )
+        return cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, which is the same for every member that is in use."""
+        for cache in self.members.values():
+            return int(cache.get_seq_length(layer_idx))
+        return 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a layer belongs to one member, and only that member's cache is updated."""
+        raise UnsupportedError("a guided cache is updated through its members, never as a whole")

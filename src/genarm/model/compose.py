@@ -1,0 +1,259 @@
+"""`compose`: write a guided folder that names a base, its rewards and their default weights.
+
+Everything that can be refused without loading weights is refused here: members that are not there, adapters that
+belong to another model, vocabularies that really differ.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
+
+from genarm.errors import ConfigError, MemberError
+from genarm.files import new_folder
+from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec
+from genarm.model.loading import (
+    ADAPTER_FILE,
+    HubOptions,
+    load_model_config,
+    load_tokenizer,
+    locate,
+    read_adapter_config,
+)
+from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
+from genarm.model.weights import weight_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NEVER_COPIED = shutil.ignore_patterns("checkpoints", "*.bin", "*.pt", "*.pth", "*.pkl", ".git", ".cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeReport:
+    """What was written, and what a user should know about it.
+
+    `notes` are one-line remarks: tokens a reward cannot judge, chat templates that differ.
+    """
+
+    folder: Path
+    config: GuidedConfig
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """A member as its files describe it, before any weight is loaded."""
+
+    vocabulary: Vocabulary
+    tokenizer: PreTrainedTokenizerBase | None
+    config: Any
+
+
+def compose(
+    base: str | os.PathLike[str],
+    rewards: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    adapter_models: Mapping[str, str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    bundle: bool = False,
+    trust_remote_code: bool = False,
+) -> ComposeReport:
+    """Write the guided folder `output`.
+
+    Args:
+        base: the frozen base: a path, a hub id, or a hub id with a revision, `ID@REVISION`.
+        rewards: {name: ARM}, each a full model or a LoRA adapter, written like `base`.
+        output: the folder to write; it must not exist or be empty.
+        weights: default weight w = α/β of each reward, 1.0 where not named.
+        descriptions: {name: a line about what the reward prefers}.
+        adapter_models: {name: model} for a reward whose adapter names a model that has since moved.
+        settings: {"base" or reward name: {dtype, device_map, quantization_config}}.
+        bundle: copy the members in, so that the folder can be moved or pushed to the hub.
+        trust_remote_code: allow members with code of their own.
+
+    Raises:
+        ConfigError, WeightsError: options that do not hold together.
+        MemberError: a member is not there, is no causal LM or does not fit the base.
+        VocabularyError: a reward has another vocabulary than the base.
+    """
+    hub = HubOptions(trust_remote_code=trust_remote_code)
+    _check_names(rewards, descriptions, adapter_models, settings)
+    values = weight_row(weights or {}, dict.fromkeys(rewards, 1.0))
+    base_spec = replace(_spec(str(base)), **(settings or {}).get(BASE, {}))
+    if (Path(locate(str(base_spec.model), None)) / ADAPTER_FILE).exists():
+        raise MemberError(
+            f"the base {str(base)!r} is an adapter; merge it into its model first (peft's merge_and_unload)"
+        )
+    specs = [
+        RewardSpec(
+            name=name,
+            weight=weight,
+            description=(descriptions or {}).get(name, ""),
+            member=replace(
+                _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub),
+                **(settings or {}).get(name, {}),
+            ),
+        )
+        for (name, path), weight in zip(rewards.items(), values, strict=True)
+    ]
+    base_described = _describe(base_spec, hub, name=BASE)
+    described = [_describe(spec.member, hub, name=spec.name) for spec in specs if spec.member.model is not None]
+    notes = _compare(base_described, [base_described, *described])
+    config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described)])
+    with new_folder(Path(output)) as folder:
+        if bundle:
+            config = _bundled(base_spec, specs, config, folder, hub)
+        _write(folder, config, base_spec, base_described, hub)
+    return ComposeReport(folder=Path(output), config=config, notes=notes)
+
+
+def _check_names(rewards: Mapping[str, Any], *others: Mapping[str, Any] | None) -> None:
+    if not rewards:
+        raise ConfigError("a guided model needs at least one reward; give --reward NAME=PATH")
+    for mapping in others:
+        for name in mapping or {}:
+            if name != BASE and name not in rewards:
+                raise ConfigError(f"there is no member named {name!r}; the members are base, {', '.join(rewards)}")
+
+
+def _spec(reference: str) -> MemberSpec:
+    """A local folder by its absolute path, or a hub id with an optional @revision."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return MemberSpec(model=str(path.resolve()))
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
+        raise MemberError(
+            f"there is no folder {reference!r}; give the path of a model folder, or a hub id like ORG/NAME"
+        )
+    model, _, revision = reference.partition("@")
+    return MemberSpec(model=model, revision=revision or None)
+
+
+def _reward_spec(name: str, reference: str, base: MemberSpec, adapter_model: str | None, hub: HubOptions) -> MemberSpec:
+    found = _spec(reference)
+    where = str(found.model)
+    if not _is_adapter(where, found.revision, hub):
+        if adapter_model is not None:
+            raise ConfigError(f"reward {name!r} at {reference!r} is a full model, so it goes on no other model")
+        return found
+    options = {**hub.common(), "revision": found.revision}
+    trained_on = read_adapter_config(where, options, name=name).base_model_name_or_path
+    model = adapter_model or trained_on
+    if model is None:
+        raise MemberError(
+            f"the adapter {reference!r} of reward {name!r} does not say which model it was trained on; say it with "
+            f"--adapter-model {name}=MODEL"
+        )
+    try:
+        host = _spec(model)
+    except MemberError as error:
+        raise MemberError(
+            f"the adapter {reference!r} of reward {name!r} was trained on {model!r}, which is not there any more; "
+            f"say where it is now with --adapter-model {name}=MODEL"
+        ) from error
+    on_base = host.model == base.model and (host.revision in (None, base.revision))
+    adapter = MemberSpec(adapter=where, adapter_revision=found.revision)
+    return adapter if on_base else replace(adapter, model=host.model, revision=host.revision)
+
+
+def _is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
+    if Path(where).is_dir():
+        return (Path(where) / ADAPTER_FILE).exists()
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(where, revision=revision, **hub.common()) is not None
+    except (OSError, ValueError) as error:
+        raise MemberError(f"cannot look at {where!r} on the hub: {error}") from error
+
+
+def _describe(spec: MemberSpec, hub: HubOptions, *, name: str) -> _Described:
+    config = load_model_config(spec, None, hub, name=name)
+    tokenizer = load_tokenizer(str(spec.model), None, hub, spec.revision)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        raise MemberError(f"{name!r} ({spec.model}) is no causal language model: its configuration has no vocab_size")
+    label = f"{name} ({spec.model})"
+    return _Described(vocabulary=read_vocabulary(tokenizer, size=size, label=label), tokenizer=tokenizer, config=config)
+
+
+def _compare(base: _Described, members: list[_Described]) -> tuple[str, ...]:
+    """Align every reward's vocabulary with the base's (raises VocabularyError); what to tell the user."""
+    notes: list[str] = []
+    for member in members[1:]:
+        label = member.vocabulary.label
+        tokens = unknown_tokens(align(base.vocabulary, member.vocabulary), base.vocabulary)
+        if tokens:
+            shown = ", ".join(map(repr, tokens[:5])) + (" …" if len(tokens) > 5 else "")
+            notes.append(
+                f"{label} does not know {len(tokens)} of the base's special tokens ({shown}): they are never produced "
+                "while its weight is not 0"
+            )
+        templates = [getattr(m.tokenizer, "chat_template", None) for m in (base, member)]
+        if templates[0] != templates[1]:
+            notes.append(f"{label} has another chat template than the base; the base's is used for every member")
+    return tuple(notes)
+
+
+def _bundled(
+    base: MemberSpec, rewards: list[RewardSpec], config: GuidedConfig, folder: Path, hub: HubOptions
+) -> GuidedConfig:
+    """Copy every member into `folder`/members, each model once, and point the configuration there."""
+    copied: dict[tuple[str, str | None], str] = {}
+
+    def carry(reference: str, revision: str | None, name: str) -> str:
+        key = (reference, revision)
+        if key not in copied:
+            copied[key] = f"./members/{name}"
+            _copy(reference, revision, folder / "members" / name, hub)
+        return copied[key]
+
+    assert base.model is not None
+    base = replace(base, model=carry(base.model, base.revision, BASE), revision=None)
+    records: list[dict[str, Any]] = []
+    for reward in rewards:
+        member = reward.member
+        if member.model is not None:
+            name = reward.name if member.adapter is None else f"{reward.name}-model"
+            member = replace(member, model=carry(member.model, member.revision, name), revision=None)
+        if member.adapter is not None:
+            where = carry(member.adapter, member.adapter_revision, reward.name)
+            member = replace(member, adapter=where, adapter_revision=None)
+        records.append(replace(reward, member=member).to_dict())
+    config.base, config.rewards = base.to_dict(), records
+    return config
+
+
+def _copy(reference: str, revision: str | None, target: Path, hub: HubOptions) -> None:
+    source = locate(reference, None)
+    if not Path(source).is_dir():
+        options = {key: value for key, value in hub.common().items() if value is not None}
+        try:
+            source = snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.pt"], **options)
+        except (OSError, ValueError) as error:
+            raise MemberError(f"cannot download {reference!r} to bundle it: {error}") from error
+    shutil.copytree(source, target, ignore=_NEVER_COPIED)
+
+
+def _write(folder: Path, config: GuidedConfig, base: MemberSpec, described: _Described, hub: HubOptions) -> None:
+    if described.tokenizer is not None:
+        described.tokenizer.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(
+            locate(str(base.model), folder), revision=base.revision or "main", **hub.common()
+        )
+    except OSError:  # the base has no generation_config.json: its config.json says what there is
+        generation = GenerationConfig.from_model_config(described.config)
+    generation.save_pretrained(folder)
+    config.save_pretrained(folder)

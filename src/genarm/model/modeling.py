@@ -1,0 +1,455 @@
+"""The guided model: a causal LM made of a frozen base and the rewards that steer it.
+
+Read in the order a token travels: `generate` fixes the weights and makes a cache per member; `forward` runs the
+base, then each reward that has a weight; `combine` adds their log-probabilities; the rest (penalties,
+temperature, truncation, sampling) is transformers' own and comes after the combination.
+
+Shapes: B rows, T positions, V ids of the base's vocabulary, R rewards.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from genarm.errors import MemberError, UnsupportedError
+from genarm.model.adapters import adapter_layers, switched
+from genarm.model.assembly import gather_guided, load_guided
+from genarm.model.cache import GuidedCache
+from genarm.model.combine import combine, log_probs
+from genarm.model.config import BASE, GuidedConfig
+from genarm.model.loading import HubOptions, Member, load_tokenizer
+from genarm.model.saving import save_guided
+from genarm.model.token_rewards import TokenRewards
+from genarm.model.vocabulary import Alignment
+from genarm.model.weights import RewardWeights, resolve_weights
+from genarm.prompts import Prompt, encode_pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193, eq. 9).
+
+    Make one with `from_pretrained(folder)`, a folder written by `compose`, or from models in memory with
+    `from_members`. Members are frozen and in evaluation mode. Adapters that share a model are switched on and off
+    inside `forward`, so one instance must not run in two threads at once.
+    """
+
+    config_class = GuidedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    config: GuidedConfig
+
+    def __init__(
+        self,
+        config: GuidedConfig,
+        members: Sequence[Member] | None = None,
+        alignments: Sequence[Alignment] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Put loaded members together; `from_pretrained` and `from_members` call this.
+
+        Args:
+            config: names the members.
+            members: the base, then the rewards in the order of the configuration.
+            alignments: one per reward.
+            folder: where relative references of the configuration start; None for members from memory.
+
+        Raises:
+            MemberError: the members are missing (a guided model is never made with random weights).
+        """
+        super().__init__(config)
+        if members is None or alignments is None:
+            raise MemberError(
+                "a guided model is made of trained members, not from a configuration alone; use "
+                "from_pretrained(folder) or GuidedForCausalLM.from_members(base, rewards)"
+            )
+        assert [m.name for m in members] == [BASE, *config.default_weights]
+        assert len(alignments) == len(members) - 1
+        unique = list({id(member.model): member.model for member in members}.values())
+        self.models = nn.ModuleList(unique)
+        self.members = tuple(members)
+        self.alignments = tuple(alignments)
+        self.folder = folder
+        self._adapter_layers = [adapter_layers(member.model) for member in members]
+        self._arguments = [frozenset(inspect.signature(member.model.forward).parameters) for member in members]
+        for i, alignment in enumerate(alignments):
+            self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
+        self.generation_config = _generation_config(members[0].model)
+        self.eval().requires_grad_(False)
+
+    # --- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: GuidedConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> GuidedForCausalLM:
+        """Load a guided folder: a path, or a hub id (the folder is then downloaded).
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            config: a `GuidedConfig` to use instead of the folder's.
+            revision: of the guided folder on the hub; members have revisions of their own.
+            **kwargs: hub options (token, cache_dir, local_files_only, force_download, trust_remote_code) and, for
+                every member that does not set its own, dtype, device_map, max_memory, offload_folder and
+                attn_implementation.
+
+        Raises:
+            ConfigError: the folder's config.json does not hold together.
+            MemberError: a member cannot be found or does not fit.
+            VocabularyError: two members have different vocabularies.
+            UnsupportedError: an option that a guided model does not take.
+        """
+        config, members, alignments, folder = load_guided(
+            pretrained_model_name_or_path, config=config, revision=revision, **kwargs
+        )
+        model = cls(config, members, alignments, folder)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    @classmethod
+    def from_members(
+        cls,
+        base: PreTrainedModel,
+        rewards: Mapping[str, PreTrainedModel | PeftModel],
+        *,
+        weights: Mapping[str, float] | None = None,
+        tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
+    ) -> GuidedForCausalLM:
+        """A guided model of models in memory, which become frozen.
+
+        Args:
+            base: any causal LM of transformers.
+            rewards: {name: ARM}. A `PeftModel` stands for its active LoRA adapter, on the base object itself or on
+                another model; several may wrap one model.
+            weights: default weight of each reward (1.0 where not named).
+            tokenizers: {"base" or reward name: tokenizer} to align vocabularies by token; needed where sizes differ.
+
+        Raises:
+            VocabularyError: two members have different vocabularies.
+            WeightsError: a weight for a reward that is not there.
+        """
+        return cls(*gather_guided(base, rewards, weights or {}, tokenizers or {}))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a guided folder.
+
+        Members named by hub id or absolute path stay references; members inside this model's own folder, and
+        members from memory, are written into the new folder.
+
+        Args:
+            save_directory: the new folder; it may hold a tokenizer already.
+            **kwargs: `max_shard_size` for members from memory; `push_to_hub`, `repo_id`, `token`, … as transformers.
+
+        Raises:
+            UnsupportedError: an option that makes no sense for frozen members (state_dict, …).
+        """
+        save_guided(self, Path(save_directory), **kwargs)
+
+    # --- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Names of the rewards, in the order of the columns of a weights tensor."""
+        return tuple(self.config.default_weights)
+
+    @property
+    def default_weights(self) -> dict[str, float]:
+        """{name: weight} used where a call gives none."""
+        return self.config.default_weights
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The frozen base. Its own forward is the unguided model."""
+        return self.members[0].model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's embedding; each reward has its own."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """None: the output is a combination, not one linear layer."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        raise UnsupportedError("a guided model's vocabulary cannot be resized; resize and retrain its members instead")
+
+    # --- running it ---------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        reward_weights: RewardWeights | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Combined log-probabilities of the next token at each position.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, past + T], 0 where padded; left padding keeps positions right.
+            position_ids: [B, T]; from the mask where not given.
+            past_key_values: a `GuidedCache` from an earlier call, or None.
+            labels: [B, T] ids for a cross-entropy loss, −100 where ignored.
+            use_cache: return a cache; default true outside training.
+            logits_to_keep: number of last positions (0: all), or their indices, to compute logits for.
+            reward_weights: {name: number} or a tensor [B, R]; defaults where not given. A reward whose weight is 0
+                in every row is not run.
+            inputs_embeds, output_attentions, output_hidden_states: refused, as members differ in all three.
+            return_dict: only True, the default.
+
+        Returns:
+            `logits`: normalised float32 log-probs [B, T, V]; `past_key_values`: a `GuidedCache`; `loss`.
+
+        Raises:
+            WeightsError, UnsupportedError.
+        """
+        _refuse(inputs_embeds, output_attentions, output_hidden_states, return_dict)
+        if input_ids is None:
+            raise UnsupportedError("forward needs input_ids, a tensor of token ids [batch, time]")
+        weights_BR = resolve_weights(reward_weights, self.default_weights, input_ids.shape[0])
+        cache = self._cache(past_key_values, use_cache)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
+        logits = self._combined(
+            weights_BR,
+            cache,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _combined(self, weights_BR: Tensor, cache: GuidedCache | None, **inputs: Any) -> Tensor:
+        active = [i for i in range(weights_BR.shape[1]) if bool((weights_BR[:, i] != 0).any())]
+        running_members = [self.members[0], *(self.members[i + 1] for i in active)]
+        # All caches are opened before anything runs: they must agree on the tokens seen so far.
+        caches = [None if cache is None else cache.member(m.name, m.model) for m in running_members]
+        base_BTV = self._member_log_probs(0, cache=caches[0], **inputs)
+        rewards = [
+            self._member_log_probs(i + 1, cache=own, **inputs).to(base_BTV.device)
+            for i, own in zip(active, caches[1:], strict=True)
+        ]
+        unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, active)]
+        columns_BR = weights_BR[:, active].to(base_BTV.device, non_blocking=True)
+        return combine(base_BTV, rewards, columns_BR, unknown)
+
+    def _unknown(self, reward: int) -> Tensor | None:
+        mask: Tensor | None = getattr(self, f"unknown_{reward}")
+        return mask
+
+    def _member_log_probs(
+        self,
+        index: int,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        """Float32 log-probs [B, T', V] of member `index` (0 is the base) over the base's vocabulary."""
+        member = self.members[index]
+        alignment = self.alignments[index - 1] if index else None
+        device = member.model.device
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids if alignment is None else alignment.inputs(input_ids),
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        takes = self._arguments[index]
+        arguments = {k: v.to(device) for k, v in inputs.items() if v is not None and k in takes}
+        if "logits_to_keep" in takes:
+            arguments["logits_to_keep"] = logits_to_keep
+        with switched(self._adapter_layers[index], member.adapter):
+            output = member.model(
+                **arguments,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                return_dict=True,
+            )
+        logits_BTV = output.logits if "logits_to_keep" in takes else _keep(output.logits, logits_to_keep)
+        log_probs_BTV = log_probs(logits_BTV)
+        return log_probs_BTV if alignment is None else alignment.fit(log_probs_BTV)
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> GuidedCache | None:
+        if past_key_values is None:
+            return GuidedCache() if use_cache or use_cache is None else None
+        if not isinstance(past_key_values, GuidedCache):
+            raise UnsupportedError(
+                f"past_key_values is a {type(past_key_values).__name__}; a guided model needs a GuidedCache, a cache "
+                "per member: pass None for a new one, or the past_key_values an earlier call returned"
+            )
+        return past_key_values
+
+    @torch.no_grad()
+    def token_rewards(
+        self,
+        prompt: Prompt,
+        response: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reward_weights: Mapping[str, float] | None = None,
+    ) -> TokenRewards:
+        """What each member says about each token of `response`, its end-of-turn token included.
+
+        Args:
+            prompt: text, or a list of messages for the chat template.
+            response: the response's text.
+            tokenizer: the base's; read from the guided folder where not given.
+            reward_weights: {name: number} over the defaults.
+
+        Raises:
+            DataError: an empty prompt or response, or no chat template for a conversation.
+            WeightsError: an unknown name or a value that is not finite.
+        """
+        tokenizer = tokenizer or self._own_tokenizer()
+        weights_1R = resolve_weights(dict(reward_weights or {}), self.default_weights, 1)
+        prompt_ids, response_ids = encode_pair(tokenizer, prompt, response)
+        ids_1T = torch.tensor([prompt_ids + response_ids], device=self.device)
+        members = [
+            self._member_log_probs(
+                i,
+                input_ids=ids_1T,
+                attention_mask=None,
+                position_ids=None,
+                cache=None,
+                logits_to_keep=len(response_ids) + 1,
+            )[:, :-1].to(self.device)
+            for i in range(len(self.members))
+        ]
+        unknown = [self._unknown(i) for i in range(len(self.alignments))]
+        guided = combine(members[0], members[1:], weights_1R.to(self.device), unknown)
+        targets = ids_1T[:, -len(response_ids) :, None]
+        base, *rewards, total = (tuple(m.gather(-1, targets)[0, :, 0].tolist()) for m in (*members, guided))
+        return TokenRewards(
+            tokens=tuple(str(tokenizer.decode([i])) for i in response_ids),
+            token_ids=tuple(response_ids),
+            base=base,
+            rewards=dict(zip(self.reward_names, rewards, strict=True)),
+            guided=total,
+            weights=dict(zip(self.reward_names, weights_1R[0].tolist(), strict=True)),
+        )
+
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = None if self.folder is None else load_tokenizer(str(self.folder), None, HubOptions())
+        if tokenizer is None:
+            raise MemberError("this guided model has no tokenizer of its own; pass tokenizer=, the base's")
+        return tokenizer
+
+    # --- hooks of `generate` ------------------------------------------------------------------------------------
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # `generate` calls this once, before anything is run: here the weights become a row per sequence, so that
+        # they are repeated with the rows for beams and for several returned sequences.
+        assert input_ids is not None
+        weights = resolve_weights(model_kwargs.get("reward_weights"), self.default_weights, input_ids.shape[0])
+        parent: Any = super()  # transformers types `self` there as a protocol of its own
+        return parent._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **{**model_kwargs, "reward_weights": weights}
+        )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let each member that will run make the cache its own architecture needs (static, sliding, …)."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            parent: Any = super()
+            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        weights_BR = model_kwargs["reward_weights"]
+        caches: dict[str, Cache] = {}
+        for i, member in enumerate(self.members):
+            if i == 0 or bool((weights_BR[:, i - 1] != 0).any()):
+                own: dict[str, Any] = {}
+                model: Any = member.model
+                model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+                caches[member.name] = own["past_key_values"]
+        model_kwargs["past_key_values"] = GuidedCache(caches)
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # An assistant that is not itself guided would refuse the weights.
+        if not isinstance(kwargs.get("assistant_model"), GuidedForCausalLM):
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "reward_weights"}
+        parent: Any = super()
+        return parent._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+
+
+# --- small parts ----------------------------------------------------------------------------------------------------
+
+
+def _refuse(
+    inputs_embeds: Tensor | None,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    return_dict: bool | None,
+) -> None:
+    if inputs_embeds is not None:
+        raise UnsupportedError(
+            "a guided model has no inputs_embeds: its members embed tokens differently; pass input_ids"
+        )
+    if output_attentions or output_hidden_states:
+        raise UnsupportedError(
+            "a guided model has no attentions or hidden states of its own; run a member instead: model.base(…)"
+        )
+    if return_dict is False:
+        raise UnsupportedError("a guided model returns a CausalLMOutputWithPast only; leave return_dict out")
+
+
+def _positions(attention_mask_BT: Tensor) -> Tensor:
+    """Position of each token counted from the row's first real one; padding gets 0."""
+    return (attention_mask_BT.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _keep(logits_BTV: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return logits_BTV[:, -logits_to_keep:] if logits_to_keep else logits_BTV
+    return logits_BTV[:, logits_to_keep]
+
+
+def _generation_config(base: PreTrainedModel) -> GenerationConfig:
+    own = base.generation_config
+    return GenerationConfig.from_dict(own.to_dict()) if own is not None else GenerationConfig()
+
+
+AutoModelForCausalLM.register(GuidedConfig, GuidedForCausalLM, exist_ok=True)
