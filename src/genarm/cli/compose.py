@@ -1,0 +1,125 @@
+"""Write a guided model folder: a frozen base, one or more rewards and their default weights."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "put a frozen base and rewards together into a guided model folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm compose`."""
+    parser.add_argument("--base", required=True, metavar="MODEL", help="path or hub id (ID@REVISION) of the base")
+    parser.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME=PATH[:WEIGHT]",
+        help="a reward: path or hub id of a full ARM or a LoRA adapter, and its default weight (1 if not given); "
+        "may be repeated",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--bundle", action="store_true", help="copy the members in, so that the folder can be moved")
+    parser.add_argument(
+        "--describe",
+        action="append",
+        metavar="NAME=TEXT",
+        default=[],
+        help="a line about what a reward prefers",
+    )
+    parser.add_argument(
+        "--adapter-model",
+        action="append",
+        metavar="NAME=MODEL",
+        default=[],
+        help="the model that a reward's adapter goes on, where it has moved since training",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="MEMBER.FIELD=VALUE",
+        default=[],
+        help="how to load a member: dtype, device_map or quantization_config (JSON) of 'base' or a reward, as in "
+        "base.dtype=bfloat16 or base.quantization_config='{\"load_in_4bit\": true, ...}'",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow members with code of their own")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compose and print what was written."""
+    rewards, weights = _rewards(arguments.reward)
+    descriptions = _pairs(arguments.describe, "--describe NAME=TEXT")
+    adapter_models = _pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
+    settings = _settings(arguments.set)
+    from genarm.model.compose import compose
+
+    report = compose(
+        arguments.base,
+        rewards,
+        arguments.output,
+        weights=weights,
+        descriptions=descriptions,
+        adapter_models=adapter_models,
+        settings=settings,
+        bundle=arguments.bundle,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    for note in report.notes:
+        print(f"note: {note}")
+    listed = ", ".join(f"{name}={weight:g}" for name, weight in report.config.default_weights.items())
+    print(f"{report.folder}: base {arguments.base}, rewards {listed}")
+    return 0
+
+
+def _pairs(items: list[str], form: str) -> dict[str, str]:
+    from genarm.errors import ConfigError
+
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"cannot read {item!r}; write {form}")
+        if name in pairs:
+            raise ConfigError(f"{name!r} is given twice; give each name once ({form})")
+        pairs[name] = value
+    return pairs
+
+
+def _rewards(items: list[str]) -> tuple[dict[str, str], dict[str, float]]:
+    """{name: path} and {name: weight}; what follows the last colon is a weight if it is a number."""
+    rewards = _pairs(items, "--reward NAME=PATH[:WEIGHT]")
+    weights: dict[str, float] = {}
+    for name, value in rewards.items():
+        path, colon, tail = value.rpartition(":")
+        try:
+            weights[name] = float(tail)
+        except ValueError:
+            continue
+        if not colon or not path:
+            del weights[name]  # a path that is itself a number, as in helpful=1
+            continue
+        rewards[name] = path
+    return rewards, weights
+
+
+def _settings(items: list[str]) -> dict[str, dict[str, object]]:
+    import json
+
+    from genarm.errors import ConfigError
+
+    allowed = ("dtype", "device_map", "quantization_config")
+    settings: dict[str, dict[str, object]] = {}
+    for key, text in _pairs(items, "--set MEMBER.FIELD=VALUE").items():
+        member, _, field = key.rpartition(".")
+        if not member or field not in allowed:
+            raise ConfigError(f"cannot set {key!r}; write MEMBER.FIELD with FIELD one of {', '.join(allowed)}")
+        value: object = text
+        if text.startswith("{"):
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"the value of --set {key} is not JSON: {error}") from error
+        if field == "quantization_config" and not isinstance(value, dict):
+            raise ConfigError(f"--set {key} needs a JSON object, got {text!r}")
+        settings.setdefault(member, {})[field] = value
+    return settings

@@ -1,0 +1,8 @@
+"""Settings for every test."""
+
+from __future__ import annotations
+
+import torch
+
+# The models here are so small that a second thread costs more than it brings, and on a busy machine very much more.
+torch.set_num_threads(1)
