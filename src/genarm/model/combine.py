@@ -22,7 +22,7 @@ def combine(
     weights_BR: Tensor,
     unknown: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """log π(v|·) = log π_base(v|·) + Σ_i w_i log π_i(v|·) − log Z (GenARM, arXiv 2410.08193, eq. 9).
+    """log π(v|·) = log π_base(v|·) + Σ_i w_i log π_i(v|·) − log Z (GenARM, arXiv 2410.08193).
 
     Args:
         base_BTV: float32 log-probs of the base.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193, eq. 9).
+    """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193).
 
     Make one with `from_pretrained(folder)`, a folder written by `compose`, or from models in memory with
     `from_members`. Members are frozen and in evaluation mode. Adapters that share a model are switched on and off
