@@ -326,6 +326,7 @@ def test_the_auto_classes_know_a_guided_folder_whatever_is_imported_first(
     for imports in (
         "import genarm; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import genarm",
+        "import genarm; from transformers import Trainer, AutoModelForCausalLM",
         "import transformers, genarm; from transformers import AutoConfig, AutoTokenizer, AutoModelForCausalLM; "
         "AutoConfig.from_pretrained(F); AutoTokenizer.from_pretrained(F)",
     ):

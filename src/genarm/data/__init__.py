@@ -1,0 +1,1 @@
+"""Preference data: from files and hub data sets to pairs of token ids."""

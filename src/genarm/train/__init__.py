@@ -1,0 +1,1 @@
+"""Training of autoregressive reward models (ARMs) on preference pairs."""

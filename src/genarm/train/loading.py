@@ -1,0 +1,180 @@
+"""The tokenizer and the model that a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from genarm.errors import ConfigError, MemberError, MissingExtraError
+from genarm.train.config import TrainConfig
+
+# Lengths that are used where neither the user nor a short context asks for others.
+DEFAULT_TOKENS = 512
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with every default filled in that depends on the model, and local paths made absolute.
+
+    Raises:
+        MemberError: the model's configuration cannot be loaded, or is no causal LM's to train.
+        ConfigError: the lengths do not fit into the model's context.
+    """
+    model_config = _model_config(config)
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    prompt, response = _lengths(config, context)
+    return dataclasses.replace(
+        config,
+        model=_absolute(config.model),
+        data=_absolute(config.data),
+        eval_data=_absolute(config.eval_data) if config.eval_data else None,
+        chat_template=Path(os.path.abspath(config.chat_template)) if config.chat_template else None,
+        output=Path(os.path.abspath(config.output)),
+        learning_rate=config.resolved_learning_rate,
+        max_prompt_tokens=prompt,
+        max_response_tokens=response,
+    )
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that the user chose.
+
+    Raises:
+        MemberError: there is no tokenizer.
+        ConfigError: the chat template cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise MemberError(f"cannot load the tokenizer of {config.model}: {error}; check --model") from error
+    # We cut what is too long ourselves, and say so: no warning about the length of the uncut text.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if config.chat_template is not None:
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read --chat-template {config.chat_template}: {error}") from error
+    return tokenizer
+
+
+def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model to train: a `PreTrainedModel`, or a `peft.PeftModel` around one.
+
+    Weights that are trained are float32, also with `bf16`: then the forward runs under bfloat16 autocast (see
+    `ArmTrainer`) while updates, often too small for bfloat16's 8 bits, are kept. Frozen weights under an adapter
+    take no updates, so with `bf16` they are loaded in bfloat16.
+
+    Raises:
+        MemberError: the weights cannot be loaded or have fewer embeddings than the tokenizer has tokens.
+        ConfigError: no module has the name given in `lora_targets`.
+        MissingExtraError: `load_in_4bit` without bitsandbytes.
+    """
+    frozen_dtype = torch.bfloat16 if config.bf16 else torch.float32
+    options: dict[str, Any] = {"dtype": frozen_dtype if config.lora else torch.float32}
+    if config.load_in_4bit:
+        options |= _four_bit_options()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise MemberError(f"cannot load the model {config.model}: {error}; check --model and --revision") from error
+    rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if not config.load_in_4bit and len(tokenizer) > rows:
+        raise MemberError(
+            f"the tokenizer of {config.model} has {len(tokenizer)} tokens and its model embeddings for {rows} only; "
+            "use the tokenizer that the model was trained with"
+        )
+    return _add_adapter(model, config) if config.lora else model
+
+
+def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in_4bit:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    names = [name.strip() for name in config.lora_targets.split(",")]
+    adapter = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names[0] if names == ["all-linear"] else names,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # GPT-2 stores its linear layers transposed
+        revision=config.revision,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {error}") from error
+
+
+def _four_bit_options() -> dict[str, Any]:
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quantize")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+
+
+def _model_config(config: TrainConfig) -> PretrainedConfig:
+    if (Path(config.model) / "adapter_config.json").is_file():
+        raise MemberError(
+            f"{config.model} is an adapter, and training starts from a whole model; give the model below it, "
+            "or merge the adapter first (peft: merge_and_unload)"
+        )
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise MemberError(f"cannot load the model {config.model}: {error}; check --model and --revision") from error
+    if found.model_type == "guided":
+        raise MemberError(f"{config.model} is a guided model; train from its base or another plain causal LM")
+    return found
+
+
+def _lengths(config: TrainConfig, context: int | None) -> tuple[int, int]:
+    """(prompt, response) in tokens, the user's where given; together they fit into the context."""
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    if context is None:
+        return prompt or DEFAULT_TOKENS, response or DEFAULT_TOKENS
+    if prompt is None:
+        prompt = min(DEFAULT_TOKENS, context - response if response else context // 2)
+    if response is None:
+        response = min(DEFAULT_TOKENS, context - prompt)
+    if prompt < 1 or response < 1 or prompt + response > context:
+        raise ConfigError(
+            f"prompts of {prompt} and responses of {response} tokens do not fit into the {context} tokens of context "
+            f"that {config.model} has; lower --max-prompt-tokens or --max-response-tokens"
+        )
+    return prompt, response
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(name) if Path(name).exists() else name

@@ -1,0 +1,92 @@
+"""What a training run shows while it runs: a bar on a terminal, one line per evaluation anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressDisplay(TrainerCallback):
+    """Shows loss, accuracy, margin and tokens/s; the main process alone."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar, where there is a terminal to show it."""
+        if not (state.is_world_process_zero and self.console.is_terminal):
+            return
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=state.max_steps, figures="")
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Advance the bar; log with every checkpoint, so that a resumed run logs what an unbroken one does."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """New figures beside the bar."""
+        if self.progress is not None and logs is not None and "loss" in logs:
+            figures = (
+                f"loss {logs['loss']:.4f}  accuracy {logs['accuracy']:.3f}  margin {logs['margin']:+.2f}  "
+                f"{logs['tokens_per_second']:,.0f} tokens/s"
+            )
+            self.progress.update(self.task, figures=figures)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line with the held-out figures."""
+        if state.is_world_process_zero and metrics is not None:
+            self.console.print(
+                f"step {state.global_step:>5}  held-out loss {metrics['eval_loss']:.4f}  "
+                f"accuracy {metrics['eval_accuracy']:.3f} "
+                f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
+                f"margin {metrics['eval_margin']:+.2f}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar down."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar down, also when training ends by an exception."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
