@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jinja2 import TemplateError
+
 from genarm.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     special tokens (BOS, where it has one) and never ends with EOS.
 
     Raises:
-        DataError: a conversation for a tokenizer without a chat template, or a prompt of no tokens.
+        DataError: a conversation for a tokenizer without a chat template, or one that its template refuses, or a
+            prompt of no tokens.
     """
     if isinstance(prompt, str):
         ids: list[int] = list(tokenizer(prompt).input_ids)
@@ -72,14 +75,32 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: st
     return prompt_ids, _close(tokenizer, response_ids)
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the text of `ids`: joined, the pieces are the text.
+
+    Decoding token by token would lose the spaces before words (SentencePiece) and break characters that take
+    several tokens; of such a character the last token has the text and the others have none.
+    """
+    pieces: list[str] = []
+    shown = ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+        whole = not text.endswith("\ufffd") or end == len(ids)
+        pieces.append(text[len(shown) :] if whole else "")
+        shown = text if whole else shown
+    return tuple(pieces)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot format a conversation; "
             "use plain-text prompts, or a tokenizer with a chat template (training: --chat-template FILE)"
         )
-    text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
-    return str(text)
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
+    except TemplateError as error:  # templates refuse what they cannot express: a system message, two user turns
+        raise DataError(f"the chat template does not take this conversation: {error}") from error
 
 
 def _continuation(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from genarm.cli.options import quiet_libraries
+
 SUMMARY = "put a frozen base and rewards together into a guided model folder"
 
 
@@ -51,19 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
     descriptions = _pairs(arguments.describe, "--describe NAME=TEXT")
     adapter_models = _pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
     settings = _settings(arguments.set)
-    from genarm.model.compose import compose
+    with quiet_libraries():
+        from genarm.model.compose import compose
 
-    report = compose(
-        arguments.base,
-        rewards,
-        arguments.output,
-        weights=weights,
-        descriptions=descriptions,
-        adapter_models=adapter_models,
-        settings=settings,
-        bundle=arguments.bundle,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+        report = compose(
+            arguments.base,
+            rewards,
+            arguments.output,
+            weights=weights,
+            descriptions=descriptions,
+            adapter_models=adapter_models,
+            settings=settings,
+            bundle=arguments.bundle,
+            trust_remote_code=arguments.trust_remote_code,
+        )
     for note in report.notes:
         print(f"note: {note}")
     listed = ", ".join(f"{name}={weight:g}" for name, weight in report.config.default_weights.items())

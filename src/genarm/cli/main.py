@@ -14,6 +14,15 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the defaults that are values; None, False and [] only mean that an option was left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; each verb's module says its own summary, options and action."""
     from genarm import __version__
@@ -27,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in VERBS:
         module = importlib.import_module(f"genarm.cli.{name}")
         verb = verbs.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        verb.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        verb.formatter_class = _Help
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser

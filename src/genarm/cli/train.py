@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from genarm.cli.options import quiet_libraries
 from genarm.train.config import TrainConfig, make_config, option_name
 
 SUMMARY = "train a reward model on preference pairs"
@@ -46,27 +48,15 @@ def run(args: argparse.Namespace) -> int:
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     config = make_config({k: v for k, v in given.items() if k in fields}, given.get("config"))
 
-    _quiet_libraries()
-    from genarm.train.run import train_arm
+    with quiet_libraries():
+        import datasets
 
-    train_arm(config, resume=given.get("resume", False))
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
+        from genarm.train.run import train_arm
+
+        train_arm(config, resume=given.get("resume", False))
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own progress and errors: no bars and warnings of the libraries below."""
-    import logging
-    import warnings
-
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it wherever it is installed
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

@@ -33,7 +33,7 @@ from genarm.model.saving import save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
-from genarm.prompts import Prompt, encode_pair
+from genarm.prompts import Prompt, encode_pair, token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -357,7 +357,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         targets = ids_1T[:, -len(response_ids) :, None]
         base, *rewards, total = (tuple(m.gather(-1, targets)[0, :, 0].tolist()) for m in (*members, guided))
         return TokenRewards(
-            tokens=tuple(str(tokenizer.decode([i])) for i in response_ids),
+            tokens=token_texts(tokenizer, response_ids),
             token_ids=tuple(response_ids),
             base=base,
             rewards=dict(zip(self.reward_names, rewards, strict=True)),

@@ -49,8 +49,8 @@ def weight_row(weights: Mapping[str, float], defaults: Mapping[str, float]) -> l
     for name, value in weights.items():
         if name not in defaults:
             raise WeightsError(f"no reward is named {name!r}; this model has: {allowed}")
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise WeightsError(f"the weight of {name!r} is {value!r}; it must be a finite number")
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+            raise WeightsError(f"the weight of {name!r} is {value!r:.50}; it must be a finite number")
     return [float(weights.get(name, default)) for name, default in defaults.items()]
 
 
@@ -76,6 +76,13 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
         )
     row = weight_row(weights or {}, defaults)
     return torch.tensor(row, dtype=torch.float32).repeat(batch_size, 1)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _check_tensor(weights: Tensor, names: Sequence[str], batch_size: int) -> Tensor:

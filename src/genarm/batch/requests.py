@@ -1,0 +1,158 @@
+"""Prompts from the command line, a text file or a JSONL file, checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from genarm.errors import DataError
+from genarm.prompts import Prompt
+
+ROW_KEYS = (
+    "index",
+    "id",
+    "sample",
+    "prompt",
+    "response",
+    "finish_reason",
+    "tokens",
+    "seed",
+    "weights",
+    "settings",
+)
+"""Keys of every output row, in order; what else an input row has comes after them."""
+
+_INPUT_KEYS = ("prompt", "id", "reward_weights")
+_EXPECTED = 'expected an object like {"prompt": "…", "id": "…", "reward_weights": {"helpful": 1}}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: text, or a conversation that ends with a message to answer.
+        where: where it was read, for messages.
+        id: the caller's name for it.
+        reward_weights: weights for this prompt alone, over those of the run.
+        carried: other keys of the input row, which go into the output row.
+    """
+
+    prompt: Prompt
+    where: str
+    id: str | int | None = None
+    reward_weights: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt, self.where)
+        if isinstance(self.id, bool) or not isinstance(self.id, str | int | None):
+            raise DataError(f"{self.where}: id is {self.id!r}; it must be a string or an integer")
+        if not isinstance(self.reward_weights, Mapping):
+            raise DataError(
+                f"{self.where}: reward_weights is {self.reward_weights!r}; expected an object of numbers, such as "
+                '{"helpful": 1}'
+            )
+        clash = sorted(set(self.carried) & set(ROW_KEYS))
+        if clash:
+            raise DataError(
+                f"{self.where}: the key {clash[0]!r} would clash with one that every output row has "
+                f"({', '.join(ROW_KEYS)}); rename it"
+            )
+
+
+def requests_of(prompts: Sequence[str]) -> tuple[Request, ...]:
+    """The prompts of the command line."""
+    return tuple(Request(prompt=prompt, where=f"--prompt {number}") for number, prompt in enumerate(prompts, start=1))
+
+
+def read_requests(path: Path) -> tuple[Request, ...]:
+    """The prompts of a file: `.txt`, one on each line that is not blank, or `.jsonl`, one object on each line.
+
+    Raises:
+        DataError: the file cannot be read, has another ending or no prompt, or a line is broken (it is named).
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(
+            f"cannot tell what {path} holds; name it .txt (one prompt per line) or .jsonl (one object per line)"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read --input {path}: {error}; expected a text file in UTF-8") from error
+    # Not splitlines(): a JSON string may hold a bare line separator such as U+2028.
+    lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"--input {path} holds no prompt; put at least one line into it")
+    if path.suffix == ".txt":
+        return tuple(Request(prompt=line.rstrip("\r"), where=where) for where, line in lines)
+    return tuple(_request(line, where) for where, line in lines)
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """A fingerprint of what the requests say, wherever they were read."""
+    records = [{key: value for key, value in asdict(r).items() if key != "where"} for r in requests]
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _request(line: str, where: str) -> Request:
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, column {error.colno}: {error.msg}; {_EXPECTED}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {error}; {_EXPECTED}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}; {_EXPECTED}")
+    if "prompt" not in row:
+        raise DataError(f"{where}: there is no key 'prompt' among {', '.join(map(repr, row))}; {_EXPECTED}")
+    return Request(
+        prompt=row["prompt"],
+        where=where,
+        id=row.get("id"),
+        reward_weights=row.get("reward_weights", {}),
+        carried={key: value for key, value in row.items() if key not in _INPUT_KEYS},
+    )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Refuse what is neither text nor a conversation to answer (raises DataError, naming `where`)."""
+    if isinstance(prompt, str):
+        _check_text(prompt, where)
+        if not prompt.strip():
+            raise DataError(f"{where}: the prompt is empty; give at least one word")
+        return
+    if not isinstance(prompt, list) or not prompt:
+        raise DataError(
+            f"{where}: prompt is {prompt!r}; expected text, or a list of messages with 'role' and 'content'"
+        )
+    for message in prompt:
+        if not (
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and all(isinstance(value, str) for value in message.values())
+        ):
+            raise DataError(
+                f"{where}: {message!r} is no message; expected {{'role': text, 'content': text}} and nothing else"
+            )
+        _check_text(message["content"], where)
+    if prompt[-1]["role"] in ("assistant", "system"):
+        raise DataError(
+            f"{where}: the conversation ends with a message of the {prompt[-1]['role']}; it must end with one to "
+            "answer, such as the user's"
+        )
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the text is not valid Unicode ({error.reason}); save it as UTF-8") from error

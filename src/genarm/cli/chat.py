@@ -1,0 +1,161 @@
+"""Talk to a guided model, change its reward weights in mid-conversation and see what they change.
+
+Type /help for the commands: /weights, /compare, /tokens, /system, /reset, /quit. Reads plain lines where the
+input is not a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from typing import TYPE_CHECKING
+
+from genarm.cli.options import (
+    add_model_options,
+    add_prompt_options,
+    add_sampling_options,
+    open_console,
+    printable,
+    quiet_libraries,
+    sampling_of,
+    weights_of,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genarm.chat import Answer, Chat
+    from genarm.model.token_rewards import TokenRewards
+
+SUMMARY = "talk to a model in the terminal and steer it as you go"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm chat`."""
+    add_model_options(parser)
+    add_prompt_options(parser)
+    add_sampling_options(parser, max_new_tokens=256)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load the model and handle lines until there are no more."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the conversation
+    with quiet_libraries():
+        from genarm.chat import Chat
+        from genarm.opening import find_device, open_files
+
+        sampling = sampling_of(arguments)
+        device = find_device(arguments.device)
+        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        weights = weights_of(arguments, files)
+        model = files.load(dtype=arguments.dtype, device=device)
+        chat = Chat(
+            model,
+            files,
+            TerminalScreen(open_console()),
+            sampling,
+            seed=arguments.seed,
+            weights=weights,
+            system=arguments.system,
+        )
+        _greet(chat)
+        while _turn(chat):
+            pass
+    return 0
+
+
+def _greet(chat: Chat) -> None:
+    from genarm.chat import describe_weights
+
+    if not sys.stdin.isatty():
+        return
+    with contextlib.suppress(ImportError):  # gives input() a history and editing keys, where there is one
+        import readline  # noqa: F401
+    if chat.files.guided:
+        chat.screen.note(f"weights {describe_weights(chat.weights)}")
+    chat.screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+
+
+def _turn(chat: Chat) -> bool:
+    """Read a line and handle it; whether the conversation goes on."""
+    terminal = sys.stdin.isatty()
+    try:
+        line = input("› " if terminal else "")
+    except EOFError:
+        if terminal:
+            print()
+        return False
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        print()
+        chat.screen.note("/quit or Ctrl-D leaves")
+        return True
+    try:
+        return chat.handle(line)
+    except KeyboardInterrupt:  # while nothing was being generated: a heat map, say
+        chat.screen.note("[stopped]")
+        return True
+
+
+class TerminalScreen:
+    """A `Screen` on a terminal, or on whatever stands in for one; colours only where the console has them."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        """A remark in faint letters."""
+        self.console.print(printable(text), style="dim", markup=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """One line in red."""
+        self.console.print(f"error: {printable(' '.join(text.split()))}", style="red", markup=False, soft_wrap=True)
+
+    def piece(self, text: str) -> None:
+        """As it comes; the terminal breaks the lines."""
+        self.console.print(printable(text), end="", markup=False, soft_wrap=True)
+
+    def answered(self, answer: Answer) -> None:
+        """Close the last line, and say if the answer was cut."""
+        self.console.print()
+        if answer.ended != "stop" or not answer.text:
+            self.note(_ENDINGS[answer.ended])
+
+    def compared(self, base: Answer, guided: Answer) -> None:
+        """Two columns."""
+        from rich.table import Table
+        from rich.text import Text
+
+        from genarm.chat import describe_weights
+
+        table = Table(width=min(self.console.width, _COLUMNS_WIDTH))
+        for heading in ("base", f"guided {describe_weights(guided.weights)}"):
+            table.add_column(Text(heading), ratio=1, overflow="fold")
+        cells = []
+        for answer in (base, guided):
+            text = Text(printable(answer.text))
+            if answer.ended != "stop" or not answer.text:
+                text.append(f"\n{_ENDINGS[answer.ended]}", style="dim")
+            cells.append(text)
+        table.add_row(*cells)
+        self.console.print(table)
+
+    def heat(self, rewards: TokenRewards) -> None:
+        """Coloured text for each quantity, or the table of numbers where there are no colours."""
+        from genarm.heatmap import heat_text, legend, print_table, quantities
+
+        if self.console.color_system is None or self.console.no_color:
+            print_table(self.console, rewards)
+            return
+        for quantity in quantities(rewards):
+            self.console.print(legend(quantity))
+            self.console.print(heat_text(rewards, quantity))
+            self.console.print()
+
+
+_ENDINGS = {"stop": "[an empty answer]", "length": "[cut at the token limit]", "interrupted": "[stopped]"}
+_COLUMNS_WIDTH = 120

@@ -1,0 +1,195 @@
+"""Answer prompts with a guided model, or with any other causal LM.
+
+Prompts go through the tokenizer's chat template where it has one. With --output, rows are written batch by batch
+and the same command goes on where an interrupted run stopped; the finished file is the same either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genarm.cli.options import (
+    add_model_options,
+    add_prompt_options,
+    add_sampling_options,
+    printable,
+    quiet_libraries,
+    sampling_of,
+    weights_of,
+)
+
+if TYPE_CHECKING:
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import Request
+    from genarm.batch.run import Job, Plan
+    from genarm.opening import ModelFiles
+
+SUMMARY = "answer prompts from the command line or a file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm generate`."""
+    add_model_options(parser)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    prompts.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help='prompts: FILE.txt, one per line; or FILE.jsonl, objects with "prompt" (text, or a list of messages) and, '
+        'if wanted, "id" and "reward_weights"; other keys are carried through',
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--output", type=Path, metavar="FILE", help="write rows to this JSONL file, resumable")
+    form.add_argument("--json", action="store_true", help="print rows as JSONL instead of text")
+    add_prompt_options(parser)
+    parser.add_argument("--raw", action="store_true", help="send prompts as plain text, without the chat template")
+    add_sampling_options(parser, max_new_tokens=128)
+    parser.add_argument("--num-samples", type=int, metavar="N", default=1, help="how many replies to each prompt")
+    parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many replies to decode at once")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, then load the model and decode."""
+    from genarm.batch.requests import read_requests, requests_of
+
+    requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
+    with quiet_libraries():
+        from genarm.batch.run import Plan, make_jobs
+        from genarm.opening import find_device, open_files
+
+        plan = Plan(
+            sampling=sampling_of(arguments),
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            num_samples=arguments.num_samples,
+        )
+        device = find_device(arguments.device)
+        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        weights = weights_of(arguments, files)
+        jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)
+        settings = _settings(arguments, files, requests, plan, weights, device)
+        return _decode(arguments, files, jobs, plan, settings)
+
+
+def _settings(
+    arguments: argparse.Namespace,
+    files: ModelFiles,
+    requests: Sequence[Request],
+    plan: Plan,
+    weights: dict[str, float],
+    device: str,
+) -> Settings:
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import digest
+
+    return Settings(
+        model=files.reference,
+        model_config=files.fingerprint,
+        revision=files.revision,
+        dtype=arguments.dtype,
+        device=device,
+        prompts=len(requests),
+        prompts_digest=digest(requests),
+        weights=weights,
+        max_new_tokens=plan.sampling.max_new_tokens,
+        temperature=plan.sampling.temperature,
+        top_p=plan.sampling.top_p,
+        seed=plan.seed,
+        batch_size=plan.batch_size,
+        num_samples=plan.num_samples,
+        system=arguments.system,
+        raw=arguments.raw,
+    )
+
+
+def _decode(arguments: argparse.Namespace, files: ModelFiles, jobs: list[Job], plan: Plan, settings: Settings) -> int:
+    from genarm.batch.output import begin
+    from genarm.batch.run import decode
+
+    output: Path | None = arguments.output
+    done = begin(output, settings) if output else 0
+    if done == len(jobs):
+        _say(f"{output} is complete: {done} of {done} rows")
+        return 0
+    if done:
+        _say(f"resuming {output} at {done} of {len(jobs)} rows")
+    model = files.load(dtype=arguments.dtype, device=settings.device)
+    emit = _writer(output, as_json=arguments.json, alone=len(jobs) == 1)
+    with _progress(len(jobs), done, shown=output is not None or not sys.stdout.isatty()) as advance:
+        try:
+            for rows in decode(model, files, jobs, plan, settings=settings.digest, start=done):
+                emit(rows)
+                done += len(rows)
+                advance(rows)
+        except KeyboardInterrupt:
+            if output:
+                _say(f"stopped; the same command goes on with {output}")
+            raise
+    if output:
+        _say(f"{output}: {done} rows")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[Sequence[dict[str, Any]]], None]:
+    """What to do with the rows of a batch."""
+    import json
+
+    from genarm.batch.output import append
+
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        if output:
+            append(output, rows)
+            return
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False) if as_json else _readable(row, alone=alone))
+        sys.stdout.flush()
+
+    return write
+
+
+def _readable(row: dict[str, Any], *, alone: bool) -> str:
+    """A response for people: by itself, or under its prompt where there are several."""
+    response = printable(row["response"])
+    if alone:
+        return response
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    sample = f", reply {row['sample'] + 1}" if row["sample"] else ""
+    return f"[{row['index']}{sample}] {printable(prompt)}\n{response}\n"
+
+
+@contextmanager
+def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """A bar on stderr where that is a terminal; yields what to call with the rows of each batch."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("replies"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("", total=total, completed=done, speed="")
+        tokens = 0
+
+        def advance(rows: Sequence[dict[str, Any]]) -> None:
+            nonlocal tokens
+            tokens += sum(row["tokens"] for row in rows)
+            seconds = bar.tasks[0].elapsed or 0
+            speed = f"{tokens / seconds:.0f} tokens/s" if seconds else ""
+            bar.update(task, advance=len(rows), speed=speed)
+
+        yield advance

@@ -1,0 +1,114 @@
+"""Options that several verbs share, and what they do to keep the terminal clean."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genarm.opening import ModelFiles
+    from genarm.sampling import Sampling
+
+_NO_EDGE = 10_000
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model and how to load it."""
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="a guided folder, another causal LM's folder, or a hub id (ID@REVISION)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights; auto is what the files have",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, …, or auto to spread the model over all GPUs; by default the first GPU, if any",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Weights and the system message."""
+    parser.add_argument(
+        "--weights",
+        metavar="NAME=W,…",
+        help="reward weights, as in helpful=1,harmless=0.5; the folder's own for those not named",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """How replies are drawn."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=max_new_tokens, help="the most tokens of a reply"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", default=1.0, help="0 is greedy")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="sample from the likeliest tokens of this probability",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The sampling options, checked (raises ConfigError)."""
+    from genarm.sampling import Sampling, check_seed
+
+    check_seed(arguments.seed)
+    return Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+    )
+
+
+def weights_of(arguments: argparse.Namespace, files: ModelFiles) -> dict[str, float]:
+    """The complete reward weights that `--weights` gives (raises WeightsError)."""
+    from genarm.model.weights import parse_weights
+
+    return files.weights(parse_weights(arguments.weights) if arguments.weights is not None else {})
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep loading bars and advice meant for programmers off the terminal, unless the environment asks for them."""
+    from transformers.utils import logging as transformers_logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        for name in ("bitsandbytes", "huggingface_hub"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_console() -> Console:
+    """Standard output; a file or a pipe has no edge at which to fold a table."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_NO_EDGE)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which could steer the reader's terminal, replaced."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

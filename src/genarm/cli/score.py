@@ -1,0 +1,99 @@
+"""Show what the base and each reward say about every token of a response.
+
+The table has a row per token: its log-probability by the base, by each reward and by the guided model, and each
+reward's weighted contribution. Colours show how a reward differs from the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genarm.cli.options import add_model_options, add_prompt_options, open_console, quiet_libraries, weights_of
+
+if TYPE_CHECKING:
+    from genarm.model.token_rewards import TokenRewards
+
+SUMMARY = "show what each reward says about each token of a response"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm score`."""
+    add_model_options(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what was asked")
+    parser.add_argument("--response", required=True, metavar="TEXT", help="what was answered")
+    add_prompt_options(parser)
+    parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with a heat map")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score one response and show it."""
+    from genarm.batch.requests import check_prompt
+
+    check_prompt(arguments.prompt, "--prompt")
+    with quiet_libraries():
+        rewards = _score(arguments)
+    _show(rewards, as_json=arguments.json)
+    if arguments.html:
+        _write_page(arguments, rewards)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> TokenRewards:
+    """Load the model and ask it, once everything else is in order."""
+    from genarm.errors import DataError, UnsupportedError
+    from genarm.model.modeling import GuidedForCausalLM
+    from genarm.opening import check_length, find_device, open_files
+
+    if not arguments.response:
+        raise DataError("--response is empty; give the text to score")
+    device = find_device(arguments.device)
+    files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+    if not files.guided:
+        raise UnsupportedError(
+            f"{arguments.folder} is not a guided folder, so there are no rewards to show; make one with genarm compose"
+        )
+    weights = weights_of(arguments, files)
+    prompt = files.conversation(arguments.prompt, system=arguments.system, raw=arguments.raw)
+    prompt_ids, response_ids = files.encode_pair(prompt, arguments.response)
+    check_length(files, len(prompt_ids), len(response_ids), where="--prompt and --response")
+    model = files.load(dtype=arguments.dtype, device=device)
+    assert isinstance(model, GuidedForCausalLM)
+    return model.token_rewards(prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights)
+
+
+def _write_page(arguments: argparse.Namespace, rewards: TokenRewards) -> None:
+    from genarm.errors import DataError
+    from genarm.files import write_text
+    from genarm.heatmap import html_page
+
+    prompt = "\n\n".join(filter(None, [arguments.system, arguments.prompt]))
+    try:
+        write_text(arguments.html, html_page(rewards, model=arguments.folder, prompt=prompt))
+    except OSError as error:
+        raise DataError(f"cannot write --html {arguments.html}: {error}") from error
+    print(f"wrote {arguments.html}", file=sys.stderr)
+
+
+def _show(rewards: TokenRewards, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_finite(rewards.to_dict()), ensure_ascii=False, indent=2))
+        return
+    from genarm.heatmap import print_table
+
+    print_table(open_console(), rewards)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for the infinities of impossible tokens, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

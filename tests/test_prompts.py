@@ -1,0 +1,82 @@
+"""Prompts and responses as token ids, against what the tokenizers themselves say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from genarm.errors import DataError
+from genarm.prompts import as_conversation, encode_pair, encode_prompt, token_texts
+from tiny import SHARED, tiny_tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, as byte-level BPE is for text it has not seen."""
+    raw = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+
+
+def test_a_conversation_goes_through_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt, response = encode_pair(tokenizer, as_conversation("w1 w2", system="w9"), "w3 w4")
+    assert tokenizer.decode(prompt) == "<system> w9 <end> <user> w1 w2 <end> <assistant>"
+    assert tokenizer.decode(response) == "w3 w4 <end>"
+    assert prompt == encode_prompt(tokenizer, as_conversation("w1 w2", system="w9"))
+
+
+def test_plain_text_ends_with_one_eos() -> None:
+    tokenizer = tiny_tokenizer()
+    for response in ("w3 w4", "w3 w4 <end>"):
+        assert encode_pair(tokenizer, "w1 w2", response)[1] == tokenizer("w3 w4 <end>").input_ids
+
+
+def test_what_the_template_puts_after_the_end_is_no_part_of_the_response() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> w0 {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    assert tokenizer.decode(encode_pair(tokenizer, as_conversation("w1"), "w2")[1]) == "w2 <end>"
+
+
+def test_a_token_never_straddles_the_boundary() -> None:
+    """Decoding sees the prompt's own ids, so a merge of its last and the response's first letters is impossible."""
+    raw = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert tokenizer("ab").input_ids == [2]
+    assert encode_pair(tokenizer, "a", "b") == ([0], [1])
+
+
+def test_what_cannot_be_encoded_says_so() -> None:
+    plain, chat = byte_tokenizer(), tiny_tokenizer()
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompt(plain, as_conversation("hello"))
+    with pytest.raises(DataError, match="the prompt is empty"):
+        encode_prompt(plain, "")
+    chat.chat_template = "{{ raise_exception('no system message, please') }}"
+    with pytest.raises(DataError, match="does not take this conversation: no system message, please"):
+        encode_prompt(chat, as_conversation("w1"))
+    chat.chat_template = "{% for m in messages %}{{ loop.length }} {{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="changes the prompt once a response follows"):
+        encode_pair(chat, as_conversation("w1"), "w2")
+
+
+@pytest.mark.parametrize("text", ["plain words here", "naïve café – 日本語 🙂!", " leading and  double  spaces", "日"])
+def test_pieces_join_to_the_text(text: str, tmp_path: Path) -> None:
+    tokenizers: list[PreTrainedTokenizerBase] = [byte_tokenizer()]
+    folder = SHARED / "models"
+    if folder.exists():
+        tokenizers += [AutoTokenizer.from_pretrained(folder / name) for name in ("lm-small", "stories260k")]
+    for tokenizer in tokenizers:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        pieces = token_texts(tokenizer, ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert not any("\ufffd" in piece for piece in pieces)
