@@ -143,6 +143,30 @@ def test_round_trip_of_members_from_memory(members: dict[str, Path], tmp_path: P
     torch.testing.assert_close(again(IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_push_to_hub(members: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be uploaded; the hub itself cannot be reached from a test."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    uploads: list[tuple[str, list[str]]] = []
+
+    def upload(self: HfApi, *, repo_id: str, folder_path: str, **options: Any) -> str:
+        files = sorted(str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file())
+        uploads.append((repo_id, files))
+        return "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: RepoUrl(f"https://huggingface.co/me/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    referring = GuidedForCausalLM.from_pretrained(write_all(members, tmp_path / "guided"))
+    with pytest.raises(UnsupportedError, match="nobody else can read; compose it with --bundle"):
+        referring.push_to_hub("mine")
+    bundled = GuidedForCausalLM.from_pretrained(write_all(members, tmp_path / "bundle", bundle=True))
+    assert bundled.push_to_hub("mine") == "commit"
+    bundled.save_pretrained(tmp_path / "saved", push_to_hub=True, private=True)
+    assert [repo for repo, _ in uploads] == ["me/mine", "me/saved"]
+    wanted = {"config.json", "members/base/model.safetensors", "members/on-base-1/adapter_model.safetensors"}
+    assert all(wanted <= set(files) for _, files in uploads)
+
+
 def test_relative_references(members: dict[str, Path], tmp_path: Path) -> None:
     """A hand-written config.json may name members relative to the folder."""
     folder = tmp_path / "guided"

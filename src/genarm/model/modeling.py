@@ -29,7 +29,7 @@ from genarm.model.cache import GuidedCache
 from genarm.model.combine import combine, log_probs
 from genarm.model.config import BASE, GuidedConfig
 from genarm.model.loading import HubOptions, Member, load_tokenizer
-from genarm.model.saving import save_guided
+from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
@@ -37,6 +37,9 @@ from genarm.prompts import Prompt, encode_pair, token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
 class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -153,7 +156,9 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return cls(*gather_guided(base, rewards, weights or {}, tokenizers or {}))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write a guided folder.
 
         Members named by hub id or absolute path stay references; members inside this model's own folder, and
@@ -161,12 +166,32 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: the new folder; it may hold a tokenizer already.
-            **kwargs: `max_shard_size` for members from memory; `push_to_hub`, `repo_id`, `token`, … as transformers.
+            push_to_hub: also upload it; the arguments of `push_to_hub` then go into `kwargs`, `repo_id` defaulting
+                to the folder's name.
+            **kwargs: `max_shard_size` for members from memory, `is_main_process`.
 
         Raises:
             UnsupportedError: an option that makes no sense for frozen members (state_dict, …).
         """
+        hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
         save_guided(self, Path(save_directory), **kwargs)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", None) or Path(save_directory).name, **hub)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload a guided folder to the hub.
+
+        Args:
+            repo_id: the repository, made where it does not exist.
+            **kwargs: private, token, revision, commit_message, commit_description, create_pr, max_shard_size.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UnsupportedError: a member is a reference to a local folder.
+        """
+        return push_guided(self, repo_id, **kwargs)
 
     # --- what it is ---------------------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,39 +21,67 @@ if TYPE_CHECKING:
     from genarm.model.loading import Member
     from genarm.model.modeling import GuidedForCausalLM
 
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "private",
-    "token",
-    "create_pr",
-    "revision",
-    "commit_description",
-    "tags",
-)
-_FULL_PRECISION_ONLY = ("max_shard_size",)
 
-
-def save_guided(model: GuidedForCausalLM, folder: Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
-    """`GuidedForCausalLM.save_pretrained`; see there."""
-    sharding = {name: kwargs.pop(name) for name in _FULL_PRECISION_ONLY if name in kwargs}
-    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    is_main = kwargs.pop("is_main_process", True)
-    kwargs.pop("safe_serialization", None)  # older callers pass it; safetensors is the only format anyway
-    given = [name for name, value in kwargs.items() if value is not None]
-    if given:
+def save_guided(
+    model: GuidedForCausalLM,
+    folder: Path,
+    *,
+    is_main_process: bool = True,
+    max_shard_size: int | str | None = None,
+    safe_serialization: bool = True,
+    **others: Any,
+) -> None:
+    """`GuidedForCausalLM.save_pretrained`, but for the upload; see there."""
+    given = [name for name, value in others.items() if value is not None]
+    if given or not safe_serialization:
         raise UnsupportedError(
-            f"save_pretrained of a guided model does not take {given[0]!r}: members are frozen and saved as they are"
+            f"save_pretrained of a guided model does not take {(given or ['safe_serialization=False'])[0]!r}: members "
+            "are frozen and saved as they are, in safetensors"
         )
-    if not is_main:
+    if not is_main_process:
         return
     specs = {BASE: model.config.base_spec, **{r.name: r.member for r in model.config.reward_specs}}
+    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     for member in model.members:
         _write_member(member, specs[member.name], model.folder, folder, sharding)
     model.generation_config.save_pretrained(folder)
     model.config.save_pretrained(folder)
-    if push_to_hub:
-        _push(folder, hub)
+
+
+def push_guided(
+    model: GuidedForCausalLM,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+) -> str:
+    """`GuidedForCausalLM.push_to_hub`; see there."""
+    specs = [model.config.base_spec, *(reward.member for reward in model.config.reward_specs)]
+    local = [r for spec in specs for r in (spec.model, spec.adapter) if r is not None and os.path.isabs(r)]
+    if local:
+        raise UnsupportedError(
+            f"this guided model refers to {local[0]!r}, a folder of this machine that nobody else can read; compose it "
+            "with --bundle (or with hub ids) and push that"
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        # transformers' own upload looks one folder deep only; members lie deeper.
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload a guided model",
+            commit_description=commit_description,
+            create_pr=create_pr,
+        )
+    return str(commit)
 
 
 def _write_member(
@@ -94,14 +124,3 @@ def write_adapter(peft: PeftModel, name: str, folder: Path) -> None:
     state = get_peft_model_state_dict(peft, adapter_name=name)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
     peft.peft_config[name].save_pretrained(str(folder))
-
-
-def _push(folder: Path, hub: dict[str, Any]) -> None:
-    from huggingface_hub import HfApi
-
-    repo_id = hub.pop("repo_id", None) or folder.name
-    hub.pop("tags", None)
-    api = HfApi(token=hub.pop("token", None))
-    private = hub.pop("private", None)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=url.repo_id, folder_path=folder, **{k: v for k, v in hub.items() if v is not None})
