@@ -317,6 +317,17 @@ def test_adapter_as_a_start_is_refused(tmp_path: Path) -> None:
         run(settings, model=str(arm), output=tmp_path / "second")
 
 
+def test_prompts_trained_on_and_held_out_are_pointed_out(tmp_path: Path) -> None:
+    settings = write_toy(tmp_path, n=16)
+    for data, expected in ((settings["data"], True), (None, False)):
+        console = Console(file=io.StringIO(), width=200)
+        output = tmp_path / f"out-{expected}"
+        train_arm(TrainConfig(**{**settings, "eval_data": data, "output": output, "max_steps": 1}), console=console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("16 held-out pairs have a prompt that is trained on too" in text) == expected
+        assert ("note:" in text) == expected
+
+
 def test_printed_summary(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     train_arm(TrainConfig(**write_toy(tmp_path, n=16)), console=console)

@@ -57,6 +57,7 @@ class TrainResult:
 class _Data:
     sets: Mapping[str, TokenSet]
     formats: Mapping[str, str]
+    leaked: int  # held-out pairs whose prompt is also trained on
 
     @property
     def training(self) -> TokenSet:
@@ -93,6 +94,13 @@ def train_arm(config: TrainConfig, *, resume: bool = False, console: Console | N
     tokenizer = load_tokenizer(config)
     data = _load_data(config, tokenizer)
     console.print(report_table({name: found.report for name, found in data.sets.items()}))
+    if data.leaked:
+        console.print(
+            f"note: {data.leaked} held-out pairs have a prompt that is trained on too, which flatters the held-out "
+            "accuracy",
+            highlight=False,
+            soft_wrap=True,
+        )
     trainer = _make_trainer(config, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
 
@@ -165,7 +173,9 @@ def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> _Data
         for name, (source, pairs) in sources.items()
     }
     formats = {name: f"{source.source}, {source.format.value}" for name, (source, _) in sources.items()}
-    return _Data(sets=sets, formats=formats)
+    trained = {pair.prompt_key for pair in sources["training"][1]}
+    leaked = sum(pair.prompt_key in trained for pair in sources["held out"][1]) if "held out" in sources else 0
+    return _Data(sets=sets, formats=formats, leaked=leaked)
 
 
 def _load_held_out(config: TrainConfig, chat: bool) -> PreferenceSet:
