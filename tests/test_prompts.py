@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from genarm.errors import DataError
+from genarm.errors import ConversationError, DataError
 from genarm.prompts import as_conversation, encode_pair, encode_prompt, token_texts
 from tiny import SHARED, tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_encoded_says_so() -> None:
     with pytest.raises(DataError, match="the prompt is empty"):
         encode_prompt(plain, "")
     chat.chat_template = "{{ raise_exception('no system message, please') }}"
-    with pytest.raises(DataError, match="does not take this conversation: no system message, please"):
+    with pytest.raises(ConversationError, match="does not take this conversation: no system message, please"):
         encode_prompt(chat, as_conversation("w1"))
     chat.chat_template = "{% for m in messages %}{{ loop.length }} {{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="changes the prompt once a response follows"):

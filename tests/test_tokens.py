@@ -95,7 +95,7 @@ def test_conversation_that_the_template_refuses() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     conversation = [{"role": "user", "content": "w0"}]
     found = tokenize(tokenizer, [pair(), pair(conversation)], max_prompt_tokens=9, max_response_tokens=9)
-    assert found.report.dropped == {"the chat template refuses the conversation (roles must alternate)": 1}
+    assert found.report.dropped == {"the chat template does not take this conversation: roles must alternate": 1}
 
 
 def test_nothing_left_is_an_error_with_the_reasons() -> None:

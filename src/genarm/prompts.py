@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError
 
-from genarm.errors import DataError
+from genarm.errors import ConversationError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     special tokens (BOS, where it has one) and never ends with EOS.
 
     Raises:
-        DataError: a conversation for a tokenizer without a chat template, or one that its template refuses, or a
-            prompt of no tokens.
+        DataError: a conversation for a tokenizer without a chat template, or a prompt of no tokens.
+        ConversationError: the chat template refuses the conversation.
     """
     if isinstance(prompt, str):
         ids: list[int] = list(tokenizer(prompt).input_ids)
@@ -99,8 +99,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **o
         )
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
-    except TemplateError as error:  # templates refuse what they cannot express: a system message, two user turns
-        raise DataError(f"the chat template does not take this conversation: {error}") from error
+    except TemplateError as error:
+        raise ConversationError(f"the chat template does not take this conversation: {error}") from error
 
 
 def _continuation(

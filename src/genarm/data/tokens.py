@@ -13,10 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from genarm.data.preferences import Preference, PreferenceSet
-from genarm.errors import DataError
+from genarm.errors import ConversationError, DataError
 from genarm.prompts import encode_pair
 
 if TYPE_CHECKING:
@@ -181,8 +179,8 @@ def _encode(
     try:
         prompt_ids, chosen_ids = encode_pair(tokenizer, preference.prompt, preference.chosen)
         _, rejected_ids = encode_pair(tokenizer, preference.prompt, preference.rejected)
-    except TemplateError as error:  # such as: roles must alternate
-        return f"the chat template refuses the conversation ({error})"
+    except ConversationError as error:  # such as: roles must alternate
+        return str(error)
     if chosen_ids[:max_response_tokens] == rejected_ids[:max_response_tokens]:
         return IDENTICAL if chosen_ids == rejected_ids else IDENTICAL_CUT
     cuts["prompt"] += len(prompt_ids) > max_prompt_tokens
