@@ -3,7 +3,7 @@
     GenarmError (ValueError)
     ├── ConfigError       an option or a configuration file does not hold together
     ├── DataError         a data set, a prompt file or an output file is not what it should be
-    │   └── ConversationError a chat template refuses a conversation
+    │   └── ConversationError  a chat template refuses a conversation
     ├── MemberError       a base or a reward cannot be found, loaded or combined
     │   └── VocabularyError   the tokenizers of two members really differ
     ├── WeightsError      reward weights that name no reward, or are not finite numbers
