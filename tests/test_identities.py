@@ -43,11 +43,8 @@ def test_combination_is_the_written_formula() -> None:
     torch.manual_seed(0)
     base, first, second = (torch.randn(4, 3, 11, dtype=torch.float64) for _ in range(3))
     weights = torch.tensor([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.3], [0.0, 0.0]])
-    result = combine(
-        *(x.log_softmax(-1).float() if i == 0 else [x] for i, x in enumerate([base])),
-        *[[first.log_softmax(-1).float(), second.log_softmax(-1).float()]],
-        weights,
-    )
+    base_BTV, *rewards = (logits.log_softmax(-1).float() for logits in (base, first, second))
+    result = combine(base_BTV, rewards, weights)
     for b, t in itertools.product(range(4), range(3)):
         w1, w2 = weights[b].tolist()
         product = base[b, t].softmax(-1) * first[b, t].softmax(-1) ** w1 * second[b, t].softmax(-1) ** w2

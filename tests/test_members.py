@@ -65,6 +65,7 @@ def test_every_kind_of_member_in_one_model(members: dict[str, Path], tmp_path: P
     model = AutoModelForCausalLM.from_pretrained(write_all(members, tmp_path / "guided"))
     assert isinstance(model, GuidedForCausalLM)
     base = AutoModelForCausalLM.from_pretrained(members["base"])
+    assert torch.equal(model.base(IDS).logits, base(IDS).logits)  # a loaded adapter does not run on its own
     rewards = [
         (AutoModelForCausalLM.from_pretrained(members["full"]), 0.5),
         (merged(members["base"], members["on-base-1"]), 1.0),

@@ -22,14 +22,15 @@ def switched(layers: Sequence[BaseTunerLayer], adapter: str | None) -> Iterator[
     `requires_grad`; members are frozen once and for all, so the two fields that peft's forward reads are set
     directly: this happens for every token.
     """
-    _switch(layers, adapter)
+    switch(layers, adapter)
     try:
         yield
     finally:
-        _switch(layers, None)
+        switch(layers, None)
 
 
-def _switch(layers: Sequence[BaseTunerLayer], adapter: str | None) -> None:
+def switch(layers: Sequence[BaseTunerLayer], adapter: str | None) -> None:
+    """Make `adapter` the only one that runs, or none."""
     for layer in layers:
         layer._disable_adapters = adapter is None
         if adapter is not None:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from genarm.errors import MemberError, UnsupportedError
-from genarm.model.adapters import adapter_layers, switched
+from genarm.model.adapters import adapter_layers, switch, switched
 from genarm.model.assembly import gather_guided, load_guided
 from genarm.model.cache import GuidedCache
 from genarm.model.combine import combine, log_probs
@@ -91,6 +91,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         self.alignments = tuple(alignments)
         self.folder = folder
         self._adapter_layers = [adapter_layers(member.model) for member in members]
+        for layers in self._adapter_layers:
+            switch(layers, None)  # a freshly loaded adapter is on, and the base must be its plain self
         self._arguments = [frozenset(inspect.signature(member.model.forward).parameters) for member in members]
         for i, alignment in enumerate(alignments):
             self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
@@ -141,7 +143,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         weights: Mapping[str, float] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> GuidedForCausalLM:
-        """A guided model of models in memory, which become frozen.
+        """A guided model of models in memory, which become frozen; their adapters run inside this model only.
 
         Args:
             base: any causal LM of transformers.
