@@ -176,7 +176,22 @@ def test_relative_references(members: dict[str, Path], tmp_path: Path) -> None:
     expected = by_hand(
         AutoModelForCausalLM.from_pretrained(members["base"]), [(merged(members["base"], members["on-base-1"]), 1.0)]
     )
-    torch.testing.assert_close(GuidedForCausalLM.from_pretrained(folder)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    model = GuidedForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    # saved elsewhere, they lead to the same place, and nothing is written beside the new folder
+    model.save_pretrained(tmp_path / "deep" / "down" / "again")
+    assert [p.name for p in (tmp_path / "deep" / "down").iterdir()] == ["again"]
+    again = GuidedForCausalLM.from_pretrained(tmp_path / "deep" / "down" / "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    with pytest.raises(UnsupportedError, match="nobody else can read"):
+        model.push_to_hub("mine")
+
+
+def test_one_adapter_name_for_two_rewards_is_refused(members: dict[str, Path]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(members["base"])
+    both = [PeftModel.from_pretrained(base, members[name]) for name in ("on-base-1", "on-base-2")]
+    with pytest.raises(MemberError, match="'kind' and 'brief' are both the adapter 'default' on one model"):
+        GuidedForCausalLM.from_members(base, dict(zip(("kind", "brief"), both, strict=True)))
 
 
 def test_dtype_for_all_and_for_one(members: dict[str, Path], tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def gather_guided(
 ) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
     """Members from memory; see `GuidedForCausalLM.from_members`."""
     members = [Member(name=BASE, model=base), *(_member(name, reward) for name, reward in rewards.items())]
+    _refuse_one_adapter_twice(members)
     values = weight_row(weights, dict.fromkeys(rewards, 1.0))
     specs = [
         RewardSpec(name=member.name, weight=value, member=_place(member, base))
@@ -73,6 +74,19 @@ def gather_guided(
         for member in members
     ]
     return config, members, [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+
+
+def _refuse_one_adapter_twice(members: list[Member]) -> None:
+    """Two `PeftModel`s made around one model under one adapter name hold the same weights: the later ones."""
+    seen: dict[tuple[int, str], str] = {}
+    for member in members:
+        if member.adapter is not None:
+            first = seen.setdefault((id(member.model), member.adapter), member.name)
+            if first != member.name:
+                raise MemberError(
+                    f"rewards {first!r} and {member.name!r} are both the adapter {member.adapter!r} on one model; load "
+                    "each with an adapter_name of its own (peft's load_adapter), or each on a copy of the model"
+                )
 
 
 def output_rows(model: PreTrainedModel) -> int:

@@ -153,6 +153,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             tokenizers: {"base" or reward name: tokenizer} to align vocabularies by token; needed where sizes differ.
 
         Raises:
+            MemberError: two rewards are the same adapter on the same model.
             VocabularyError: two members have different vocabularies.
             WeightsError: a weight for a reward that is not there.
         """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from genarm.errors import UnsupportedError
-from genarm.model.config import BASE, MemberSpec
+from genarm.model.config import BASE, GuidedConfig, MemberSpec
 
 if TYPE_CHECKING:
     from genarm.model.loading import Member
@@ -45,7 +47,7 @@ def save_guided(
     for member in model.members:
         _write_member(member, specs[member.name], model.folder, folder, sharding)
     model.generation_config.save_pretrained(folder)
-    model.config.save_pretrained(folder)
+    _portable(model.config, model.folder).save_pretrained(folder)
 
 
 def push_guided(
@@ -61,7 +63,8 @@ def push_guided(
     max_shard_size: int | str | None = None,
 ) -> str:
     """`GuidedForCausalLM.push_to_hub`; see there."""
-    specs = [model.config.base_spec, *(reward.member for reward in model.config.reward_specs)]
+    config = _portable(model.config, model.folder)
+    specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
     local = [r for spec in specs for r in (spec.model, spec.adapter) if r is not None and os.path.isabs(r)]
     if local:
         raise UnsupportedError(
@@ -104,10 +107,29 @@ def _write_member(
 
 
 def _is_inside(reference: str, source: Path | None) -> bool:
-    """Whether a reference is relative to the guided folder, so that saving must carry the files along."""
-    if os.path.isabs(reference):
-        return False
-    return reference.startswith("./") if source is None else (source / reference).is_dir()
+    """Whether a reference leads into the guided folder, so that saving must carry the files along."""
+    if source is None:
+        return reference.startswith("./")
+    place = (source / reference).resolve()
+    return place.is_dir() and place.is_relative_to(source)
+
+
+def _portable(config: GuidedConfig, source: Path | None) -> GuidedConfig:
+    """The configuration for another folder: a relative reference to a place outside of `source` becomes absolute."""
+
+    def move(reference: str | None) -> str | None:
+        if reference is None or source is None or _is_inside(reference, source):
+            return reference
+        place = source / reference
+        return str(place.resolve()) if place.is_dir() else reference
+
+    def moved(spec: MemberSpec) -> MemberSpec:
+        return replace(spec, model=move(spec.model), adapter=move(spec.adapter))
+
+    twin = copy.deepcopy(config)
+    twin.base = moved(config.base_spec).to_dict()
+    twin.rewards = [replace(reward, member=moved(reward.member)).to_dict() for reward in config.reward_specs]
+    return twin
 
 
 def write_model(model: PreTrainedModel, folder: Path, **sharding: Any) -> None:
