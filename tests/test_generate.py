@@ -216,6 +216,7 @@ def test_a_skipped_reward_cannot_join_a_cache(model: GuidedForCausalLM, ids: tor
     cache = model(ids, reward_weights={"helpful": 0}).past_key_values
     with pytest.raises(UnsupportedError, match="'helpful' was not run for the 6 tokens"):
         model(ids[:, :1], past_key_values=cache, reward_weights={"helpful": 1})
+    assert set(cache.members) == {"base", "harmless"}  # and the refused call left the cache as it was
     # and the other way round, after it had been running
     cache = model(ids).past_key_values
     model(ids[:, :1], past_key_values=cache, reward_weights={"helpful": 0})

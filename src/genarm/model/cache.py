@@ -44,14 +44,14 @@ class GuidedCache(Cache):
             UnsupportedError: other members have already seen tokens that this one has not.
         """
         seen = self.get_seq_length()
-        if name not in self.members:
-            self.members[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = self.members[name]
-        if self.members and cache.get_seq_length() != seen:
+        cache = self.members.get(name)
+        if seen != (0 if cache is None else cache.get_seq_length()):
             raise UnsupportedError(
                 f"reward {name!r} was not run for the {seen} tokens already in this cache (its weight was 0), so it "
                 "cannot be switched on now; start from a new cache (past_key_values=None) with the new weights"
             )
+        if cache is None:
+            cache = self.members[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
         return cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
