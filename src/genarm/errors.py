@@ -10,6 +10,8 @@
     ├── UnsupportedError  something that a guided model cannot do
     └── MissingExtraError an optional dependency is not installed
 
+    EngineFailure (RuntimeError)  no mistake of the caller: the engine was closed, or a step of it failed
+
 Each message says what was got, what is allowed and what to do. The command line prints it on one line.
 """
 
@@ -53,3 +55,7 @@ class MissingExtraError(GenarmError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; install it with: pip install 'genarm[{extra}]'")
+
+
+class EngineFailure(RuntimeError):  # noqa: N818 (not the caller's error)
+    """The decoding engine was closed, or a step of it failed; what was running has ended."""

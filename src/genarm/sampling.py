@@ -1,4 +1,6 @@
-"""Replies of a model to one batch of prompts.
+"""How replies are drawn, and replies of a model to one batch of prompts through transformers' `generate`.
+
+The latter decodes one large batch of equals, as sweeps over tiny models do; `genarm.engine` does everything else.
 
 Only the token ids are taken from a model's generation_config.json: how a reply is sampled is what `Sampling`
 says and nothing else, so that the same options mean the same for every model.
@@ -9,15 +11,15 @@ Shapes: B rows, T positions, R rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 from genarm.errors import ConfigError, UnsupportedError
 
@@ -35,20 +37,55 @@ class Sampling:
     Attributes:
         max_new_tokens: the most tokens of a reply.
         temperature: divides the combined log-probabilities; 0 is greedy.
+        top_k: how many of the likeliest tokens are kept; 0 keeps all.
         top_p: the smallest set of tokens with this much probability is kept; 1 keeps all.
+        min_p: tokens less likely than this share of the likeliest one are cut; 0 keeps all.
+        presence_penalty: subtracted from the log-probability of every token that the reply already has.
+        frequency_penalty: subtracted once for every time the reply has it.
+        logit_bias: {token id: number} added to log-probabilities.
     """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"--temperature is {self.temperature:g}; it must be 0 (greedy) or more")
+            raise ConfigError(f"temperature is {self.temperature:g}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; it must be at least 1, or 0 to keep all tokens")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p is {self.top_p:g}; it must be above 0 and at most 1")
+            raise ConfigError(f"top_p is {self.top_p:g}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is {self.min_p:g}; it must be from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise ConfigError(f"{name} is {value:g}; it must be from -2 to 2")
+        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise ConfigError("a number of logit_bias is not from -100 to 100; keep each of them there")
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the combined distribution as it is."""
+        return self.temperature == 1 and not (self.cuts or self.penalises)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are cut for being unlikely."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether log-probabilities of single tokens change."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     def generation_config(self, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
         """The same in transformers' words."""
@@ -59,7 +96,14 @@ class Sampling:
         }
         if self.temperature == 0:
             return GenerationConfig(do_sample=False, **shared)
-        return GenerationConfig(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0, **shared)
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p or None,
+            **shared,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +123,6 @@ def sample_replies(
     *,
     seed: int,
     weights_BR: Tensor | None = None,
-    on_text: Callable[[str], None] | None = None,
 ) -> list[Reply]:
     """One reply to each prompt, decoded as one left-padded batch.
 
@@ -90,18 +133,16 @@ def sample_replies(
         sampling: how to draw.
         seed: of the batch; the process's own random state is left as it was.
         weights_BR: a row of reward weights for each prompt; None for the defaults, or a model without rewards.
-        on_text: called with each piece of the reply as it comes; for a single prompt.
 
     Raises:
         UnsupportedError: the batch does not fit the device's memory.
     """
-    stop_ids, pad_id = _token_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
+    pad_id = _pad_id(model, tokenizer, stops)
     rows = [torch.tensor(ids) for ids in prompts]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask_BT = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
     options: dict[str, Any] = {} if weights_BR is None else {"reward_weights": weights_BR}
-    if on_text is not None:
-        options["streamer"] = _Pieces(tokenizer, on_text)
     device = model.device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _no_other_settings(model):
@@ -110,7 +151,7 @@ def sample_replies(
             output_BT: Tensor = model.generate(  # type: ignore[operator] # typed as a Module's attribute
                 ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
-                generation_config=sampling.generation_config(stop_ids, pad_id),
+                generation_config=sampling.generation_config(stops, pad_id),
                 **options,
             )
         except torch.OutOfMemoryError as error:
@@ -118,7 +159,7 @@ def sample_replies(
                 f"a batch of {len(prompts)} prompts of up to {ids_BT.shape[1]} tokens does not fit the memory of "
                 f"{device}; lower the batch size or --max-new-tokens, or use another --dtype"
             ) from error
-    return [_reply(tokenizer, ids, stop_ids) for ids in output_BT[:, ids_BT.shape[1] :].tolist()]
+    return [_reply(tokenizer, ids, stops) for ids in output_BT[:, ids_BT.shape[1] :].tolist()]
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -133,12 +174,16 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """The ids that end a reply, by the model's files or by its tokenizer, and one to pad with."""
-    named = model.generation_config.eos_token_id
-    stops = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    pads = (tokenizer.pad_token_id, model.generation_config.pad_token_id, *sorted(stops), 0)
-    return sorted(stops), next(i for i in pads if i is not None)
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a reply, by the model's files or by its tokenizer."""
+    config = model.generation_config
+    named = None if config is None else config.eos_token_id
+    return sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
+
+
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+    pads = (tokenizer.pad_token_id, model.generation_config.pad_token_id, *stops, 0)
+    return next(i for i in pads if i is not None)
 
 
 @contextmanager
@@ -151,21 +196,8 @@ def _no_other_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Sequence[int]) -> Reply:
-    ends = [i for i, token in enumerate(ids) if token in stop_ids]
+def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[int]) -> Reply:
+    ends = [i for i, token in enumerate(ids) if token in stops]
     kept = ids[: ends[0] + 1] if ends else ids
     text = tokenizer.decode(kept[:-1] if ends else kept, skip_special_tokens=True)
     return Reply(text=str(text), token_ids=tuple(kept), finish_reason="stop" if ends else "length")
-
-
-class _Pieces(TextStreamer):
-    """Hands over text as soon as it is final, instead of printing it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each finished piece, often empty."""
-        if text:
-            self.on_text(text)

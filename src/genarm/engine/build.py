@@ -1,0 +1,154 @@
+"""From a loaded model to the trunks that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from genarm.engine.device import cost, settle
+from genarm.engine.step import Layout
+from genarm.engine.trunk import Trunk, TrunkMember
+from genarm.errors import ConfigError, UnsupportedError
+from genarm.model.config import BASE
+from genarm.model.loading import Member
+from genarm.model.modeling import GuidedForCausalLM
+
+if TYPE_CHECKING:
+    from genarm.model.vocabulary import Alignment
+
+DRAFT = "draft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """The layout, with what the engine needs to know of it.
+
+    Attributes:
+        guess_costs: {member: cost of one forward, in forwards of the base} of members that could draft: those with
+            a trunk of their own.
+        notes: how each trunk runs, in words.
+        context: positions of each request.
+    """
+
+    layout: Layout
+    guess_costs: dict[int, float]
+    notes: Sequence[str]
+    context: int
+
+
+@dataclass
+class _Group:
+    model: PreTrainedModel
+    members: list[TrunkMember]
+    alignment: Alignment | None
+
+
+def build(
+    model: PreTrainedModel,
+    *,
+    draft: PreTrainedModel | None,
+    draft_alignment: Alignment | None,
+    streams: int,
+    context: int | None,
+) -> Built:
+    """Trunks for `model`, one per distinct model object among its members.
+
+    Args:
+        model: guided, or an ordinary causal LM, which is a base without rewards.
+        draft: a small model to draft from.
+        draft_alignment: of its vocabulary with the base's.
+        streams: requests that may run at once.
+        context: positions of each; by default what the members have, but no more than 2,048.
+
+    Raises:
+        ConfigError: a context beyond what a member has.
+        UnsupportedError: a member that the engine cannot run, or memory that does not suffice.
+    """
+    members, alignments, unknown = _members(model)
+    if draft is not None:
+        members.append(Member(name=DRAFT, model=draft))
+        alignments.append(draft_alignment)
+        unknown.append(None if draft_alignment is None else draft_alignment.mask())
+    most = min((n for n in map(_positions, members) if n is not None), default=None)
+    capacity = _capacity(context, most)
+    groups: list[_Group] = []
+    places: list[tuple[int, int]] = []
+    for member, alignment in zip(members, alignments, strict=True):
+        index = next((i for i, group in enumerate(groups) if group.model is member.model), None)
+        if index is None:
+            index = len(groups)
+            groups.append(_Group(model=member.model, members=[], alignment=alignment))
+        places.append((index, len(groups[index].members)))
+        groups[index].members.append(TrunkMember(name=member.name, adapter=member.adapter))
+    trunks, notes = [], []
+    for group in groups:
+        trunk, note = _trunk(group, streams, capacity)
+        trunks.append(trunk)
+        notes.append(note)
+    costs = [cost(group.model) for group in groups]
+    guess_costs = {member: costs[index] / costs[0] for member, (index, _) in enumerate(places) if index}
+    device = trunks[0].device
+    layout = Layout(
+        trunks=trunks,
+        places=places,
+        reward_names=tuple(member.name for member in members if member.name not in (BASE, DRAFT)),
+        unknown=[None if mask is None else mask.to(device) for mask in unknown],
+    )
+    return Built(layout=layout, guess_costs=guess_costs, notes=notes, context=capacity)
+
+
+def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | None], list[Tensor | None]]:
+    if not isinstance(model, GuidedForCausalLM):
+        return [Member(name=BASE, model=model)], [None], []
+    masks = [alignment.mask() for alignment in model.alignments]
+    return list(model.members), [None, *model.alignments], masks
+
+
+def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
+    path = settle(group.model)
+    names = ", ".join(member.name for member in group.members)
+    try:
+        trunk = Trunk(
+            group.model,
+            group.members,
+            group.alignment,
+            rows=streams * len(group.members),
+            capacity=capacity,
+            graphs=path.graphs,
+        )
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"there is no memory for the keys and values of {streams} streams of {capacity} tokens for {names}; ask "
+            "for fewer streams or a shorter context"
+        ) from error
+    together = "" if len(group.members) == 1 else " in one forward" if trunk.shared else " one after the other"
+    return trunk, f"{names}: {path.why}{together}; KV cache {trunk.arena.bytes / 2**30:.2f} GiB"
+
+
+def _positions(member: Member) -> int | None:
+    """Positions that a model was made for; beyond, some rescale their embeddings by the longest of the batch."""
+    config = member.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = [getattr(config, "max_position_embeddings", None)]
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        found.append(rope.get("original_max_position_embeddings"))
+    return min((int(n) for n in found if n is not None), default=None)
+
+
+def _capacity(context: int | None, most: int | None) -> int:
+    if context is None:
+        return min(most or _USUAL_CONTEXT, _USUAL_CONTEXT)
+    if context < 2 or (most is not None and context > most):
+        allowed = "at least 2" if most is None else f"from 2 to {most}, which every member has"
+        raise ConfigError(f"the context is {context} tokens; it must be {allowed}")
+    return context
+
+
+_USUAL_CONTEXT = 2048

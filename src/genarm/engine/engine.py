@@ -1,0 +1,392 @@
+"""The engine's face: requests in, streams of tokens out.
+
+Three layers: `Stepper.step` does one step for all requests, `Engine.stream` follows one of them, `Engine.generate`
+collects many. Whoever waits for a token makes the steps, for all requests; once a second thread waits, or an asyncio
+task, a thread of the engine's own makes them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from genarm.engine.build import build
+from genarm.engine.live import BASE_MEMBER, Live
+from genarm.engine.request import Completion, Request
+from genarm.engine.speculation import DraftLength, exponents
+from genarm.engine.step import Stepper
+from genarm.engine.stream import Stream
+from genarm.engine.text import TextStream
+from genarm.errors import ConfigError, DataError, EngineFailure
+from genarm.model.assembly import output_rows
+from genarm.model.modeling import GuidedForCausalLM
+from genarm.model.vocabulary import align, read_vocabulary
+from genarm.model.weights import weight_row
+from genarm.prompts import encode_prompt
+from genarm.sampling import check_seed, stop_ids
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from genarm.model.vocabulary import Alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What is fixed when an engine starts.
+
+    Attributes:
+        streams: requests that run at once; others wait.
+        context: the most tokens of a prompt and its reply together; by default what the members have, but no more
+            than 2,048. Memory for `streams` times `context` positions of every member is allotted at the start.
+        speculate: the most tokens drafted at once; 0 never drafts.
+        adapt: draft as many as pay by the acceptance seen; False always drafts `speculate`.
+        chunk: the most prompt tokens run per step, over all members.
+    """
+
+    streams: int = 8
+    context: int | None = None
+    speculate: int = 8
+    adapt: bool = True
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("streams", 1), ("speculate", 0), ("chunk", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+class Engine:
+    """A model that decodes many requests at once.
+
+    The engine takes the model over: its adapters are stacked in place and, on a CPU, half precision may be converted.
+    The model still works as before, but not at the same time as the engine.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: EngineOptions | None = None,
+        *,
+        draft: PreTrainedModel | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """An engine for a loaded model.
+
+        Args:
+            model: guided, or any causal LM whose attention goes through transformers' interface.
+            tokenizer: the base's.
+            options: what is fixed from now on.
+            draft: a small causal LM that drafts in the base's stead.
+            draft_tokenizer: its tokenizer; where not given, its ids must be the base's.
+
+        Raises:
+            ConfigError: a context beyond what a member has.
+            VocabularyError: the draft model has another vocabulary.
+            UnsupportedError: a member that the engine cannot run, or memory that does not suffice.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options or EngineOptions()
+        alignment = None
+        if draft is not None:
+            base = model.base if isinstance(model, GuidedForCausalLM) else model
+            alignment = _align_draft(base, tokenizer, draft, draft_tokenizer or tokenizer)
+        built = build(
+            model,
+            draft=draft,
+            draft_alignment=alignment,
+            streams=self.options.streams,
+            context=self.options.context,
+        )
+        self.context = built.context
+        self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
+        self._built = built
+        self._guess_costs = _guessers(built.guess_costs, self.options)
+        self._stops = frozenset(stop_ids(model, tokenizer))
+        self._stepper = Stepper(built.layout, chunk=self.options.chunk)
+        self._arrivals: list[Live] = []
+        self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
+        self._stepping = threading.Lock()  # held by whoever makes a step
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | os.PathLike[str],
+        options: EngineOptions | None = None,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        draft: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Engine:
+        """An engine for a guided folder, or for any other causal LM.
+
+        Args:
+            reference: the folder, or a hub id (ID@REVISION).
+            options: what is fixed from now on.
+            dtype: "auto" (the checkpoints' own), "float32", "bfloat16" or "float16".
+            device: "cpu", "cuda", …, "auto" to spread models over all GPUs; None for the first GPU, if any.
+            draft: folder or hub id of a small model that drafts in the base's stead.
+            trust_remote_code: allow models with code of their own.
+
+        Raises:
+            MemberError, ConfigError, VocabularyError, UnsupportedError.
+        """
+        from genarm.opening import open_files
+
+        files = open_files(str(reference), trust_remote_code=trust_remote_code)
+        small = None if draft is None else open_files(draft, trust_remote_code=trust_remote_code)
+        return cls(
+            files.load(dtype=dtype, device=device),
+            files.tokenizer,
+            options,
+            draft=None if small is None else small.load(dtype=dtype, device=device),
+            draft_tokenizer=None if small is None else small.tokenizer,
+        )
+
+    def describe(self) -> str:
+        """What was chosen at the start: devices, dtypes, memory, who drafts."""
+        names = ["base", *self._built.layout.reward_names, "draft model"]
+        guessers = [names[member] for member in self._guess_costs]
+        drafts = f"drafts from {', '.join(guessers)}" if guessers else "no drafts"
+        head = f"{self.options.streams} streams of {self.context} tokens; {drafts}"
+        return "\n".join([head, *self._built.notes])
+
+    # --- asking -------------------------------------------------------------------------------------------------
+
+    def stream(self, request: Request) -> Stream:
+        """Begin a request; its tokens come from the stream as they are drawn.
+
+        Raises:
+            DataError: the prompt is empty or leaves no room for the reply.
+            WeightsError: an unknown reward, or a weight that is not finite.
+            ConfigError: a logit bias for an id that the base does not have, a negative seed.
+            EngineFailure: the engine is closed.
+        """
+        live, stream = self._prepare(request)
+        self._submit([live])
+        return stream
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """All replies, in order; raises as `stream` does, before anything runs."""
+        prepared = [self._prepare(request) for request in requests]
+        self._submit([live for live, _ in prepared])
+        streams = [stream for _, stream in prepared]
+        try:
+            return [stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    def _prepare(self, request: Request) -> tuple[Live, Stream]:
+        check_seed(request.seed)
+        ids = self._encode(request)
+        layout = self._built.layout
+        weights = weight_row(request.weights, self.default_weights)
+        self._check_bias(request)
+        rewards = {i + 1: w for i, w in enumerate(weights) if w != 0}
+        guessers: dict[int, float] = {}
+        drafts = next((m for m in self._guess_costs if layout.is_draft_model(m)), None)
+        arms = {m: w for m, w in rewards.items() if m in self._guess_costs}
+        if arms or drafts is not None:
+            guessers = exponents(arms, drafts)
+        others = [member for member in guessers if layout.is_draft_model(member)]
+        live = Live(
+            request=request,
+            ids=ids,
+            weights=weights,
+            members=[BASE_MEMBER, *rewards, *others],
+            guessers=guessers,
+            stops=frozenset() if request.ignore_eos else self._stops,
+            text=TextStream(self.tokenizer, request.stop),
+            length=DraftLength(
+                most=self.options.speculate,
+                cost=sum(self._guess_costs[member] for member in guessers),
+                adapt=self.options.adapt,
+            ),
+            limit=request.sampling.max_new_tokens,
+        )
+        stream = Stream(self, lambda: self._cancel(live))
+        live.deliver = stream.put
+        return live, stream
+
+    def _encode(self, request: Request) -> list[int]:
+        prompt: Any = request.prompt
+        if isinstance(prompt, str) or not all(isinstance(item, Integral) for item in prompt):
+            ids = encode_prompt(self.tokenizer, prompt)
+        else:
+            ids = [int(item) for item in prompt]
+        size = self._built.layout.trunks[0].embedding_size
+        if not ids or not all(0 <= i < size for i in ids):
+            raise DataError(f"a prompt of {len(ids)} token ids; it must have some, each from 0 to {size - 1}")
+        room = self.context - len(ids)
+        if room < request.sampling.max_new_tokens:
+            raise DataError(
+                f"{len(ids)} prompt tokens and up to {request.sampling.max_new_tokens} new ones are more than the "
+                f"{self.context} positions of this engine; shorten the prompt, lower max_new_tokens"
+                f"{f' to {room}' if room > 0 else ''}, or start it with a larger context"
+            )
+        return ids
+
+    def _check_bias(self, request: Request) -> None:
+        size = self._built.layout.trunks[0].embedding_size
+        wrong = [i for i in request.sampling.logit_bias if not 0 <= i < size]
+        if wrong:
+            raise ConfigError(f"logit_bias names the token id {wrong[0]}; ids go from 0 to {size - 1}")
+
+    # --- making steps -------------------------------------------------------------------------------------------
+
+    def _submit(self, lives: Sequence[Live]) -> None:
+        with self._guard:
+            if self._closed:
+                raise EngineFailure("the engine is closed; make a new one")
+            self._arrivals.extend(lives)
+        self._wake.set()
+
+    def advance(self) -> bool:
+        """Make one step in this thread; False where another one does, for which the caller then waits.
+
+        A thread that computes has a team of workers of its own (OpenMP), and two teams on the same cores get in each
+        other's way; so a lone caller computes itself, and several leave it to one thread.
+        """
+        if self._thread is not None:
+            return False
+        if not self._stepping.acquire(blocking=False):
+            self.start()
+            return False
+        try:
+            self._step()
+        finally:
+            self._stepping.release()
+        return True
+
+    def start(self) -> None:
+        """Let a thread of the engine's own make the steps from now on; asyncio needs it and starts it."""
+        with self._guard:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._work, name="genarm-engine", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while not self._closed:
+            self._wake.clear()
+            with self._stepping:
+                self._step()
+            if not (self._arrivals or self._stepper.busy):
+                self._wake.wait()
+
+    def _step(self) -> None:
+        with self._guard:
+            arrived, self._arrivals = self._arrivals, []
+        for live in arrived:
+            self._stepper.add(live)
+        try:
+            self._stepper.step()
+        except BaseException as error:  # Ctrl-C too may leave a step half done
+            failure = EngineFailure(f"a step failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self._stepper.fail(failure)
+            if not isinstance(error, Exception):
+                raise
+
+    def _cancel(self, live: Live) -> None:
+        """End a request: free its rows now, or as soon as the step that is being made is done."""
+        if live.cancelled:
+            return
+        live.cancelled = True
+        self._wake.set()
+        if self._thread is None and self._stepping.acquire(blocking=False):
+            try:
+                self._stepper.end_cancelled()
+            finally:
+                self._stepping.release()
+
+    def close(self) -> None:
+        """Stop; what still runs ends with an EngineFailure."""
+        with self._guard:
+            self._closed = True
+            thread = self._thread
+        self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._stepping:
+            for live in self._arrivals:
+                self._stepper.add(live)
+            self._arrivals = []
+            self._stepper.fail(EngineFailure("the engine was closed"))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # --- looking ------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """Counters, for a look from outside; a moment old at most."""
+        stepper = self._stepper
+        layout = self._built.layout
+        return Statistics(
+            waiting=len(stepper.waiting) + len(self._arrivals),
+            running=len(stepper.running),
+            free_rows=tuple(trunk.arena.free for trunk in layout.trunks),
+            steps=stepper.steps,
+            passes=tuple(trunk.passes for trunk in layout.trunks),
+            cache_bytes=sum(trunk.arena.bytes for trunk in layout.trunks),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What an engine has done and does.
+
+    Attributes:
+        waiting, running: requests.
+        free_rows: of each trunk's arena; the base's trunk first.
+        steps: made so far.
+        passes: forwards of each trunk so far.
+        cache_bytes: memory of all keys and values.
+    """
+
+    waiting: int
+    running: int
+    free_rows: Sequence[int]
+    steps: int
+    passes: Sequence[int]
+    cache_bytes: int
+
+
+_WORTH_DRAFTING = 0.5
+"""A member that costs more than this share of the base cannot save time by drafting for it."""
+
+
+def _guessers(costs: Mapping[int, float], options: EngineOptions) -> dict[int, float]:
+    """The members that draft, with their costs."""
+    if not options.speculate:
+        return {}
+    return {m: cost for m, cost in costs.items() if cost <= _WORTH_DRAFTING or not options.adapt}
+
+
+def _align_draft(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draft: PreTrainedModel,
+    draft_tokenizer: PreTrainedTokenizerBase,
+) -> Alignment:
+    return align(
+        read_vocabulary(tokenizer, size=output_rows(base), label="the base"),
+        read_vocabulary(draft_tokenizer, size=output_rows(draft), label="the draft model"),
+    )

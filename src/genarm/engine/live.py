@@ -1,0 +1,131 @@
+"""A request while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from genarm.engine.arena import Row
+from genarm.engine.noise import Purpose, key
+from genarm.engine.request import Completion, Ending, Request, Token
+from genarm.engine.sampler import Place
+from genarm.engine.speculation import DraftLength
+from genarm.engine.stream import Event
+from genarm.engine.text import TextStream
+
+BASE_MEMBER = 0
+
+
+def _nobody(event: Event) -> None:
+    """Nobody listens yet."""
+
+
+@dataclass(eq=False)
+class Live:
+    """A request that waits or runs.
+
+    Attributes:
+        ids: the prompt's and the reply's tokens so far.
+        weights: one number per reward.
+        members: members that run for it, the base (0) first; rewards count from 1.
+        guessers: {member: power} of those that draft for it.
+        stops: ids that end the reply.
+        deliver: called with each token, and at last with the completion, or with the error that ended it.
+        rows: {member: row} once it is admitted.
+        cancelled: set from outside; it ends at the next step.
+    """
+
+    request: Request
+    ids: list[int]
+    weights: Sequence[float]
+    members: Sequence[int]
+    guessers: Mapping[int, float]
+    stops: frozenset[int]
+    text: TextStream
+    length: DraftLength
+    limit: int
+    deliver: Callable[[Event], None] = _nobody
+    rows: dict[int, Row] = field(default_factory=dict)
+    cancelled: bool = False
+    decoding: bool = False
+    reused: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    tokens: list[Token] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.ids)
+
+    @property
+    def sampling_counts(self) -> bool:
+        """Whether earlier tokens change later ones' probabilities beyond what the models see."""
+        sampling = self.request.sampling
+        return bool(sampling.presence_penalty or sampling.frequency_penalty)
+
+    def missing(self, member: int) -> list[int]:
+        """Tokens that the member's row does not hold yet."""
+        return self.ids[len(self.rows[member].ids) :]
+
+    def place(self, drafts: Sequence[int] = ()) -> Place:
+        """Where the token after `drafts` is sampled."""
+        counts = self.counts
+        if drafts and self.sampling_counts:
+            counts = counts + Counter(drafts)
+        return Place(sampling=self.request.sampling, counts=counts)
+
+    def key(self, ahead: int, purpose: Purpose) -> int:
+        """Names the random numbers for the token `ahead` places after the next one."""
+        return key(self.request.seed, len(self.ids) + ahead, purpose)
+
+    def drafts(self) -> int:
+        """How many tokens to draft now: never more than may still come, less the one that is sampled anyway."""
+        if not self.guessers:
+            return 0
+        return max(0, min(self.length.next(), self.limit - len(self.tokens) - 1))
+
+    def ends_in(self, drafts: Sequence[int]) -> bool:
+        """Whether one of `drafts` ends the reply."""
+        return not self.stops.isdisjoint(drafts)
+
+    def keep_rows(self, accepted: int) -> None:
+        """Let rows forget the drafts that were not accepted; call before `append`."""
+        for row in self.rows.values():
+            del row.ids[len(self.ids) + accepted :]
+
+    def append(self, token: Token) -> Ending | None:
+        """Take in the next token, deliver it, and say whether the reply ends with it, and why."""
+        self.ids.append(token.id)
+        self.counts[token.id] += 1
+        ending: Ending | None = None
+        if token.id in self.stops:
+            text, ending = self.text.finish(), "stop"
+        else:
+            text = self.text.add(token.id)
+            if self.text.stopped:
+                ending = "stop"
+            elif len(self.tokens) + 1 == self.limit:
+                text, ending = text + self.text.finish(), "length"
+                ending = "stop" if self.text.stopped else ending
+        token = Token(
+            id=token.id, text=text, log_prob=token.log_prob, base=token.base, rewards=token.rewards, top=token.top
+        )
+        self.tokens.append(token)
+        self.pieces.append(text)
+        self.deliver(token)
+        return ending
+
+    def completion(self, ending: Ending) -> Completion:
+        """What came of it."""
+        return Completion(
+            text="".join(self.pieces),
+            tokens=tuple(self.tokens),
+            ending=ending,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )

@@ -1,0 +1,92 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from genarm.errors import ConfigError
+from genarm.prompts import Prompt
+from genarm.sampling import Sampling
+
+Ending: TypeAlias = Literal["stop", "length", "cancelled"]
+
+_MOST_TOP = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One reply to draw.
+
+    Attributes:
+        prompt: text as it is, a conversation for the chat template, or token ids.
+        weights: {reward: w} over the model's defaults. A reward of weight 0 is not run.
+        sampling: how tokens are drawn.
+        seed: of everything random in this request; the same request gives the same reply in any company.
+        stop: texts that end the reply, which then ends before them.
+        ignore_eos: go on to `max_new_tokens` whatever the model says (for measurements).
+        top_log_probs: how many of the likeliest tokens to report with each token.
+    """
+
+    prompt: Prompt | Sequence[int]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    top_log_probs: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
+        if not 0 <= self.top_log_probs <= _MOST_TOP:
+            raise ConfigError(f"top_log_probs is {self.top_log_probs}; it must be from 0 to {_MOST_TOP}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One token of a reply.
+
+    Attributes:
+        id: of the base's vocabulary.
+        text: what became final with it; may be empty, and may hold text of earlier tokens.
+        log_prob: log π(token), of the combined distribution before penalties and temperature.
+        base: log π_base(token).
+        rewards: {reward: log π_i(token)} of the rewards that ran; w_i times it is that reward's contribution.
+        top: (id, log_prob) of the likeliest tokens, best first, as many as were asked for.
+    """
+
+    id: int
+    text: str
+    log_prob: float
+    base: float
+    rewards: Mapping[str, float]
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A reply that has ended.
+
+    Attributes:
+        text: all of it, without special tokens and without what a stop string cut.
+        tokens: in order, the one that ended it included.
+        ending: "stop" (end of turn or a stop string), "length" or "cancelled".
+        prompt_tokens: how many tokens the prompt has.
+        reused_tokens: how many of them the base did not have to run again.
+        drafted, accepted: tokens drafted for it, and how many of those stayed.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    ending: Ending
+    prompt_tokens: int
+    reused_tokens: int
+    drafted: int
+    accepted: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of `tokens`."""
+        return tuple(token.id for token in self.tokens)

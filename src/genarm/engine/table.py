@@ -1,0 +1,116 @@
+"""What every member says at the positions where tokens are chosen, and the combination of it.
+
+Shapes: P positions ("spots"), of several requests together, V ids of the base's vocabulary, R rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from genarm.engine.live import BASE_MEMBER, Live
+from genarm.engine.request import Token
+from genarm.model.combine import combine
+
+Outputs: TypeAlias = dict[tuple[Live, int], Tensor]
+"""{(request, member): float32 log-probs [positions, V]}."""
+Spot: TypeAlias = tuple[Live, int]
+"""The token of a request that comes so many places after its next one."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Combined log-probs [P, V], and those of the members they are made of; zeros where a member did not run."""
+
+    rows: Mapping[Spot, int]
+    guided_PV: Tensor
+    members: Mapping[int, Tensor]
+
+    def guided(self, spots: Sequence[Spot]) -> Tensor:
+        """Combined log-probs at `spots`, in their order."""
+        rows = [self.rows[spot] for spot in spots]
+        if rows == list(range(len(self.rows))):
+            return self.guided_PV
+        return self.guided_PV.index_select(0, torch.tensor(rows).to(self.guided_PV.device))
+
+    def look_up(self, spots: Sequence[Spot], tokens: Sequence[int], reward_names: Sequence[str]) -> Iterator[Token]:
+        """Each chosen token with what the members say of it, without its text."""
+        device = self.guided_PV.device
+        rows_P = torch.tensor([self.rows[spot] for spot in spots]).to(device)
+        tokens_P = torch.tensor(tokens).to(device)
+        sources = [self.guided_PV, *self.members.values()]
+        guided, *members = torch.stack([source[rows_P, tokens_P] for source in sources]).tolist()
+        for i, ((live, ahead), token) in enumerate(zip(spots, tokens, strict=True)):
+            said = {member: column[i] for member, column in zip(self.members, members, strict=True)}
+            yield Token(
+                id=token,
+                text="",
+                log_prob=guided[i],
+                base=said[BASE_MEMBER],
+                rewards={reward_names[m - 1]: said[m] for m in self.members if m != BASE_MEMBER and m in live.members},
+                top=self._top((live, ahead), live.request.top_log_probs),
+            )
+
+    def _top(self, spot: Spot, count: int) -> tuple[tuple[int, float], ...]:
+        if not count:
+            return ()
+        values, ids = self.guided_PV[self.rows[spot]].topk(min(count, self.guided_PV.shape[-1]))
+        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def make_table(
+    spots: Sequence[Spot], outputs: Outputs, unknown: Sequence[Tensor | None], device: torch.device
+) -> Table:
+    """Combine the members' log-probs, each request with its own weights.
+
+    Args:
+        spots: all of one request side by side, in order.
+        outputs: {(request, member): log-probs}, a row per spot of that request.
+        unknown: masks of the ids that each reward cannot judge, or None.
+        device: of the base.
+    """
+    counts: dict[Live, int] = {}
+    for live, _ in spots:
+        counts[live] = counts.get(live, 0) + 1
+    base_PV = torch.cat([outputs[live, BASE_MEMBER] for live in counts])
+    rewards = sorted({member for _, member in outputs} - {BASE_MEMBER})
+    members = {BASE_MEMBER: base_PV}
+    for member in rewards:
+        rows = [outputs.get((live, member)) for live in counts]
+        members[member] = torch.cat(
+            [
+                torch.zeros(count, base_PV.shape[-1], device=device) if row is None else row.to(device)
+                for row, count in zip(rows, counts.values(), strict=True)
+            ]
+        )
+    weights_PR = torch.tensor([[live.weights[member - 1] for member in rewards] for live, _ in spots])
+    guided_P1V = combine(
+        base_PV[:, None],
+        [members[member][:, None] for member in rewards],
+        weights_PR.view(len(spots), len(rewards)).to(device, non_blocking=True),
+        [unknown[member - 1] for member in rewards],
+    )
+    return Table(rows={spot: i for i, spot in enumerate(spots)}, guided_PV=guided_P1V[:, 0], members=members)
+
+
+def join(one: Table, other: Table) -> Table:
+    """Both tables' spots in one."""
+    size = one.guided_PV.shape[-1]
+
+    def both(member: int) -> Tensor:
+        parts = (table.members.get(member) for table in (one, other))
+        lengths = (len(one.rows), len(other.rows))
+        return torch.cat(
+            [one.guided_PV.new_zeros(n, size) if p is None else p for p, n in zip(parts, lengths, strict=True)]
+        )
+
+    offset = len(one.rows)
+    return Table(
+        rows={**one.rows, **{spot: offset + row for spot, row in other.rows.items()}},
+        guided_PV=torch.cat([one.guided_PV, other.guided_PV]),
+        members={member: both(member) for member in one.members},
+    )

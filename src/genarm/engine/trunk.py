@@ -1,0 +1,187 @@
+"""A trunk: one model and the members that run on it, in one forward.
+
+The base and the ARMs that are LoRA adapters on it are one trunk; so are two ARMs on one smaller model; a full ARM is
+a trunk of its own.
+
+Shapes: T tokens of a pass, W of them with logits wanted, V ids of the base's vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from genarm.engine.arena import Arena, LayerShape
+from genarm.engine.attention import Feed, Pass, Plug, plan_pass
+from genarm.engine.device import input_device
+from genarm.engine.graphs import DecodeGraphs
+from genarm.engine.lora import SharedAdapters, can_share
+from genarm.errors import UnsupportedError
+from genarm.model.adapters import adapter_layers, switched
+from genarm.model.combine import log_probs
+from genarm.model.vocabulary import Alignment
+
+_KNOWN = {"scaling", "sliding_window", "softcap", "dropout", "is_causal", "position_ids", "use_cache", "cache_position"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrunkMember:
+    """A member by name, with the adapter to run it with (None: the model itself)."""
+
+    name: str
+    adapter: str | None
+
+
+class Trunk:
+    """One model in inference mode, its members and the arena that holds their keys and values.
+
+    Attributes:
+        members: by index, as rows name them.
+        shared: whether members with adapters run in one forward with the others.
+        passes: forwards so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        members: Sequence[TrunkMember],
+        alignment: Alignment | None,
+        *,
+        rows: int,
+        capacity: int,
+        graphs: bool,
+    ) -> None:
+        """Find out what the model's attention stores, allot the arena and stack the adapters.
+
+        Args:
+            model: loaded, frozen; from now on it belongs to the engine.
+            members: at least one.
+            alignment: of the model's vocabulary with the base's; None for the base itself.
+            rows: requests times members that may run at once.
+            capacity: positions of each row.
+            graphs: capture decode steps as CUDA graphs.
+
+        Raises:
+            UnsupportedError: an attention that the engine cannot reproduce.
+        """
+        self.model = model
+        self.members = tuple(members)
+        self.alignment = alignment
+        self.device = input_device(model)
+        embedding: Any = model.get_input_embeddings()
+        self.embedding_size = int(embedding.weight.shape[0])
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        self._layers = adapter_layers(model)
+        self._plug = Plug(model)
+        shapes = _probe(model, self._plug, self._arguments, self.device)
+        self.arena = Arena(shapes, rows=rows, capacity=capacity)
+        adapters = [member.adapter for member in members]
+        named = [adapter for adapter in adapters if adapter is not None]
+        self.shared = can_share(model, named)
+        self._adapters = SharedAdapters(model, adapters, _adapter_dtype(model)) if named and self.shared else None
+        self._graphs = DecodeGraphs(self.arena, self._logits) if graphs and self.shared else None
+        self.passes = 0
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """Run new tokens; their rows then hold them.
+
+        Args:
+            feeds: at most one per row.
+
+        Returns:
+            For each feed, float32 log-probs [want, V] after its last `want` tokens.
+        """
+        self.passes += 1
+        groups = [feeds] if self.shared else _by_member(feeds)
+        wanted: dict[int, Tensor] = {}
+        for group in groups:
+            adapter = self.members[group[0].row.member].adapter
+            plan = plan_pass(self.arena, group, self.embedding_size, self.device)
+            if self.shared:
+                logits_WV = self._logits(plan) if self._graphs is None else self._graphs.run(plan)
+            else:
+                with switched(self._layers, adapter):
+                    logits_WV = self._logits(plan)
+            pieces = log_probs(logits_WV).split([feed.want for feed in group])
+            wanted.update((id(feed), piece) for feed, piece in zip(group, pieces, strict=True))
+        for feed in feeds:
+            feed.row.ids.extend(feed.ids)
+        return [self._fit(wanted[id(feed)]) for feed in feeds]
+
+    def _fit(self, log_probs_WV: Tensor) -> Tensor:
+        return log_probs_WV if self.alignment is None else self.alignment.fit(log_probs_WV)
+
+    def _logits(self, plan: Pass) -> Tensor:
+        """Logits [W, V] of a pass: tensors in, a tensor out, nothing that waits for the device."""
+        inputs: dict[str, Any] = {"input_ids": plan.ids_T[None], "position_ids": plan.positions_T[None]}
+        if "logits_to_keep" in self._arguments:
+            inputs["logits_to_keep"] = plan.outputs_W
+        with self._plug.attending(plan):
+            if self._adapters is None:
+                output = self.model(**inputs, use_cache=False, return_dict=True)
+            else:
+                with self._adapters.masked(plan.adapters_T):
+                    output = self.model(**inputs, use_cache=False, return_dict=True)
+        logits_TV: Tensor = output.logits[0]
+        return logits_TV if "logits_to_keep" in inputs else logits_TV.index_select(0, plan.outputs_W)
+
+
+def _adapter_dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype: torch.dtype = model.dtype
+    return torch.float32 if input_device(model).type == "cpu" else dtype
+
+
+def _by_member(feeds: Sequence[Feed]) -> list[list[Feed]]:
+    groups: dict[int, list[Feed]] = {}
+    for feed in feeds:
+        groups.setdefault(feed.row.member, []).append(feed)
+    return list(groups.values())
+
+
+# --- what an attention stores ---------------------------------------------------------------------------------------
+
+
+class _Probe:
+    """Runs in the place of attention once and notes what each layer would store."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.foreign: set[str] = set()
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.foreign |= {name for name, given in options.items() if name not in _KNOWN and given is not None}
+        self.shapes[int(module.layer_idx)] = LayerShape(  # type: ignore[arg-type]
+            heads=key.shape[1],
+            key_size=key.shape[-1],
+            value_size=value.shape[-1],
+            dtype=torch.float32 if key.device.type == "cpu" else key.dtype,  # see attention._scores
+            device=key.device,
+        )
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, plug: Plug, arguments: frozenset[str], device: torch.device) -> list[LayerShape]:
+    probe = _Probe()
+    config = model.config.get_text_config()
+    layers = int(config.num_hidden_layers)
+    if "position_ids" not in arguments or getattr(config, "attention_chunk_size", None):
+        probe.foreign.add("positions or chunks of its own")
+    else:
+        one = torch.zeros(1, 1, dtype=torch.long, device=device)
+        with plug.attending(probe):
+            model(input_ids=one, position_ids=one, use_cache=False, return_dict=True)
+    if probe.foreign or sorted(probe.shapes) != list(range(layers)):
+        problem = ", ".join(sorted(probe.foreign)) or f"{len(probe.shapes)} of its {layers} layers are attention"
+        raise UnsupportedError(
+            f"the engine cannot run a {type(model).__name__} ({problem}); use GuidedForCausalLM.generate, which leaves "
+            "everything to transformers"
+        )
+    return [probe.shapes[i] for i in range(layers)]
