@@ -19,6 +19,7 @@ from rich.console import Console
 from genarm.chat import Answer, Chat
 from genarm.cli.chat import TerminalScreen
 from genarm.cli.main import main
+from genarm.engine import Engine, EngineOptions
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.token_rewards import TokenRewards
@@ -68,11 +69,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(folder: Path) -> tuple[GuidedForCausalLM, ModelFiles]:
+def opened(folder: Path) -> tuple[Engine, ModelFiles]:
     files = open_files(str(folder))
     model = files.load(device="cpu")
     assert isinstance(model, GuidedForCausalLM)
-    return model, files
+    return Engine(model, files.tokenizer, EngineOptions(streams=2)), files
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def screen() -> Memory:
 
 
 @pytest.fixture
-def chat(opened: tuple[GuidedForCausalLM, ModelFiles], screen: Memory) -> Chat:
+def chat(opened: tuple[Engine, ModelFiles], screen: Memory) -> Chat:
     return Chat(*opened, screen, Sampling(max_new_tokens=10, temperature=0))
 
 
@@ -107,17 +108,17 @@ def greedy(model: Any, messages: list[dict[str, str]], n: int = 10, **options: A
 
 def test_answers_follow_the_conversation(chat: Chat, screen: Memory) -> None:
     assert chat.handle("w1 w2\n")
-    first = greedy(chat.model, [user("w1 w2")])
+    first = greedy(chat.engine.model, [user("w1 w2")])
     assert chat.handle("w3")
-    second = greedy(chat.model, [user("w1 w2"), assistant(first), user("w3")])
+    second = greedy(chat.engine.model, [user("w1 w2"), assistant(first), user("w3")])
     assert [a.text for a in screen.answers] == [first, second]
     assert "".join(screen.pieces) == first + second
     assert len(screen.pieces) > 4  # it streams
     assert chat.history == [user("w1 w2"), assistant(first), user("w3"), assistant(second)]
-    assert first != greedy(chat.model, [user("w3")])
+    assert first != greedy(chat.engine.model, [user("w3")])
 
 
-def test_the_same_lines_and_seed_give_the_same_answers(opened: tuple[GuidedForCausalLM, ModelFiles]) -> None:
+def test_the_same_lines_and_seed_give_the_same_answers(opened: tuple[Engine, ModelFiles]) -> None:
     def talk(seed: int) -> list[str]:
         screen = Memory()
         chat = Chat(*opened, screen, Sampling(max_new_tokens=8), seed=seed)
@@ -141,8 +142,8 @@ def test_weights_change_in_mid_conversation(chat: Chat, screen: Memory) -> None:
     assert first.weights == {"helpful": 1, "harmless": 0.5}
     assert second.weights == {"helpful": -0.5, "harmless": 2}
     conversation = [user("w1"), assistant(first.text), user("w2")]
-    assert second.text == greedy(chat.model, conversation, reward_weights={"helpful": -0.5, "harmless": 2})
-    assert second.text != greedy(chat.model, conversation)
+    assert second.text == greedy(chat.engine.model, conversation, reward_weights={"helpful": -0.5, "harmless": 2})
+    assert second.text != greedy(chat.engine.model, conversation)
 
 
 def test_compare_is_the_base_beside_the_guided_model(chat: Chat, screen: Memory) -> None:
@@ -154,8 +155,8 @@ def test_compare_is_the_base_beside_the_guided_model(chat: Chat, screen: Memory)
     chat.handle("/compare w2 w3")
     system = {"role": "system", "content": "w9"}
     for pair, messages in zip(screen.pairs, ([system, user("w1")], [system, *history, user("w2 w3")]), strict=True):
-        assert pair[0].text == greedy(chat.model.base, messages)
-        assert pair[1].text == greedy(chat.model, messages)
+        assert pair[0].text == greedy(chat.engine.model.base, messages)
+        assert pair[1].text == greedy(chat.engine.model, messages)
         assert pair[0].weights == {"helpful": 0, "harmless": 0}
     assert screen.pairs[0][0].text != screen.pairs[0][1].text
     assert screen.pairs[0][1].text == screen.answers[0].text
@@ -169,7 +170,7 @@ def test_tokens_shows_the_last_answer_as_it_was_given(chat: Chat, screen: Memory
     chat.handle("/weights helpful=7")
     chat.handle("/system off")
     chat.handle("/tokens")
-    expected = chat.model.token_rewards(
+    expected = chat.engine.model.token_rewards(
         [{"role": "system", "content": "w9"}, user("w1")], screen.answers[0].text, tokenizer=tiny_tokenizer()
     )
     assert screen.heats == [expected]
@@ -185,8 +186,8 @@ def test_system_message_and_reset(chat: Chat, screen: Memory) -> None:
     chat.handle("/system off")
     chat.handle("w1")
     assert screen.notes == ["system message: w9 w8"] * 2 + ["new conversation", "no system message"]
-    with_system = greedy(chat.model, [{"role": "system", "content": "w9 w8"}, user("w1")])
-    assert [a.text for a in screen.answers] == [with_system, greedy(chat.model, [user("w1")])]
+    with_system = greedy(chat.engine.model, [{"role": "system", "content": "w9 w8"}, user("w1")])
+    assert [a.text for a in screen.answers] == [with_system, greedy(chat.engine.model, [user("w1")])]
 
 
 BAD = {
@@ -200,7 +201,7 @@ BAD = {
     "/reset all": "/reset takes nothing after it",
     "/wieghts": "there is no command '/wieghts'; there are /weights, /compare, /tokens, /system, /reset, /help, /quit",
     "/": "there is no command '/'",
-    "w1 " * 200: "the conversation has 203 tokens and the model takes 128",
+    "w1 " * 200: "the conversation has 203 tokens and there is room for 128",
 }
 
 
@@ -225,7 +226,7 @@ def test_lines_that_are_no_commands(chat: Chat, screen: Memory) -> None:
         assert command in screen.notes[-1]
 
 
-def test_an_answer_has_only_the_room_that_is_left(opened: tuple[GuidedForCausalLM, ModelFiles]) -> None:
+def test_an_answer_has_only_the_room_that_is_left(opened: tuple[Engine, ModelFiles]) -> None:
     """128 positions; a long conversation is cut there and the next message refused."""
     screen = Memory()
     chat = Chat(*opened, screen, Sampling(max_new_tokens=500, temperature=0), weights={"helpful": 0, "harmless": 0})
@@ -249,17 +250,17 @@ def test_a_stopped_answer_stays_as_far_as_it_came(chat: Chat, screen: Memory, pi
     assert chat.handle("w1")
     cut = "".join(screen.pieces)
     assert screen.answers == [Answer(text=cut, ended="interrupted", weights=chat.weights)]
-    assert greedy(chat.model, [user("w1")]).startswith(cut)
+    assert greedy(chat.engine.model, [user("w1")]).startswith(cut)
     assert chat.history == [user("w1"), assistant(cut)]
     screen.on_piece = lambda: None
     assert chat.handle("w2")
-    assert screen.answers[1].text == greedy(chat.model, [*chat.history[:2], user("w2")])
+    assert screen.answers[1].text == greedy(chat.engine.model, [*chat.history[:2], user("w2")])
 
 
 def test_an_ordinary_causal_lm_can_chat_but_has_no_rewards(folder: Path, screen: Memory) -> None:
     files = open_files(str(folder.parent / "m0"))
     model = files.load(device="cpu")
-    chat = Chat(model, files, screen, Sampling(max_new_tokens=6, temperature=0))
+    chat = Chat(Engine(model, files.tokenizer), files, screen, Sampling(max_new_tokens=6, temperature=0))
     chat.handle("w1")
     assert screen.answers[0].text == greedy(model, [user("w1")], n=6)
     for line in ("/weights", "/weights a=1", "/compare", "/tokens"):

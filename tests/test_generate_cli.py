@@ -203,7 +203,7 @@ def test_resuming_from_any_byte_gives_the_unbroken_file(folder: Path, tmp_path: 
     content = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     assert len(ends) == len(PROMPTS)
-    cuts = {0: 0, 1: 0, ends[0]: 0, ends[2] - 1: 0, ends[2]: 3, ends[3]: 3, ends[4] + 9: 3, ends[5]: 6, ends[6]: 7}
+    cuts = {0: 0, 1: 0, ends[0]: 1, ends[2] - 1: 2, ends[2]: 3, ends[4] + 9: 5, ends[5]: 6, ends[6]: 7}
     for cut, kept in cuts.items():
         broken = tmp_path / f"cut{cut}.jsonl"
         broken.write_bytes(content[:cut])
@@ -266,7 +266,7 @@ def test_another_run_never_touches_an_existing_output(folder: Path, tmp_path: Pa
         "top_p 1.0 and this run has 0.9": ["--top-p", "0.9"],
         "max_new_tokens 8 and this run has 9": ["--max-new-tokens", "9"],
         "seed 11 and this run has 12": ["--seed", "12"],
-        "batch_size 3 and this run has 4": ["--batch-size", "4"],
+        "speculate 8 and this run has 0": ["--speculate", "0"],
         "num_samples 1 and this run has 2": ["--num-samples", "2"],
         "system None and this run has 'w1'": ["--system", "w1"],
         "raw False and this run has True": ["--raw"],

@@ -7,19 +7,18 @@ stopped stays in it as far as it came.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from genarm.engine import Engine, Request, Stream
 from genarm.errors import ConfigError, DataError, GenarmError, UnsupportedError
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import parse_weights
-from genarm.opening import ModelFiles, weights_tensor
+from genarm.opening import ModelFiles
 from genarm.prompts import Message, Prompt
-from genarm.sampling import Sampling, derive_seed, sample_replies
+from genarm.sampling import Sampling, derive_seed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from genarm.model.token_rewards import TokenRewards
 
 HELP = """\
@@ -78,7 +77,7 @@ class Chat:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        engine: Engine,
         files: ModelFiles,
         screen: Screen,
         sampling: Sampling,
@@ -90,7 +89,7 @@ class Chat:
         """Begin a conversation.
 
         Args:
-            model: loaded from `files`.
+            engine: of the model that `files` describe.
             files: the tokenizer and the rewards' names.
             screen: where everything is shown.
             sampling: how answers are drawn.
@@ -106,7 +105,7 @@ class Chat:
             raise DataError(
                 f"{files.reference} has no chat template, so it cannot hold a conversation; use genarm generate --raw"
             )
-        self.model = model
+        self.engine = engine
         self.files = files
         self.screen = screen
         self.sampling = sampling
@@ -152,58 +151,28 @@ class Chat:
     def _say(self, text: str) -> None:
         messages: list[Message] = [*self.history, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
-        answer = self._answer(prompt, self.weights, on_text=self.screen.piece)
+        stream = self._begin(prompt, self.weights, self._next_seed())
+        answer = _read(stream, self.weights, on_text=self.screen.piece)
         self.screen.answered(answer)
         if not answer.text and answer.ended == "interrupted":
             return  # nothing was said: as if it had not been asked
         self._last = (prompt, answer)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
 
-    def _answer(
-        self,
-        prompt: Prompt,
-        weights: Mapping[str, float],
-        *,
-        on_text: Callable[[str], None],
-        seed: int | None = None,
-    ) -> Answer:
-        """One answer to `prompt`; Ctrl-C (KeyboardInterrupt) ends it early."""
-        pieces: list[str] = []
-
-        def keep(text: str) -> None:
-            pieces.append(text)
-            on_text(text)
-
-        prompt_ids = self.files.encode(prompt)
-        room = self._room(len(prompt_ids))
-        try:
-            reply = sample_replies(
-                self.model,
-                self.files.tokenizer,
-                [prompt_ids],
-                Sampling(
-                    max_new_tokens=min(room, self.sampling.max_new_tokens),
-                    temperature=self.sampling.temperature,
-                    top_p=self.sampling.top_p,
-                ),
-                seed=self._next_seed() if seed is None else seed,
-                weights_BR=weights_tensor([weights]) if self.files.guided else None,
-                on_text=keep,
-            )[0]
-        except KeyboardInterrupt:
-            return Answer(text="".join(pieces), ended="interrupted", weights=dict(weights))
-        return Answer(text=reply.text, ended=reply.finish_reason, weights=dict(weights))
+    def _begin(self, prompt: Prompt, weights: Mapping[str, float], seed: int) -> Stream:
+        """Begin an answer to `prompt`."""
+        ids = self.files.encode(prompt)
+        sampling = replace(self.sampling, max_new_tokens=min(self._room(len(ids)), self.sampling.max_new_tokens))
+        return self.engine.stream(Request(prompt=ids, weights=weights, sampling=sampling, seed=seed))
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         return self.files.conversation(messages, system=self.system, raw=False)
 
     def _room(self, prompt_tokens: int) -> int:
-        if self.files.context is None:
-            return self.sampling.max_new_tokens
-        room = self.files.context - prompt_tokens
+        room = self.engine.context - prompt_tokens
         if room < 1:
             raise DataError(
-                f"the conversation has {prompt_tokens} tokens and the model takes {self.files.context}; begin a new "
+                f"the conversation has {prompt_tokens} tokens and there is room for {self.engine.context}; begin a new "
                 "one with /reset"
             )
         return room
@@ -230,13 +199,15 @@ class Chat:
             raise ConfigError("there is no message to compare answers to yet; say something, or use /compare TEXT")
         prompt = self._prompt(messages)
         seed = self._next_seed()  # the same for both, so that only the weights differ
-        answers: list[Answer] = []
-        for weights in (dict.fromkeys(self.weights, 0.0), self.weights):
-            answers.append(self._answer(prompt, weights, on_text=_unseen, seed=seed))
-            if answers[-1].ended == "interrupted":
-                self.screen.note("comparison stopped")
-                return
-        self.screen.compared(*answers)
+        both = (dict.fromkeys(self.weights, 0.0), self.weights)
+        streams = [self._begin(prompt, weights, seed) for weights in both]
+        base, guided = (_read(stream, w, on_text=_unseen) for stream, w in zip(streams, both, strict=True))
+        if "interrupted" in (base.ended, guided.ended):
+            for stream in streams:
+                stream.cancel()
+            self.screen.note("comparison stopped")
+            return
+        self.screen.compared(base, guided)
 
     def _tokens(self, text: str) -> None:
         self._need_rewards()
@@ -247,8 +218,9 @@ class Chat:
         prompt, answer = self._last
         if not answer.text:
             raise ConfigError("the last answer is empty; there are no tokens to show")
-        assert isinstance(self.model, GuidedForCausalLM)
-        rewards = self.model.token_rewards(
+        model = self.engine.model
+        assert isinstance(model, GuidedForCausalLM)
+        rewards = model.token_rewards(
             prompt, answer.text, tokenizer=self.files.tokenizer, reward_weights=answer.weights
         )
         if answer.ended != "stop":
@@ -279,6 +251,24 @@ class Chat:
 def describe_weights(weights: Mapping[str, float]) -> str:
     """The weights in the form that `/weights` takes."""
     return " ".join(f"{name}={weight:g}" for name, weight in weights.items())
+
+
+def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[str], None]) -> Answer:
+    """The answer that a stream brings; Ctrl-C (KeyboardInterrupt) ends it early."""
+    pieces: list[str] = []
+    try:
+        for token in stream:
+            pieces.append(token.text)
+            if token.text:
+                on_text(token.text)
+    except KeyboardInterrupt:
+        stream.cancel()
+        return Answer(text="".join(pieces), ended="interrupted", weights=dict(weights))
+    assert stream.completion is not None
+    ended = stream.completion.ending
+    return Answer(
+        text=stream.completion.text, ended="interrupted" if ended == "cancelled" else ended, weights=dict(weights)
+    )
 
 
 def _unseen(_: str) -> None:

@@ -2,15 +2,13 @@
 
 A mistake in the options, the prompts or an output file is found with the files alone, before a large model is
 loaded. A guided folder and an ordinary causal LM are opened in the same way; the latter has no rewards.
-
-Shapes: B rows, R rewards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,6 @@ from genarm.model.weights import weight_row
 from genarm.prompts import Prompt, as_conversation, encode_pair, encode_prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -212,8 +209,3 @@ def check_length(files: ModelFiles, prompt_tokens: int, max_new_tokens: int, *, 
             f"{prompt_tokens + max_new_tokens}, more than the {files.context} positions of the model; shorten the "
             "prompt or lower --max-new-tokens"
         )
-
-
-def weights_tensor(rows: Sequence[Mapping[str, float]]) -> Tensor:
-    """[B, R] from one complete mapping per row, each in the order of the rewards."""
-    return torch.tensor([list(row.values()) for row in rows], dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -39,8 +39,9 @@ class Settings:
     temperature: float
     top_p: float
     seed: int
-    batch_size: int
     num_samples: int
+    speculate: int
+    draft: str | None
     system: str | None
     raw: bool
 
@@ -61,7 +62,7 @@ def settings_file(path: Path) -> Path:
 
 
 def begin(path: Path, settings: Settings) -> int:
-    """Make `path` ready to be appended to: a new file, or one cut back to its last whole batch.
+    """Make `path` ready to be appended to: a new file, or one cut back to its last whole row.
 
     Returns:
         How many rows it has already.
@@ -84,18 +85,14 @@ def _begin(path: Path, settings: Settings) -> int:
         return 0
     _check_same(path, beside, settings)
     offsets = _whole_rows(path, settings)
-    rows = len(offsets) - 1
-    if rows < settings.rows:
-        rows -= rows % settings.batch_size  # a batch has one random state: it is done again as a whole
-    os.truncate(path, offsets[rows])
-    return rows
+    os.truncate(path, offsets[-1])
+    return len(offsets) - 1
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add `rows` in one write, and have them on the disk before returning."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row, and have it on the disk before returning."""
     with _write_errors(path), path.open("ab") as file:
-        file.write(lines.encode())
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 

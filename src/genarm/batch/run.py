@@ -1,30 +1,32 @@
-"""Decode requests batch by batch.
+"""Decode many requests with the engine and hand their rows over in order.
 
-Batches are cut from the requests in their order and each has a random state of its own, derived from the run's
-seed and the batch's first row: a run that begins at any batch gives the rows an unbroken one would.
+Each reply has a seed of its own, derived from the run's seed and the row's number: a run that begins at any row gives
+the rows an unbroken one would, however many replies are decoded at once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 from genarm.batch.requests import Request
+from genarm.engine import Completion, Engine, Stream
+from genarm.engine import Request as EngineRequest
 from genarm.errors import ConfigError, GenarmError
-from genarm.opening import ModelFiles, check_length, weights_tensor
-from genarm.sampling import Reply, Sampling, check_seed, derive_seed, sample_replies
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from genarm.opening import ModelFiles, check_length
+from genarm.sampling import Sampling, check_seed, derive_seed
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request as the model will read it; `index` counts requests, `sample` the replies to one request."""
+    """A request as the model will read it: `number` counts rows, `index` requests, `sample` replies to one request."""
 
+    number: int
     index: int
     sample: int
     request: Request
@@ -39,7 +41,7 @@ class Plan:
     Attributes:
         sampling: how each reply is drawn.
         seed: of the run.
-        batch_size: jobs per batch.
+        batch_size: replies decoded at once.
         num_samples: replies to each request.
     """
 
@@ -93,50 +95,65 @@ def make_jobs(
             raise type(error)(f"{where}: {error}") from error
         check_length(files, len(ids), plan.sampling.max_new_tokens, where=where)
         jobs += [
-            Job(index=index, sample=sample, request=request, prompt_ids=tuple(ids), weights=own)
+            Job(
+                number=index * plan.num_samples + sample,
+                index=index,
+                sample=sample,
+                request=request,
+                prompt_ids=tuple(ids),
+                weights=own,
+            )
             for sample in range(plan.num_samples)
         ]
     return jobs
 
 
-def decode(
-    model: PreTrainedModel, files: ModelFiles, jobs: Sequence[Job], plan: Plan, *, settings: str = "", start: int = 0
-) -> Iterator[list[Row]]:
-    """The rows of each batch, as soon as it is decoded.
+def context_of(jobs: Sequence[Job], plan: Plan) -> int:
+    """Positions that the longest of `jobs` needs with its reply."""
+    return max(len(job.prompt_ids) for job in jobs) + plan.sampling.max_new_tokens
+
+
+def decode(engine: Engine, jobs: Sequence[Job], plan: Plan, *, settings: str = "") -> Iterator[Row]:
+    """The row of each job, in order, as soon as it and those before it are there.
 
     Args:
-        model: loaded from `files`.
-        files: the model's tokenizer.
-        jobs: from `make_jobs`.
+        engine: of the model that the jobs were made for.
+        jobs: from `make_jobs`; the first ones left out where they are done already.
         plan: how.
         settings: a digest of them that each row carries.
-        start: the first job to decode, a multiple of the batch size.
     """
-    assert start % plan.batch_size == 0
-    for first in range(start, len(jobs), plan.batch_size):
-        batch = jobs[first : first + plan.batch_size]
-        seed = derive_seed(plan.seed, first)
-        replies = sample_replies(
-            model,
-            files.tokenizer,
-            [job.prompt_ids for job in batch],
-            plan.sampling,
-            seed=seed,
-            weights_BR=weights_tensor([job.weights for job in batch]) if files.guided else None,
-        )
-        yield [_row(job, reply, seed, settings) for job, reply in zip(batch, replies, strict=True)]
+    upcoming = iter(jobs)
+    begun: deque[tuple[Job, Stream]] = deque()
+    try:
+        while True:
+            # Twice as many as run at once: the next ones wait in the engine, so that no stream stays empty.
+            for job in islice(upcoming, 2 * plan.batch_size - len(begun)):
+                begun.append((job, engine.stream(_request(job, plan))))
+            if not begun:
+                return
+            job, stream = begun.popleft()
+            yield _row(job, stream.result(), plan, settings)
+    finally:
+        for _, stream in begun:
+            stream.cancel()
 
 
-def _row(job: Job, reply: Reply, seed: int, settings: str) -> Row:
+def _request(job: Job, plan: Plan) -> EngineRequest:
+    return EngineRequest(
+        prompt=job.prompt_ids, weights=job.weights, sampling=plan.sampling, seed=derive_seed(plan.seed, job.number)
+    )
+
+
+def _row(job: Job, reply: Completion, plan: Plan, settings: str) -> Row:
     return {
         "index": job.index,
         "id": job.request.id,
         "sample": job.sample,
         "prompt": job.request.prompt,
         "response": reply.text,
-        "finish_reason": reply.finish_reason,
-        "tokens": len(reply.token_ids),
-        "seed": seed,
+        "finish_reason": reply.ending,
+        "tokens": len(reply.tokens),
+        "seed": derive_seed(plan.seed, job.number),
         "weights": dict(job.weights),
         "settings": settings,
         **job.request.carried,

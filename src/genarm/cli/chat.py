@@ -13,10 +13,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from genarm.cli.options import (
+    add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
     open_console,
+    open_engine,
     printable,
     quiet_libraries,
     sampling_of,
@@ -37,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_prompt_options(parser)
     add_sampling_options(parser, max_new_tokens=256)
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="the most tokens of a conversation; by default what the members have, but no more than 2048",
+    )
+    add_engine_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         from genarm.opening import find_device, open_files
 
         sampling = sampling_of(arguments)
-        device = find_device(arguments.device)
+        find_device(arguments.device)
         files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
         weights = weights_of(arguments, files)
-        model = files.load(dtype=arguments.dtype, device=device)
+        engine = open_engine(arguments, files, streams=2, context=arguments.context)
         chat = Chat(
-            model,
+            engine,
             files,
             TerminalScreen(open_console()),
             sampling,
@@ -76,6 +85,7 @@ def _greet(chat: Chat) -> None:
         import readline  # noqa: F401
     if chat.files.guided:
         chat.screen.note(f"weights {describe_weights(chat.weights)}")
+    chat.screen.note(chat.engine.describe())
     chat.screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
 
 

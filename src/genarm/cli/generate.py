@@ -1,7 +1,7 @@
 """Answer prompts with a guided model, or with any other causal LM.
 
-Prompts go through the tokenizer's chat template where it has one. With --output, rows are written batch by batch
-and the same command goes on where an interrupted run stopped; the finished file is the same either way.
+Prompts go through the tokenizer's chat template where it has one. With --output, rows are written one by one, in
+order, and the same command goes on where an interrupted run stopped; the finished file is the same either way.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genarm.cli.options import (
+    add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    open_engine,
     printable,
     quiet_libraries,
     sampling_of,
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser, max_new_tokens=128)
     parser.add_argument("--num-samples", type=int, metavar="N", default=1, help="how many replies to each prompt")
     parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many replies to decode at once")
+    add_engine_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,8 +104,9 @@ def _settings(
         temperature=plan.sampling.temperature,
         top_p=plan.sampling.top_p,
         seed=plan.seed,
-        batch_size=plan.batch_size,
         num_samples=plan.num_samples,
+        speculate=arguments.speculate,
+        draft=arguments.draft,
         system=arguments.system,
         raw=arguments.raw,
     )
@@ -110,7 +114,7 @@ def _settings(
 
 def _decode(arguments: argparse.Namespace, files: ModelFiles, jobs: list[Job], plan: Plan, settings: Settings) -> int:
     from genarm.batch.output import begin
-    from genarm.batch.run import decode
+    from genarm.batch.run import context_of, decode
 
     output: Path | None = arguments.output
     done = begin(output, settings) if output else 0
@@ -119,14 +123,18 @@ def _decode(arguments: argparse.Namespace, files: ModelFiles, jobs: list[Job], p
         return 0
     if done:
         _say(f"resuming {output} at {done} of {len(jobs)} rows")
-    model = files.load(dtype=arguments.dtype, device=settings.device)
+    engine = open_engine(
+        arguments, files, streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan)
+    )
+    if output:
+        _say(engine.describe())
     emit = _writer(output, as_json=arguments.json, alone=len(jobs) == 1)
-    with _progress(len(jobs), done, shown=output is not None or not sys.stdout.isatty()) as advance:
+    with _progress(len(jobs), done, shown=output is not None or not sys.stdout.isatty()) as advance, engine:
         try:
-            for rows in decode(model, files, jobs, plan, settings=settings.digest, start=done):
-                emit(rows)
-                done += len(rows)
-                advance(rows)
+            for row in decode(engine, jobs[done:], plan, settings=settings.digest):
+                emit(row)
+                done += 1
+                advance(row)
         except KeyboardInterrupt:
             if output:
                 _say(f"stopped; the same command goes on with {output}")
@@ -140,19 +148,17 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[Sequence[dict[str, Any]]], None]:
-    """What to do with the rows of a batch."""
+def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[dict[str, Any]], None]:
+    """What to do with a row."""
     import json
 
     from genarm.batch.output import append
 
-    def write(rows: Sequence[dict[str, Any]]) -> None:
+    def write(row: dict[str, Any]) -> None:
         if output:
-            append(output, rows)
+            append(output, row)
             return
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if as_json else _readable(row, alone=alone))
-        sys.stdout.flush()
+        print(json.dumps(row, ensure_ascii=False) if as_json else _readable(row, alone=alone), flush=True)
 
     return write
 
@@ -168,8 +174,8 @@ def _readable(row: dict[str, Any], *, alone: bool) -> str:
 
 
 @contextmanager
-def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the rows of each batch."""
+def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar on stderr where that is a terminal; yields what to call with each row."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -185,11 +191,11 @@ def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[Seque
         task = bar.add_task("", total=total, completed=done, speed="")
         tokens = 0
 
-        def advance(rows: Sequence[dict[str, Any]]) -> None:
+        def advance(row: dict[str, Any]) -> None:
             nonlocal tokens
-            tokens += sum(row["tokens"] for row in rows)
+            tokens += row["tokens"]
             seconds = bar.tasks[0].elapsed or 0
             speed = f"{tokens / seconds:.0f} tokens/s" if seconds else ""
-            bar.update(task, advance=len(rows), speed=speed)
+            bar.update(task, advance=1, speed=speed)
 
         yield advance

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from genarm.engine import Engine
     from genarm.opening import ModelFiles
     from genarm.sampling import Sampling
 
@@ -65,6 +66,40 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         help="sample from the likeliest tokens of this probability",
     )
     parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Speculation."""
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        metavar="K",
+        default=8,
+        help="the most tokens that small members draft at once, fewer where that pays more; 0 never drafts. Drafts "
+        "change the speed and which random numbers are used, never the distribution",
+    )
+    parser.add_argument(
+        "--draft", metavar="FOLDER", help="a small causal LM with the base's vocabulary that drafts in the base's stead"
+    )
+
+
+def open_engine(arguments: argparse.Namespace, files: ModelFiles, *, streams: int, context: int | None) -> Engine:
+    """The engine that `arguments` ask for; raises what `Engine` does."""
+    from genarm.engine import Engine, EngineOptions
+    from genarm.opening import find_device, open_files
+
+    options = EngineOptions(streams=streams, context=context, speculate=arguments.speculate)
+    device = find_device(arguments.device)
+    draft = None
+    if arguments.draft is not None:
+        draft = open_files(arguments.draft, trust_remote_code=arguments.trust_remote_code)
+    return Engine(
+        files.load(dtype=arguments.dtype, device=device),
+        files.tokenizer,
+        options,
+        draft=None if draft is None else draft.load(dtype=arguments.dtype, device=device),
+        draft_tokenizer=None if draft is None else draft.tokenizer,
+    )
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
