@@ -16,10 +16,11 @@ def render() -> str:
     from genarm.cli.main import VERBS, build_parser
 
     parser = build_parser()
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    sections = [
-        f"## genarm {name}\n\n```text\n{subparsers.choices[name].format_help().rstrip()}\n```\n" for name in VERBS
-    ]
+    verbs = _choices(parser)
+    sections: list[str] = []
+    for name in VERBS:
+        sections.append(_section(f"## genarm {name}", verbs[name]))
+        sections += [_section(f"### genarm {name} {subject}", own) for subject, own in _choices(verbs[name]).items()]
     return "\n".join(
         [
             "# Commands",
@@ -30,6 +31,15 @@ def render() -> str:
             *sections,
         ]
     )
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
+
+
+def _section(heading: str, parser: argparse.ArgumentParser) -> str:
+    return f"{heading}\n\n```text\n{parser.format_help().rstrip()}\n```\n"
 
 
 def main() -> int:

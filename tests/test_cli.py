@@ -18,10 +18,12 @@ from tiny import save_member, tiny_lora, tiny_model
 SAMPLING = ("--max-new-tokens", "--temperature", "--top-p", "--seed")
 MODEL = ("folder", "--dtype", "--device", "--trust-remote-code", "--weights", "--system")
 
+ENGINE = {"--speculate", "--draft"}
 OPTIONS = {
     "generate": {
         *MODEL,
         *SAMPLING,
+        *ENGINE,
         "--prompt",
         "--input",
         "--output",
@@ -30,11 +32,15 @@ OPTIONS = {
         "--batch-size",
         "--num-samples",
     },
-    "chat": {*MODEL, *SAMPLING},
+    "chat": {*MODEL, *SAMPLING, *ENGINE, "--context"},
     "score": {*MODEL, "--prompt", "--response", "--json", "--html", "--raw"},
     "compose": {
         *("--base", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
         "--trust-remote-code",
+    },
+    "bench decode": {
+        *("--base-shape", "--dtype", "--device", "--tokens", "--rounds", "--streams", "--agreement"),
+        *("--real", "--prompts", "--output", "--seed"),
     },
 }
 
@@ -47,15 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "guided"
 
 
-def verbs() -> dict[str, argparse.ArgumentParser]:
-    actions = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+def verbs(parser: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
+    actions = (parser or build_parser())._subparsers._group_actions  # type: ignore[union-attr]
     return dict(actions[0].choices)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verb", OPTIONS)
 def test_options_are_frozen(verb: str) -> None:
     """Scripts rely on these names: removing or renaming one is a decision, not an accident."""
-    actions = [action for action in verbs()[verb]._actions if action.dest != "help"]
+    name, *subject = verb.split()
+    parser = verbs(verbs()[name])[subject[0]] if subject else verbs()[name]
+    actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.option_strings[0] if action.option_strings else action.dest for action in actions} == OPTIONS[verb]
     assert all(len(action.option_strings) <= 1 and action.help for action in actions)
 
@@ -107,9 +115,9 @@ MISTAKES = {
     "an adapter": (["generate", "ADAPTER", "--prompt", "w1"], "is a LoRA adapter, which is no model by itself"),
     "no config": (["generate", "EMPTY", "--prompt", "w1"], "has no config.json"),
     "temperature": (["generate", "FOLDER", "--prompt", "w1", "--temperature", "-1"], "it must be 0 (greedy) or more"),
-    "NaN temperature": (["chat", "FOLDER", "--temperature", "nan"], "--temperature is nan"),
-    "top-p": (["chat", "FOLDER", "--top-p", "0"], "--top-p is 0; it must be above 0 and at most 1"),
-    "tokens": (["chat", "FOLDER", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    "NaN temperature": (["chat", "FOLDER", "--temperature", "nan"], "temperature is nan"),
+    "top-p": (["chat", "FOLDER", "--top-p", "0"], "top_p is 0; it must be above 0 and at most 1"),
+    "tokens": (["chat", "FOLDER", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "seed": (["generate", "FOLDER", "--prompt", "w1", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
     "batch": (["generate", "FOLDER", "--prompt", "w1", "--batch-size", "0"], "--batch-size is 0"),
     "samples": (

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-VERBS = ("train", "compose", "generate", "chat", "score", "demo")
+VERBS = ("train", "compose", "generate", "chat", "score", "demo", "bench")
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -1,0 +1,64 @@
+"""What the figures were measured on, and with which code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import genarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Names and versions; `accelerator` is None where the CPU computes, `threads` are torch's."""
+
+    processor: str
+    cores: int
+    threads: int
+    accelerator: str | None
+    python: str
+    torch: str
+    transformers: str
+
+
+def this_machine(device: str) -> Machine:
+    """The machine that runs this, computing on `device`."""
+    place = torch.device(device)
+    return Machine(
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        accelerator=torch.cuda.get_device_name(place) if place.type == "cuda" else None,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def code_version() -> str:
+    """The commit, "-dirty" after it where files have been changed; the package's version outside of a checkout."""
+    here = Path(genarm.__file__).resolve()
+    version = f"genarm {genarm.__version__}"
+    try:
+        tracked = ["git", "ls-files", "--error-unmatch", here.name]  # an environment may lie inside another checkout
+        subprocess.run(tracked, cwd=here.parent, check=True, capture_output=True)
+        describe = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(describe, cwd=here.parent, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version
+    return f"{version}, commit {done.stdout.strip()}"

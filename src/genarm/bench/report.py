@@ -1,0 +1,145 @@
+"""The results as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from genarm.bench.counting import DRAFTS
+from genarm.bench.decode import DecodeResult
+from genarm.bench.field import Speculated
+from genarm.bench.figures import Figure
+from genarm.bench.machine import Machine
+from genarm.bench.settings import DecodeSettings
+from genarm.bench.timing import spread
+from genarm.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """Where, when and with what."""
+
+    machine: Machine
+    date: datetime.date
+    code: str
+
+
+def write_report(folder: Path, result: DecodeResult, circumstances: Circumstances) -> None:
+    """`decode.json`, with all that was measured, and `decode.md`."""
+    record = json.dumps(as_json(result, circumstances), indent=2, ensure_ascii=False)
+    write_text(folder / "decode.json", record + "\n")
+    write_text(folder / "decode.md", as_markdown(result, circumstances))
+
+
+def as_json(result: DecodeResult, circumstances: Circumstances) -> dict[str, Any]:
+    """Everything, raw times included."""
+    record = {
+        "date": circumstances.date.isoformat(),
+        "code": circumstances.code,
+        "command": command(result.settings),
+        "machine": asdict(circumstances.machine),
+        **asdict(result),
+        "figures": [{**asdict(figure), **asdict(figure.spread), "met": figure.met} for figure in result.figures],
+    }
+    record["settings"]["prompts"] = None if result.settings.prompts is None else str(result.settings.prompts)
+    return record
+
+
+def command(settings: DecodeSettings) -> str:
+    """A command line that measures the same, every option said."""
+    words = ["genarm", "bench", "decode"]
+    for name, value in asdict(settings).items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    return shlex.join(words)
+
+
+def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
+    """The table of figures, what they are made of, and what they were measured on."""
+    timed = result.timed
+    parts = [
+        _table(("figure", "measured", "target", "met"), map(_figure_row, result.figures)),
+        f"A figure is the median [smallest to largest] of its ratios in {result.settings.rounds} rounds; in every "
+        "round each contestant runs once.",
+        _table(("batch 1", "ms per token"), ((name, _spread(row, scale=1e3)) for name, row in timed.seconds.items())),
+        _table(
+            ("streams, one LoRA ARM", "tokens/s"),
+            ((str(n), _spread(row, digits=1)) for n, row in timed.tokens_per_second.items()),
+        ),
+        _table(
+            ("acceptance wanted", "Σ min(p, q) of the pair", "accepted of drafts looked at", "base forwards per token"),
+            map(_speculated_row, timed.speculated),
+        ),
+        *_bandwidth(result),
+        *_real(result),
+        _circumstances(result, circumstances),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure_row(figure: Figure) -> Sequence[str]:
+    met = {None: "–", True: "yes", False: "no"}[figure.met]
+    return figure.name, _spread(figure.values), str(figure.target or "–"), met
+
+
+def _speculated_row(row: Speculated) -> Sequence[str]:
+    return f"{row.wanted:.2f}", f"{row.made:.3f}", str(row.seen), f"{row.counts.passes_per_token:.3f}"
+
+
+def _bandwidth(result: DecodeResult) -> Iterable[str]:
+    bandwidth = result.timed.bandwidth
+    if bandwidth is not None:
+        yield (
+            f"A token of the unguided base reads {bandwidth.bytes_per_token / 1e9:.2f} GB; copies in the device's "
+            f"memory move {bandwidth.copied_per_second / 1e9:.0f} GB/s."
+        )
+
+
+def _real(result: DecodeResult) -> Iterable[str]:
+    real = result.real
+    if real is not None:
+        yield _table(
+            ("real pair, w=1, T=1", "base forwards per token", "tokens", "drafted", "kept"),
+            (
+                (name, f"{of.passes_per_token:.3f}", str(of.tokens), str(of.drafted), str(of.accepted))
+                for name, of in {
+                    f"always {DRAFTS} drafts": real.drafting,
+                    "as many drafts as pay": real.usual,
+                    "no speculation": real.control,
+                }.items()
+            ),
+        )
+        yield (
+            f"Base `{real.base}`, ARM `{real.arm}`, {real.prompts} prompts. Accepted of the drafts that were looked "
+            f"at, drafting one at a time: {real.acceptance}."
+        )
+
+
+def _circumstances(result: DecodeResult, circumstances: Circumstances) -> str:
+    machine = circumstances.machine
+    sizes = ", ".join(f"{name} {count:,} parameters" for name, count in result.parameters.items())
+    device = f"{machine.accelerator}; " if machine.accelerator else ""
+    return (
+        f"Random weights, {result.where.dtype}: {sizes}. {circumstances.date.isoformat()}, {circumstances.code}. "
+        f"{device}{machine.processor}, {machine.cores} cores, {machine.threads} threads of torch; "
+        f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}. "
+        f"Command: `{command(result.settings)}`."
+    )
+
+
+def _spread(values: Sequence[float], *, scale: float = 1.0, digits: int = 3) -> str:
+    of = spread([value * scale for value in values])
+    if of.n == 1:
+        return f"{of.median:.{digits}f}"
+    return f"{of.median:.{digits}f} [{of.low:.{digits}f} to {of.high:.{digits}f}]"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,115 @@
+"""Measure how fast this machine decodes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from genarm.bench.shapes import SHAPES
+from genarm.cli.options import quiet_libraries
+
+SUMMARY = "measure decoding speed on this machine"
+
+_DECODE = """Measure the decoding engine: guided and unguided, with and without speculation, at one and at many streams,
+beside transformers' generate and a naive loop of two models.
+
+Models have random weights at a chosen shape, so nothing is downloaded. Contestants take turns, and all figures are
+ratios within a round. The results are printed as Markdown; progress goes to standard error."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be measured, each with its options."""
+    subjects = parser.add_subparsers(dest="subject", metavar="WHAT", required=True)
+    decode = subjects.add_parser("decode", help="the decoding engine, in this process", description=_DECODE)
+    decode.formatter_class = parser.formatter_class
+    _add_decode_arguments(decode)
+    decode.set_defaults(measure=_decode)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    code: int = arguments.measure(arguments)
+    return code
+
+
+def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-shape",
+        choices=tuple(SHAPES),
+        default="200m",
+        help="of the base; its full ARM has an eighth of the parameters",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; by default bfloat16 where the device has it, and float32 elsewhere",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, …; by default the first GPU, if any")
+    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
+    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="in which every contestant runs once")
+    parser.add_argument(
+        "--streams",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[1, 4, 16],
+        help="replies at once, with one LoRA ARM; 1 is always measured",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        nargs="+",
+        metavar="P",
+        default=[0.8],
+        help="acceptance of drafts that the full ARM is made for",
+    )
+    parser.add_argument(
+        "--real",
+        nargs=2,
+        metavar=("BASE", "ARM"),
+        help="also count the drafts of a real ARM for a real base: folders or hub ids",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="for the real pair, .txt or .jsonl; by default a few questions"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write decode.json and decode.md into")
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    with quiet_libraries():
+        import datetime
+        from contextlib import nullcontext
+
+        from rich.console import Console
+
+        from genarm.bench.decode import run_decode
+        from genarm.bench.machine import code_version, this_machine
+        from genarm.bench.report import Circumstances, as_markdown, write_report
+        from genarm.bench.settings import DecodeSettings
+        from genarm.files import new_folder
+
+        settings = DecodeSettings(
+            base_shape=arguments.base_shape,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            tokens=arguments.tokens,
+            rounds=arguments.rounds,
+            streams=tuple(arguments.streams),
+            agreement=tuple(arguments.agreement),
+            real=None if arguments.real is None else tuple(arguments.real),
+            prompts=arguments.prompts,
+            seed=arguments.seed,
+        )
+        with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
+            result = run_decode(settings, Console(stderr=True, highlight=False))
+            circumstances = Circumstances(
+                machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
+            )
+            if folder is not None:
+                write_report(folder, result, circumstances)
+    print(as_markdown(result, circumstances), end="")
+    if arguments.output is not None:
+        print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
