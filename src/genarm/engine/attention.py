@@ -13,7 +13,7 @@ features of a head.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,6 +100,7 @@ class Pass:
         adapters_T: index of each token's member among the trunk's.
         batch: the short feeds, if any.
         chunks: the long feeds.
+        adapted: some token has an adapter to run with.
     """
 
     arena: Arena
@@ -110,6 +111,7 @@ class Pass:
     adapters_T: Tensor
     batch: Batch | None
     chunks: Sequence[Chunk]
+    adapted: bool
     masks: dict[_MaskKey, Tensor] = field(default_factory=dict)
     slots: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
 
@@ -169,7 +171,9 @@ class Pass:
         return self.masks[at]
 
 
-def plan_pass(arena: Arena, feeds: Sequence[Feed], embedding_size: int, device: torch.device) -> Pass:
+def plan_pass(
+    arena: Arena, feeds: Sequence[Feed], embedding_size: int, device: torch.device, adapted: Container[int] = ()
+) -> Pass:
     """Lay out the tokens of `feeds`: short feeds by row, then long ones.
 
     Args:
@@ -177,6 +181,7 @@ def plan_pass(arena: Arena, feeds: Sequence[Feed], embedding_size: int, device: 
         feeds: at most one per row.
         embedding_size: ids at or above it (the base's padding, say) are unknown to this model and become 0.
         device: of the model's input.
+        adapted: the trunk's members that have an adapter.
     """
     short = sorted((feed for feed in feeds if len(feed.ids) <= SHORT), key=lambda feed: feed.row.index)
     long = [feed for feed in feeds if len(feed.ids) > SHORT]
@@ -210,6 +215,7 @@ def plan_pass(arena: Arena, feeds: Sequence[Feed], embedding_size: int, device: 
         adapters_T=tensor(adapters),
         batch=_batch(arena, short, device) if short else None,
         chunks=chunks,
+        adapted=any(feed.row.member in adapted for feed in feeds),
     )
 
 
@@ -261,7 +267,7 @@ def _visible(positions_NQ1: Tensor, span: int, window: int | None) -> Tensor:
 
 
 def _scores(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
-    """Attention of `query` [N, K, Q, D], in its dtype.
+    """Attention of `query` [N, K, Q, D], in its dtype; `mask` is [N, 1, Q, S].
 
     On a CPU torch's fused attention is many times slower than three plain products for the few queries of a decode
     step, and its bfloat16 products slower than float32 ones: there everything is float32, the arena included.
@@ -272,7 +278,8 @@ def _scores(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, op
     scores = (query.to(keys.dtype) * scale) @ keys.transpose(-1, -2)
     if options.softcap is not None:  # Gemma 2 squashes its scores
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores if mask is None else scores + mask
+    if mask is not None:
+        scores += mask
     return (torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values).to(query.dtype)
 
 

@@ -77,6 +77,7 @@ class DecodeGraphs:
             outputs_W=torch.arange(rows, device=device),
             adapters_T=zeros.clone(),
             batch=batch,
+            adapted=True,
             masks={},
             slots={},
         )

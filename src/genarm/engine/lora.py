@@ -1,19 +1,19 @@
 """LoRA adapters that share one read of their model's weights.
 
-In an adapted layer all adapters are stacked into two matrices. A pass multiplies all its tokens by the first, keeps for
-each token the columns of its own adapter (none, for the model itself) and multiplies by the second: two small products,
-however many adapters there are. On a GPU both are in the model's dtype (bf16 enters here), as for any other layer; on a
-CPU in float32, where products this small take half the time.
+All adapters of a layer are stacked into two matrices. A pass multiplies all its tokens by the first, keeps for each
+token the columns of its own adapter (none, for the model itself) and multiplies by the second: two small products,
+however many adapters there are. Layers with the same input share the first. On a GPU both are in the model's dtype
+(bf16 enters here), as for any other layer; on a CPU in float32, where products this small take half the time.
 
-Shapes: T tokens, R ranks of all adapters of a layer together, I and O its in- and output features.
+Shapes: T tokens, R columns (the ranks of all adapters together), I and O a layer's in- and output features.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from genarm.model.adapters import adapter_layers
 
-_Columns = tuple[tuple[int, float], ...]
-"""What the ranks of a layer are: (member, scaling) of each column. Layers alike in this share a mask."""
+_Column = tuple[int, float]
+"""One rank of one adapter: the member that it belongs to, and the adapter's scaling."""
 
 
 def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
@@ -42,60 +42,97 @@ def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """All adapters of one layer, one above the other."""
+@dataclass(eq=False)
+class _Group:
+    """Layers that get the same input (query, key and value, say): one product serves them all."""
 
-    columns: _Columns
-    down_RI: Tensor
+    columns: list[_Column] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+    down_RI: Tensor = field(default_factory=lambda: torch.empty(0))
+    mask_TR: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(eq=False)
+class _Stack:
+    """The adapters of one layer: its columns of the group's product, and the matrix that they are multiplied by."""
+
+    group: _Group
+    first: int
+    last: int
     up_RO: Tensor
 
 
 class SharedAdapters:
     """The adapters of one model, ready to run side by side. Outside of `masked` the model runs as before."""
 
-    def __init__(self, model: nn.Module, adapters: Sequence[str | None], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, adapters: Sequence[str | None], dtype: torch.dtype, run_once: Callable[[], None]
+    ) -> None:
         """Stack the adapters; peft's own parameters become views of the stacks, so nothing is held twice.
 
         Args:
             model: carries them.
             adapters: of each member of the trunk, by index; None for the model itself.
             dtype: of the stacks.
+            run_once: runs the model on anything, which shows which layers get the same input.
         """
         layers: list[Any] = [*adapter_layers(model)]
         self._stacks: dict[nn.Module, _Stack] = {}
-        self._tables: dict[_Columns, Tensor] = {}
-        self._masks: dict[_Columns, Tensor] = {}
-        for layer in layers:
-            stack = _stack(layer, adapters, dtype)
-            if stack is not None:
-                kind: type[nn.Module] = type(layer)
-                layer.__class__ = _sharing(kind)
-                self._stacks[layer] = stack
-                if stack.columns not in self._tables:
-                    self._tables[stack.columns] = _table(stack, len(adapters))
+        for group in _same_inputs([layer for layer in layers if _members_of(layer, adapters)], run_once):
+            self._stacks.update(_stack(group, adapters, dtype))
+        self._tables: dict[tuple[_Column, ...], Tensor] = {}
+        for stack in self._stacks.values():
+            columns = tuple(stack.group.columns)
+            if columns not in self._tables:
+                self._tables[columns] = _table(columns, len(adapters)).to(stack.up_RO)
+        self._groups = list({id(stack.group): stack.group for stack in self._stacks.values()}.values())
+        self._table_of = [self._tables[tuple(group.columns)] for group in self._groups]
+        self._input: Tensor | None = None
+        self._low_TR = torch.empty(0)
 
     @contextmanager
     def masked(self, adapters_T: Tensor) -> Iterator[None]:
         """Run tokens each with the adapter of its member, in this thread."""
-        self._masks = {
-            columns: table.index_select(0, adapters_T.to(table.device)) for columns, table in self._tables.items()
-        }
+        masks = {id(t): t.index_select(0, adapters_T.to(t.device)) for t in self._tables.values()}
+        for group, table in zip(self._groups, self._table_of, strict=True):
+            group.mask_TR = masks[id(table)]
         _current.adapters = self
         try:
             yield
         finally:
-            _current.adapters = None
+            _current.adapters = self._input = None
 
     def add(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """`output` of the layer's base for `x`, plus the low-rank parts."""
         stack = self._stacks.get(layer)
         if stack is None:  # it carries adapters of another engine only
             return output
-        low_TR = (x.view(-1, x.shape[-1]).to(stack.down_RI.dtype) @ stack.down_RI.t()).mul_(self._masks[stack.columns])
+        if x is not self._input:
+            group = stack.group
+            self._input = x  # held, so that no other tensor can be taken for it
+            self._low_TR = (x.view(-1, x.shape[-1]).to(group.down_RI.dtype) @ group.down_RI.t()).mul_(group.mask_TR)
         # In place: the layer's output is fresh, nobody else holds it.
-        output.view(-1, output.shape[-1]).add_(low_TR @ stack.up_RO)
+        output.view(-1, output.shape[-1]).add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO)
         return output
+
+
+def _same_inputs(layers: Sequence[Any], run_once: Callable[[], None]) -> list[list[Any]]:
+    """`layers` in the order in which they run, those with the very same input together."""
+    groups: list[list[Any]] = []
+    inputs: list[Tensor] = []
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if inputs and arguments[0] is inputs[-1]:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+            inputs.append(arguments[0])
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    run_once()
+    for hook in hooks:
+        hook.remove()
+    return groups
 
 
 _current = threading.local()
@@ -126,26 +163,44 @@ class _Sharing:
         return adapters.add(layer, x, layer.base_layer(x))
 
 
-def _table(stack: _Stack, members: int) -> Tensor:
+def _table(columns: Sequence[_Column], members: int) -> Tensor:
     """[members, R]: a member's scaling in its own columns, 0 in the others."""
-    table = torch.zeros(members, len(stack.columns))
-    for column, (member, scaling) in enumerate(stack.columns):
+    table = torch.zeros(members, len(columns))
+    for column, (member, scaling) in enumerate(columns):
         table[member, column] = scaling
-    return table.to(stack.down_RI)
+    return table
 
 
-def _stack(layer: Any, adapters: Sequence[str | None], dtype: torch.dtype) -> _Stack | None:
-    """Stack the adapters of one layer; None where it has none of them."""
-    here = [(member, name) for member, name in enumerate(adapters) if name is not None and name in layer.lora_A]
-    if not here:
-        return None
-    down_RI = torch.cat([layer.lora_A[name].weight.detach().to(dtype) for _, name in here])
-    up_RO = torch.cat([layer.lora_B[name].weight.detach().to(dtype).t() for _, name in here]).contiguous()
-    columns: list[tuple[int, float]] = []
-    for member, name in here:
-        rank = layer.lora_A[name].weight.shape[0]
-        own = slice(len(columns), len(columns) + rank)
-        layer.lora_A[name].weight.data = down_RI[own]
-        layer.lora_B[name].weight.data = up_RO[own].t()
-        columns += [(member, float(layer.scaling[name]))] * rank
-    return _Stack(columns=tuple(columns), down_RI=down_RI, up_RO=up_RO)
+def _members_of(layer: Any, adapters: Sequence[str | None]) -> list[tuple[int, str]]:
+    """The members that have an adapter on a layer, by index and name."""
+    return [(member, name) for member, name in enumerate(adapters) if name is not None and name in layer.lora_A]
+
+
+def _stack(layers: Sequence[Any], adapters: Sequence[str | None], dtype: torch.dtype) -> dict[nn.Module, _Stack]:
+    """Stack the adapters of layers with the same input, and let their forwards use them."""
+    group = _Group()
+    stacks: dict[nn.Module, _Stack] = {}
+    for layer in layers:
+        first = len(group.columns)
+        here = _members_of(layer, adapters)
+        for member, name in here:
+            group.parts.append(layer.lora_A[name].weight.detach().to(dtype))
+            group.columns += [(member, float(layer.scaling[name]))] * len(group.parts[-1])
+        up_RO = torch.cat([layer.lora_B[name].weight.detach().to(dtype).t() for _, name in here]).contiguous()
+        stacks[layer] = _Stack(group=group, first=first, last=len(group.columns), up_RO=up_RO)
+        kind: Any = type(layer)
+        layer.__class__ = _sharing(kind)
+    group.down_RI = torch.cat(group.parts)
+    group.parts.clear()
+    for layer, stack in stacks.items():
+        _make_views(layer, _members_of(layer, adapters), stack)
+    return stacks
+
+
+def _make_views(layer: Any, here: Sequence[tuple[int, str]], stack: _Stack) -> None:
+    start = 0
+    for _, name in here:
+        end = start + layer.lora_A[name].weight.shape[0]
+        layer.lora_A[name].weight.data = stack.group.down_RI[stack.first + start : stack.first + end]
+        layer.lora_B[name].weight.data = stack.up_RO[start:end].t()
+        start = end

@@ -76,12 +76,12 @@ def make_table(
     counts: dict[Live, int] = {}
     for live, _ in spots:
         counts[live] = counts.get(live, 0) + 1
-    base_PV = torch.cat([outputs[live, BASE_MEMBER] for live in counts])
+    base_PV = _stacked([outputs[live, BASE_MEMBER] for live in counts])
     rewards = sorted({member for _, member in outputs} - {BASE_MEMBER})
     members = {BASE_MEMBER: base_PV}
     for member in rewards:
         rows = [outputs.get((live, member)) for live in counts]
-        members[member] = torch.cat(
+        members[member] = _stacked(
             [
                 torch.zeros(count, base_PV.shape[-1], device=device) if row is None else row.to(device)
                 for row, count in zip(rows, counts.values(), strict=True)
@@ -95,6 +95,10 @@ def make_table(
         [unknown[member - 1] for member in rewards],
     )
     return Table(rows={spot: i for i, spot in enumerate(spots)}, guided_PV=guided_P1V[:, 0], members=members)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def join(one: Table, other: Table) -> Table:

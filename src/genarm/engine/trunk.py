@@ -84,8 +84,11 @@ class Trunk:
         adapters = [member.adapter for member in members]
         named = [adapter for adapter in adapters if adapter is not None]
         self.shared = can_share(model, named)
-        self._adapters = SharedAdapters(model, adapters, _adapter_dtype(model)) if named and self.shared else None
+        self._adapters = (
+            SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
+        )
         self._graphs = DecodeGraphs(self.arena, self._logits) if graphs and self.shared else None
+        self._adapted = frozenset(i for i, adapter in enumerate(adapters) if adapter is not None)
         self.passes = 0
 
     @torch.inference_mode()
@@ -103,7 +106,7 @@ class Trunk:
         wanted: dict[int, Tensor] = {}
         for group in groups:
             adapter = self.members[group[0].row.member].adapter
-            plan = plan_pass(self.arena, group, self.embedding_size, self.device)
+            plan = plan_pass(self.arena, group, self.embedding_size, self.device, self._adapted)
             if self.shared:
                 logits_WV = self._logits(plan) if self._graphs is None else self._graphs.run(plan)
             else:
@@ -115,6 +118,10 @@ class Trunk:
             feed.row.ids.extend(feed.ids)
         return [self._fit(wanted[id(feed)]) for feed in feeds]
 
+    def _run_once(self) -> None:
+        """One token, whose keys and values go nowhere."""
+        _probe(self.model, self._plug, self._arguments, self.device)
+
     def _fit(self, log_probs_WV: Tensor) -> Tensor:
         return log_probs_WV if self.alignment is None else self.alignment.fit(log_probs_WV)
 
@@ -124,7 +131,7 @@ class Trunk:
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = plan.outputs_W
         with self._plug.attending(plan):
-            if self._adapters is None:
+            if self._adapters is None or not plan.adapted:
                 output = self.model(**inputs, use_cache=False, return_dict=True)
             else:
                 with self._adapters.masked(plan.adapters_T):

@@ -42,6 +42,5 @@ def combine(
     for i, mask_V in enumerate(unknown):
         if mask_V is not None:
             total_BTV.masked_fill_(mask_V & (weights_BR[:, i, None, None] != 0), -torch.inf)
-    log_z_BT1 = total_BTV.logsumexp(dim=-1, keepdim=True)
     guided_B11 = (weights_BR != 0).any(dim=1)[:, None, None]
-    return total_BTV.sub_(log_z_BT1.where(guided_B11, 0.0))
+    return torch.where(guided_B11, torch.log_softmax(total_BTV, dim=-1), base_BTV)
