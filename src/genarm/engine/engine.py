@@ -108,6 +108,7 @@ class Engine:
             context=self.options.context,
         )
         self.context = built.context
+        self.members = len(built.layout.places)
         self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
         self._built = built
         self._guess_costs = _guessers(built.guess_costs, self.options)
