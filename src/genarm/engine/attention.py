@@ -149,13 +149,17 @@ class Pass:
         keys_NKSD, values_NKSD = keys_RKCD[:n, :, : batch.span], values_RKCD[:n, :, : batch.span]
         kv_heads = keys_NKSD.shape[1]
         groups = heads // kv_heads
-        cells_T = None if batch.cells_T is None else batch.cells_T.to(query_THD.device)
+        mask = self._mask(batch, groups, options.window, keys_NKSD)
+        # Query heads that share a key/value head become more queries of it: keys are never repeated.
+        if q == 1 and batch.cells_T is None:
+            folded = query_THD[:n].view(n, kv_heads, groups, size)
+            return _scores(folded, keys_NKSD, values_NKSD, mask, options).reshape(n, heads, -1)
         table = query_THD[: batch.tokens]
+        cells_T = None if batch.cells_T is None else batch.cells_T.to(query_THD.device)
         if cells_T is not None:
             table = query_THD.new_zeros(n * q, heads, size).index_copy_(0, cells_T, table)
-        # Query heads that share a key/value head become more queries of it: keys are never repeated.
         folded = table.view(n, q, kv_heads, groups, size).permute(0, 2, 3, 1, 4).reshape(n, kv_heads, groups * q, size)
-        out = _scores(folded, keys_NKSD, values_NKSD, self._mask(batch, groups, options.window, keys_NKSD), options)
+        out = _scores(folded, keys_NKSD, values_NKSD, mask, options)
         out = out.view(n, kv_heads, groups, q, -1).permute(0, 3, 1, 2, 4).reshape(n * q, heads, -1)
         return out if cells_T is None else out.index_select(0, cells_T)
 

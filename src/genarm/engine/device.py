@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 _HALVES = (torch.bfloat16, torch.float16)
-_LAYER_COST = {"cpu": 2e6, "cuda": 2e7}
+_LAYER_COST = {"cpu": 4e6, "cuda": 2e7}
 """What a layer costs besides reading its weights, as a number of weights that could be read in that time."""
 
 

@@ -21,6 +21,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from genarm.engine.fused import same_inputs
 from genarm.model.adapters import adapter_layers
 
 _Column = tuple[int, float]
@@ -78,7 +79,7 @@ class SharedAdapters:
         """
         layers: list[Any] = [*adapter_layers(model)]
         self._stacks: dict[nn.Module, _Stack] = {}
-        for group in _same_inputs([layer for layer in layers if _members_of(layer, adapters)], run_once):
+        for group in same_inputs([layer for layer in layers if _members_of(layer, adapters)], run_once):
             self._stacks.update(_stack(group, adapters, dtype))
         self._tables: dict[tuple[_Column, ...], Tensor] = {}
         for stack in self._stacks.values():
@@ -111,28 +112,8 @@ class SharedAdapters:
             group = stack.group
             self._input = x  # held, so that no other tensor can be taken for it
             self._low_TR = (x.view(-1, x.shape[-1]).to(group.down_RI.dtype) @ group.down_RI.t()).mul_(group.mask_TR)
-        # In place: the layer's output is fresh, nobody else holds it.
-        output.view(-1, output.shape[-1]).add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO)
-        return output
-
-
-def _same_inputs(layers: Sequence[Any], run_once: Callable[[], None]) -> list[list[Any]]:
-    """`layers` in the order in which they run, those with the very same input together."""
-    groups: list[list[Any]] = []
-    inputs: list[Tensor] = []
-
-    def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if inputs and arguments[0] is inputs[-1]:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-            inputs.append(arguments[0])
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    run_once()
-    for hook in hooks:
-        hook.remove()
-    return groups
+        # In place: the layer's output is fresh, nobody else holds it. [T, O] fits [1, T, O].
+        return output.add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO)
 
 
 _current = threading.local()

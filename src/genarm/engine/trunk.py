@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from genarm.engine.arena import Arena, LayerShape
 from genarm.engine.attention import Feed, Pass, Plug, plan_pass
 from genarm.engine.device import input_device
+from genarm.engine.fused import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.errors import UnsupportedError
@@ -87,6 +88,7 @@ class Trunk:
         self._adapters = (
             SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
         )
+        self._fused = FusedLinears(model, self._run_once)
         self._graphs = DecodeGraphs(self.arena, self._logits) if graphs and self.shared else None
         self._adapted = frozenset(i for i, adapter in enumerate(adapters) if adapter is not None)
         self.passes = 0
@@ -130,7 +132,7 @@ class Trunk:
         inputs: dict[str, Any] = {"input_ids": plan.ids_T[None], "position_ids": plan.positions_T[None]}
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = plan.outputs_W
-        with self._plug.attending(plan):
+        with self._plug.attending(plan), self._fused.active():
             if self._adapters is None or not plan.adapted:
                 output = self.model(**inputs, use_cache=False, return_dict=True)
             else:
