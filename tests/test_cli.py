@@ -120,6 +120,12 @@ MISTAKES = {
     "tokens": (["chat", "FOLDER", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "seed": (["generate", "FOLDER", "--prompt", "w1", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
     "batch": (["generate", "FOLDER", "--prompt", "w1", "--batch-size", "0"], "--batch-size is 0"),
+    "speculate": (
+        ["generate", "FOLDER", "--prompt", "w1", "--speculate", "-1"],
+        "speculate is -1; it must be at least 0",
+    ),
+    "draft": (["generate", "FOLDER", "--prompt", "w1", "--draft", "nosuch"], "there is no model folder nosuch"),
+    "context": (["chat", "FOLDER", "--context", "500"], "the context is 500 tokens; it must be from 2 to 128"),
     "samples": (
         ["generate", "FOLDER", "--prompt", "w1", "--num-samples", "2", "--temperature", "0"],
         "the same reply 2 times",

@@ -17,6 +17,7 @@ from genarm.cli.options import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    draft_files,
     open_console,
     open_engine,
     printable,
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         find_device(arguments.device)
         files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
         weights = weights_of(arguments, files)
-        engine = open_engine(arguments, files, streams=2, context=arguments.context)
+        engine = open_engine(arguments, files, draft_files(arguments), streams=2, context=arguments.context)
         chat = Chat(
             engine,
             files,

@@ -18,6 +18,7 @@ from genarm.cli.options import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    draft_files,
     open_engine,
     printable,
     quiet_libraries,
@@ -74,10 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         device = find_device(arguments.device)
         files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        draft = draft_files(arguments)
         weights = weights_of(arguments, files)
         jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)
         settings = _settings(arguments, files, requests, plan, weights, device)
-        return _decode(arguments, files, jobs, plan, settings)
+        return _decode(arguments, files, draft, jobs, plan, settings)
 
 
 def _settings(
@@ -112,7 +114,14 @@ def _settings(
     )
 
 
-def _decode(arguments: argparse.Namespace, files: ModelFiles, jobs: list[Job], plan: Plan, settings: Settings) -> int:
+def _decode(
+    arguments: argparse.Namespace,
+    files: ModelFiles,
+    draft: ModelFiles | None,
+    jobs: list[Job],
+    plan: Plan,
+    settings: Settings,
+) -> int:
     from genarm.batch.output import begin
     from genarm.batch.run import context_of, decode
 
@@ -124,7 +133,7 @@ def _decode(arguments: argparse.Namespace, files: ModelFiles, jobs: list[Job], p
     if done:
         _say(f"resuming {output} at {done} of {len(jobs)} rows")
     engine = open_engine(
-        arguments, files, streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan)
+        arguments, files, draft, streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan)
     )
     if output:
         _say(engine.describe())

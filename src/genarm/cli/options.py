@@ -83,20 +83,29 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_engine(arguments: argparse.Namespace, files: ModelFiles, *, streams: int, context: int | None) -> Engine:
-    """The engine that `arguments` ask for; raises what `Engine` does."""
-    from genarm.engine import Engine, EngineOptions
-    from genarm.opening import find_device, open_files
+def draft_files(arguments: argparse.Namespace) -> ModelFiles | None:
+    """Check the engine's options and open the files of the draft model, before anything is loaded or written."""
+    from genarm.engine import EngineOptions
+    from genarm.opening import open_files
 
-    options = EngineOptions(streams=streams, context=context, speculate=arguments.speculate)
+    EngineOptions(speculate=arguments.speculate)
+    if arguments.draft is None:
+        return None
+    return open_files(arguments.draft, trust_remote_code=arguments.trust_remote_code)
+
+
+def open_engine(
+    arguments: argparse.Namespace, files: ModelFiles, draft: ModelFiles | None, *, streams: int, context: int | None
+) -> Engine:
+    """Load the models and make the engine; raises what `Engine` does."""
+    from genarm.engine import Engine, EngineOptions
+    from genarm.opening import find_device
+
     device = find_device(arguments.device)
-    draft = None
-    if arguments.draft is not None:
-        draft = open_files(arguments.draft, trust_remote_code=arguments.trust_remote_code)
     return Engine(
         files.load(dtype=arguments.dtype, device=device),
         files.tokenizer,
-        options,
+        EngineOptions(streams=streams, context=context, speculate=arguments.speculate),
         draft=None if draft is None else draft.load(dtype=arguments.dtype, device=device),
         draft_tokenizer=None if draft is None else draft.tokenizer,
     )
