@@ -21,7 +21,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from genarm.engine.fused import same_inputs
+from genarm.engine.fused import FusedLinear, same_inputs
 from genarm.model.adapters import adapter_layers
 
 _Column = tuple[int, float]
@@ -141,7 +141,8 @@ class _Sharing:
             parent: Any = super()
             result: Tensor = parent.forward(x, *args, **kwargs)
             return result
-        return adapters.add(layer, x, layer.base_layer(x))
+        base = layer._modules["base_layer"]  # nn.Module's lookup and call cost as much as the adapters' products
+        return adapters.add(layer, x, base.forward(x) if type(base) is FusedLinear else base(x))
 
 
 def _table(columns: Sequence[_Column], members: int) -> Tensor:
