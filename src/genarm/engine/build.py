@@ -129,7 +129,11 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
             "for fewer streams or a shorter context"
         ) from error
     together = "" if len(group.members) == 1 else " in one forward" if trunk.shared else " one after the other"
-    return trunk, f"{names}: {path.why}{together}; KV cache {trunk.arena.bytes / 2**30:.2f} GiB"
+    return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.arena.bytes)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _positions(member: Member) -> int | None:
