@@ -57,7 +57,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
-    return any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # an older torch
 
 
 def cost(model: PreTrainedModel) -> float:
