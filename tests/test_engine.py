@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
@@ -312,6 +312,18 @@ def test_half_precision() -> None:
         with Engine(model, TOKENIZER, options(speculate=speculate, adapt=False)) as engine:
             completion = engine.generate([greedy(PROMPTS[0])])[0]
         check_numbers(exact, PROMPTS[0], completion, {}, tolerance=0.3)
+
+
+def test_a_quantised_base_with_an_adapter(tmp_path: Path) -> None:
+    """bitsandbytes' layers are neither fused nor converted, and adapters are added to what they return."""
+    pytest.importorskip("bitsandbytes")
+    path = save_member(tiny_model(seed=0, hidden=128, intermediate_size=128), tmp_path / "base")
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantised, dtype=torch.float32)
+    model = GuidedForCausalLM.from_members(base, {"one": lora(base, "one", 3)})
+    expected = generated(model)
+    with Engine(model, TOKENIZER, options()) as engine:
+        assert token_ids(engine.generate([greedy(prompt) for prompt in PROMPTS])) == expected
 
 
 # --- the same numbers -----------------------------------------------------------------------------------------------
