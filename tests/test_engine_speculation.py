@@ -16,7 +16,7 @@ from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
 from genarm.sampling import Sampling
 from test_engine_parts import shaped_by_transformers
-from tiny import tiny_model, tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 SIZE = 8
 END = 1
@@ -132,6 +132,18 @@ def check(model: PreTrainedModel, n: int, sampling: Sampling, **options: Any) ->
         if not options.get("adapt", False):
             assert (sum(c.drafted for c in found) > 0) == bool(drafts)
             assert 0 <= sum(c.accepted for c in found) <= sum(c.drafted for c in found)
+
+
+def test_drafts_of_an_arm_that_does_not_know_every_id() -> None:
+    """The drafts' distribution is one over the known ids: what is cut away must not make the others look rarer."""
+    base, arm = (tiny_model(seed=seed, vocab_size=VOCAB_SIZE + extra, spread=0.3) for seed, extra in ((0, 1), (1, 0)))
+    tokenizers = {"base": tiny_tokenizer(extra=("[PAD]",)), "one": tiny_tokenizer()}
+    model = GuidedForCausalLM.from_members(base, {"one": arm}, tokenizers=tokenizers)
+    sampling = Sampling(max_new_tokens=3)
+    for weights in ({"one": 1.0}, {"one": 0.3}):
+        (found,) = draw(model, 3000, sampling, [weights], speculate=1, adapt=False)
+        assert sum(c.drafted for c in found) > 2000
+        assert p_value(ids(found), enumerate_replies(model, weights, sampling)) > ENOUGH
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, SHAPED, PENALISED], ids=["plain", "shaped", "penalised"])

@@ -39,11 +39,23 @@ def exponents(weights: Mapping[int, float], draft: int | None) -> dict[int, floa
     return {member: w + abs(w) / total for member, w in weights.items()}
 
 
-def guess(members: Sequence[Tensor], powers_PM: Tensor) -> Tensor:
-    """Normalised log-probs [P, V] of the product of `members`' log-probs [P, V] with the powers of each column."""
+def guess(members: Sequence[Tensor], powers_PM: Tensor, unknown: Sequence[Tensor | None] = ()) -> Tensor:
+    """The product of members' distributions, each to its power; ids that one of them does not know are left out.
+
+    Args:
+        members: log-probs [P, V] of each.
+        powers_PM: a column per member; 0 where it has no part.
+        unknown: for each member a bool mask [V] of the ids that it does not know, or None.
+
+    Returns:
+        Normalised log-probs [P, V]. They must be: verification compares them with the target's.
+    """
     total_PV = members[0] * powers_PM[:, :1]
     for i, member_PV in enumerate(members[1:], start=1):
         total_PV.addcmul_(powers_PM[:, i : i + 1], member_PV)
+    for i, mask_V in enumerate(unknown):
+        if mask_V is not None:
+            total_PV.masked_fill_(mask_V & (powers_PM[:, i : i + 1] != 0), -torch.inf)
     return torch.log_softmax(total_PV, dim=-1)
 
 

@@ -176,13 +176,7 @@ class Stepper:
         members = sorted({member for live in lives for member in live.guessers})
         columns = [self._column(lives, member, outputs) for member in members]
         powers_PM = torch.tensor([[live.guessers.get(member, 0.0) for member in members] for live in lives])
-        guess_PV = guess(columns, powers_PM.to(self.layout.device))
-        for member in members:
-            mask_V = self.layout.unknown[member - 1]
-            if mask_V is not None:
-                guided_P1 = torch.tensor([[member in live.guessers] for live in lives]).to(mask_V.device)
-                guess_PV = guess_PV.masked_fill(mask_V & guided_P1, -torch.inf)
-        return guess_PV
+        return guess(columns, powers_PM.to(self.layout.device), [self.layout.unknown[member - 1] for member in members])
 
     def _column(self, lives: Sequence[Live], member: int, outputs: Outputs) -> Tensor:
         """One member's log-probs at one position of each request, 0 where it does not run."""
