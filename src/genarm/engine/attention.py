@@ -28,7 +28,7 @@ IMPLEMENTATION = "genarm_engine"
 SHORT = 16
 """Longest feed that joins the batch of decoding rows."""
 
-_MaskKey = tuple[torch.device, torch.dtype, int | None, int]
+_MaskKey = tuple[int, torch.device, torch.dtype, int | None, int]
 
 
 class Attends(Protocol):
@@ -128,7 +128,7 @@ class Pass:
             stored.view(-1, stored.shape[-1]).index_copy_(0, slots, new_TKD.reshape(-1, stored.shape[-1]))
         query_THD = query[0].transpose(0, 1)
         parts = [] if self.batch is None else [self._attend_batch(self.batch, query_THD, keys_RKCD, values_RKCD, said)]
-        parts += [_attend_chunk(chunk, query_THD, keys_RKCD, values_RKCD, said) for chunk in self.chunks]
+        parts += [self._attend_chunk(chunk, query_THD, keys_RKCD, values_RKCD, said) for chunk in self.chunks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def _slots(self, stored_RKCD: Tensor) -> Tensor:
@@ -167,12 +167,33 @@ class Pass:
         """Additive mask [N, 1, G·Q, S], made once per pass; None where every position may be seen."""
         if batch.alone and (window is None or window >= batch.span):
             return None
-        at = (like.device, like.dtype, window, groups)
+        return self._made_once(batch, batch.positions_NQ, batch.span, groups, window, like)
+
+    def _made_once(
+        self, part: Batch | Chunk, positions_NQ: Tensor, span: int, groups: int, window: int | None, like: Tensor
+    ) -> Tensor:
+        """The mask of a part of the pass; layers that are alike share it."""
+        at = (id(part), like.device, like.dtype, window, groups)
         if at not in self.masks:
-            positions_NQ1 = batch.positions_NQ.to(like.device)[:, :, None]
-            mask_NQS = _visible(positions_NQ1, batch.span, window)
-            self.masks[at] = _additive(mask_NQS, like.dtype)[:, None].repeat(1, 1, groups, 1)
+            visible_NQS = _visible(positions_NQ.to(like.device)[:, :, None], span, window)
+            self.masks[at] = _additive(visible_NQS, like.dtype)[:, None].repeat(1, 1, groups, 1)
         return self.masks[at]
+
+    def _attend_chunk(
+        self, chunk: Chunk, query_THD: Tensor, keys_RKCD: Tensor, values_RKCD: Tensor, options: _Options
+    ) -> Tensor:
+        length = chunk.last - chunk.first
+        span = chunk.start + length
+        heads, size = query_THD.shape[1:]
+        keys_1KSD, values_1KSD = keys_RKCD[None, chunk.row, :, :span], values_RKCD[None, chunk.row, :, :span]
+        kv_heads = keys_1KSD.shape[1]
+        groups = heads // kv_heads
+        query = query_THD[chunk.first : chunk.last].view(length, kv_heads, groups, size)
+        folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, groups * length, size)
+        positions_1Q = self.positions_T[None, chunk.first : chunk.last]
+        mask = self._made_once(chunk, positions_1Q, span, groups, options.window, keys_1KSD)
+        out = _scores(folded, keys_1KSD, values_1KSD, mask, options)
+        return out.view(kv_heads, groups, length, -1).permute(2, 0, 1, 3).reshape(length, heads, -1)
 
 
 def plan_pass(
@@ -242,21 +263,6 @@ def _batch(arena: Arena, short: Sequence[Feed], device: torch.device) -> Batch:
         cells_T=None if len(cells) == rows * queries else torch.tensor(cells).to(device, non_blocking=True),
         alone=rows == queries == 1,
     )
-
-
-def _attend_chunk(chunk: Chunk, query_THD: Tensor, keys_RKCD: Tensor, values_RKCD: Tensor, options: _Options) -> Tensor:
-    length = chunk.last - chunk.first
-    span = chunk.start + length
-    heads, size = query_THD.shape[1:]
-    keys_1KSD, values_1KSD = keys_RKCD[None, chunk.row, :, :span], values_RKCD[None, chunk.row, :, :span]
-    kv_heads = keys_1KSD.shape[1]
-    groups = heads // kv_heads
-    query = query_THD[chunk.first : chunk.last].view(length, kv_heads, groups, size)
-    folded = query.permute(1, 2, 0, 3).reshape(1, kv_heads, groups * length, size)
-    positions_1Q1 = torch.arange(chunk.start, span, device=query_THD.device)[None, :, None]
-    mask_1QS = _additive(_visible(positions_1Q1, span, options.window), keys_1KSD.dtype)
-    out = _scores(folded, keys_1KSD, values_1KSD, mask_1QS.repeat(1, groups, 1)[:, None], options)
-    return out.view(kv_heads, groups, length, -1).permute(2, 0, 1, 3).reshape(length, heads, -1)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """From combined log-probabilities to tokens: pure functions of tensors, settings and keys.
 
 Order, the same everywhere: (1) combination, (2) logit bias, presence and frequency penalties, (3) temperature,
-(4) top-k, (5) top-p, (6) min-p, (7) the draw. Steps 2 to 6 are `shape`, step 7 is `draw`; `accept` and `residual`
-are what speculation adds, after Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
+(4) top-k, (5) top-p, (6) min-p, (7) the draw. Steps 2 to 6 are `shape`, step 7 is `draw`; `acceptance` and
+`residual` are what speculation adds, after Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
 
 Shapes: P positions (of several requests together), V ids of the base's vocabulary.
 """
