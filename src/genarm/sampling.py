@@ -69,8 +69,9 @@ class Sampling:
             value = getattr(self, name)
             if not -2 <= value <= 2:
                 raise ConfigError(f"{name} is {value:g}; it must be from -2 to 2")
-        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
-            raise ConfigError("a number of logit_bias is not from -100 to 100; keep each of them there")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias of token {token} is {bias:g}; it must be from -100 to 100")
 
     @property
     def plain(self) -> bool:
