@@ -1,5 +1,8 @@
 """Train an autoregressive reward model (ARM) on preference pairs: all weights of a causal LM, or a LoRA adapter.
 
+`--kind` trains what an ARM is compared with, in the same way and on the same data: a classic reward model, or a policy
+by DPO or reinforcement learning. These need the extra `baselines`.
+
 Every option can also stand in a TOML file under its name with underscores (`lora_rank = 8`); the command line
 overrides the file. The settings used are saved beside the result.
 """
@@ -53,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
-        from genarm.train.run import train_arm
+        from genarm.train.run import train
 
-        train_arm(config, resume=given.get("resume", False))
+        train(config, resume=given.get("resume", False))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Training of autoregressive reward models (ARMs) on preference pairs."""
+"""Training on preference pairs: autoregressive reward models (ARMs), and the baselines they are compared with."""

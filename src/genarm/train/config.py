@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from genarm.errors import ConfigError
+from genarm.train.kinds import BETAS, GENERATIONS, KINDS, LORA_DROPOUT, check_kind
 
 SCHEDULES = ("cosine", "linear", "constant")
 OBJECTIVES = ("better", "safer")
@@ -42,7 +43,7 @@ def _about(group: str, text: str, **details: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of one training run (GenARM, arXiv 2410.08193, section 4).
+    """Settings of one training run; the defaults for an ARM are those of GenARM (arXiv 2410.08193, section 4).
 
     Raises:
         ConfigError: a value out of range, or options that do not go together.
@@ -53,11 +54,28 @@ class TrainConfig:
         metadata=_about(
             _MODEL,
             "preference pairs: a hub id (owner/name, or owner/name/subfolder), a folder, or a file "
-            "(.jsonl, .json, .parquet, .csv)",
+            "(.jsonl, .json, .parquet, .csv); for --kind rlhf, their prompts count, or rows with a prompt alone",
             metavar="DATA",
         )
     )
     output: Path = field(metadata=_about(_MODEL, "folder for the result; must not hold another run", metavar="DIR"))
+    kind: str = field(
+        default="arm",
+        metadata=_about(
+            _MODEL,
+            "what to train: an ARM; or for comparison a classic reward model (trajectory), or a policy (dpo, or rlhf "
+            "against trajectory rewards)",
+            choices=KINDS,
+        ),
+    )
+    rewards: str | None = field(
+        default=None,
+        metadata=_about(
+            _MODEL,
+            "for --kind rlhf, the trajectory rewards to raise, each with its weight in the sum (1 if not given)",
+            metavar="NAME=FOLDER[:WEIGHT],…",
+        ),
+    )
     revision: str | None = field(default=None, metadata=_about(_MODEL, "revision of the model on the hub"))
     trust_remote_code: bool = field(default=False, metadata=_about(_MODEL, "run Python code that comes with the model"))
     chat_template: Path | None = field(
@@ -96,7 +114,9 @@ class TrainConfig:
     max_response_tokens: int | None = field(
         default=None,
         metadata=_about(
-            _DATA, "longest response in tokens, cut from the right (default: half the model's context, at most 512)"
+            _DATA,
+            "longest response in tokens, cut from the right; for rlhf, of those drawn "
+            "(default: half the model's context, at most 512)",
         ),
     )
 
@@ -105,7 +125,10 @@ class TrainConfig:
     lora_alpha: int = field(
         default=16, metadata=_about(_LORA, "scale of the adapter; its update is multiplied by alpha / rank")
     )
-    lora_dropout: float = field(default=0.05, metadata=_about(_LORA, "dropout on the adapter's input"))
+    lora_dropout: float | None = field(
+        default=None,
+        metadata=_about(_LORA, f"dropout on the adapter's input (default: {LORA_DROPOUT}; none for dpo and rlhf)"),
+    )
     lora_targets: str = field(
         default="all-linear",
         metadata=_about(_LORA, "modules that get an adapter: all-linear, or names separated by commas"),
@@ -114,8 +137,19 @@ class TrainConfig:
         default=False, metadata=_about(_LORA, "QLoRA: hold the frozen weights in 4 bits (needs --lora)")
     )
 
-    beta: float = field(
-        default=0.05, metadata=_about(_TRAINING, "β_r of the loss, −log σ(β_r · margin in summed log-probabilities)")
+    beta: float | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "β_r of the ARM's loss, −log σ(β_r · margin in summed log-probabilities); for dpo the β of its loss, for "
+            f"rlhf the weight of the KL divergence from the model (default: {BETAS['arm']}; for dpo {BETAS['dpo']})",
+        ),
+    )
+    generations: int | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING, f"for --kind rlhf, replies drawn for each prompt of a step (default: {GENERATIONS})"
+        ),
     )
     epochs: float = field(default=1.0, metadata=_about(_TRAINING, "passes over the data"))
     max_steps: int | None = field(
@@ -123,7 +157,11 @@ class TrainConfig:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata=_about(_TRAINING, "peak learning rate (default: 5e-4 with --lora, 1e-5 without)", aliases=("lr",)),
+        metadata=_about(
+            _TRAINING,
+            "peak learning rate (default: 5e-4 with --lora, 1e-5 without; for rlhf 5e-5 and 1e-6)",
+            aliases=("lr",),
+        ),
     )
     schedule: str = field(
         default="cosine", metadata=_about(_TRAINING, "shape of the learning rate after the warm-up", choices=SCHEDULES)
@@ -131,7 +169,9 @@ class TrainConfig:
     warmup: float = field(
         default=0.03, metadata=_about(_TRAINING, "share of the steps over which the learning rate rises from 0")
     )
-    batch_size: int = field(default=8, metadata=_about(_TRAINING, "pairs per device and forward pass"))
+    batch_size: int = field(
+        default=8, metadata=_about(_TRAINING, "pairs (for rlhf, replies) per device and forward pass")
+    )
     accumulation: int = field(default=4, metadata=_about(_TRAINING, "forward passes per optimizer step"))
     weight_decay: float = field(default=0.0, metadata=_about(_TRAINING, "weight decay of AdamW"))
     max_grad_norm: float = field(
@@ -173,6 +213,7 @@ class TrainConfig:
                 object.__setattr__(self, name, Path(value))
         _check_types(self)
         _check_ranges(self)
+        check_kind(self)
         _check_together(self)
 
     @property
@@ -180,7 +221,26 @@ class TrainConfig:
         """The learning rate, with the default that goes with what is trained."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.kind == "rlhf":
+            return 5e-5 if self.lora else 1e-6
         return 5e-4 if self.lora else 1e-5
+
+    @property
+    def resolved_beta(self) -> float:
+        """β, with the default that goes with the kind; 1 for a trajectory reward, whose head has its own scale."""
+        return BETAS.get(self.kind, 1.0) if self.beta is None else self.beta
+
+    @property
+    def resolved_lora_dropout(self) -> float:
+        """The adapter's dropout; by default none for a policy, which is compared with its reference."""
+        if self.lora_dropout is not None:
+            return self.lora_dropout
+        return 0.0 if self.kind in ("dpo", "rlhf") else LORA_DROPOUT
+
+    @property
+    def resolved_generations(self) -> int:
+        """Replies to each prompt of a step."""
+        return GENERATIONS if self.generations is None else self.generations
 
 
 def option_name(field_name: str) -> str:
@@ -253,7 +313,15 @@ def _check_ranges(config: TrainConfig) -> None:
         if not getattr(config, name).strip():
             raise ConfigError(f"{option_name(name)} is empty; give a name")
     at_least_one = ("max_prompt_tokens", "max_response_tokens", "lora_rank", "lora_alpha", "batch_size")
-    for name in (*at_least_one, "accumulation", "max_steps", "eval_steps", "save_steps", "early_stopping"):
+    for name in (
+        *at_least_one,
+        "accumulation",
+        "max_steps",
+        "generations",
+        "eval_steps",
+        "save_steps",
+        "early_stopping",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{option_name(name)} must be at least 1, got {value}")
@@ -266,8 +334,9 @@ def _check_ranges(config: TrainConfig) -> None:
         if not (value >= 0 and math.isfinite(value)):
             raise ConfigError(f"{option_name(name)} must be a finite number, 0 or above, got {value}")
     for name in ("eval_fraction", "lora_dropout", "warmup"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ConfigError(f"{option_name(name)} must be from 0 to below 1, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{option_name(name)} must be from 0 to below 1, got {value}")
     for option in dataclasses.fields(config):
         value, choices = getattr(config, option.name), option.metadata.get("choices")
         if choices and value is not None and value not in choices:

@@ -21,6 +21,7 @@ from transformers import (
 
 from genarm.errors import ConfigError, MemberError, MissingExtraError
 from genarm.train.config import TrainConfig
+from genarm.train.kinds import absolute_rewards
 
 # Lengths that are used where neither the user nor a short context asks for others.
 DEFAULT_TOKENS = 512
@@ -43,7 +44,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         eval_data=_absolute(config.eval_data) if config.eval_data else None,
         chat_template=Path(os.path.abspath(config.chat_template)) if config.chat_template else None,
         output=Path(os.path.abspath(config.output)),
+        rewards=absolute_rewards(config.rewards) if config.rewards else None,
         learning_rate=config.resolved_learning_rate,
+        beta=None if config.kind == "trajectory" else config.resolved_beta,
+        lora_dropout=config.resolved_lora_dropout,
+        generations=config.resolved_generations if config.kind == "rlhf" else None,
         max_prompt_tokens=prompt,
         max_response_tokens=response,
     )
@@ -73,7 +78,20 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model to train: a `PreTrainedModel`, or a `peft.PeftModel` around one.
+    """The model to train as an ARM: a `PreTrainedModel`, or a `peft.PeftModel` around one.
+
+    Raises:
+        MemberError, MissingExtraError: as `load_weights`.
+        ConfigError: no module has the name given in `lora_targets`.
+    """
+    model = load_weights(config, tokenizer, AutoModelForCausalLM)
+    return add_adapter(model, config, "CAUSAL_LM") if config.lora else model
+
+
+def load_weights(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, auto_class: Any, **options: Any
+) -> PreTrainedModel:
+    """The model that training starts from, without an adapter; `options` are for its `from_pretrained`.
 
     Weights that are trained are float32, also with `bf16`: then the forward runs under bfloat16 autocast (see
     `ArmTrainer`) while updates, often too small for bfloat16's 8 bits, are kept. Frozen weights under an adapter
@@ -81,15 +99,14 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
 
     Raises:
         MemberError: the weights cannot be loaded or have fewer embeddings than the tokenizer has tokens.
-        ConfigError: no module has the name given in `lora_targets`.
         MissingExtraError: `load_in_4bit` without bitsandbytes.
     """
     frozen_dtype = torch.bfloat16 if config.bf16 else torch.float32
-    options: dict[str, Any] = {"dtype": frozen_dtype if config.lora else torch.float32}
+    options = {"dtype": frozen_dtype if config.lora else torch.float32, **options}
     if config.load_in_4bit:
         options |= _four_bit_options()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_class.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
@@ -100,32 +117,48 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
             f"the tokenizer of {config.model} has {len(tokenizer)} tokens and its model embeddings for {rows} only; "
             "use the tokenizer that the model was trained with"
         )
-    return _add_adapter(model, config) if config.lora else model
+    return _ready_for_adapter(model, config) if config.load_in_4bit else model
 
 
-def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def add_adapter(model: PreTrainedModel, config: TrainConfig, task: str) -> Any:
+    """`model` inside a new `PeftModel`.
 
-    if config.load_in_4bit:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
+    Raises:
+        ConfigError: no module has the name given in `lora_targets`.
+    """
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, adapter_config(model, config, task))
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {error}") from error
+
+
+def adapter_config(model: PreTrainedModel, config: TrainConfig, task: str) -> Any:
+    """The settings of a LoRA adapter on `model`, in peft's words."""
+    from peft import LoraConfig
+
     names = [name.strip() for name in config.lora_targets.split(",")]
-    adapter = LoraConfig(
+    return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_dropout=config.resolved_lora_dropout,
         target_modules=names[0] if names == ["all-linear"] else names,
         fan_in_fan_out=model.config.model_type == "gpt2",  # GPT-2 stores its linear layers transposed
         revision=config.revision,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
-    try:
-        return get_peft_model(model, adapter)
-    except ValueError as error:
-        raise ConfigError(f"--lora-targets {config.lora_targets}: {error}") from error
+
+
+def _ready_for_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    from peft import prepare_model_for_kbit_training
+
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    return prepared
 
 
 def _four_bit_options() -> dict[str, Any]:

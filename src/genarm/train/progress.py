@@ -8,6 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from genarm.train.report import reward_text
+
+# Figures of the training beside the bar, of those that its kind has.
+_FIGURES = {"loss": ".4f", "accuracy": ".3f", "margin": "+.2f", "reward": "+.3f", "kl": ".3f"}
+
 
 class ProgressDisplay(TrainerCallback):
     """Shows loss, accuracy, margin and tokens/s; the main process alone."""
@@ -53,11 +58,9 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         """New figures beside the bar."""
         if self.progress is not None and logs is not None and "loss" in logs:
-            figures = (
-                f"loss {logs['loss']:.4f}  accuracy {logs['accuracy']:.3f}  margin {logs['margin']:+.2f}  "
-                f"{logs['tokens_per_second']:,.0f} tokens/s"
-            )
-            self.progress.update(self.task, figures=figures)
+            known = [f"{name} {logs[name]:{form}}" for name, form in _FIGURES.items() if name in logs]
+            speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(self.task, figures="  ".join([*known, speed]))
 
     def on_evaluate(
         self,
@@ -69,15 +72,9 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         """One line with the held-out figures."""
         if state.is_world_process_zero and metrics is not None:
-            self.console.print(
-                f"step {state.global_step:>5}  held-out loss {metrics['eval_loss']:.4f}  "
-                f"accuracy {metrics['eval_accuracy']:.3f} "
-                f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
-                f"margin {metrics['eval_margin']:+.2f}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            text = reward_text(metrics) if "eval_reward" in metrics else _pair_text(metrics)
+            line = f"step {state.global_step:>5}  held-out {text}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,3 +87,11 @@ class ProgressDisplay(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def _pair_text(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_accuracy']:.3f} "
+        f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
+        f"margin {metrics['eval_margin']:+.2f}"
+    )

@@ -1,4 +1,4 @@
-"""`train_arm`: one training run from settings to a finished folder.
+"""`train`: one training run from settings to a finished folder, whatever the kind.
 
 In order: look at the output folder, fill in the settings, read and tokenise the data, load the model, train,
 evaluate, write the result. Nothing is written before everything that can be refused has been.
@@ -6,9 +6,8 @@ evaluate, write the result. Nothing is written before everything that can be ref
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -28,19 +28,20 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from genarm.data.preferences import Preference, PreferenceSet, load_preferences
-from genarm.data.tokens import TokenSet, report_table, split_by_prompt, tokenize
+from genarm.data.tokens import report_table
 from genarm.errors import ConfigError
+from genarm.train.arguments import training_options
+from genarm.train.baseline import require_trl
 from genarm.train.config import TrainConfig
+from genarm.train.data import TrainData, load_pairs, load_prompts
 from genarm.train.loading import load_model, load_tokenizer, resolve
 from genarm.train.output import Checkpoint, RunFolder
 from genarm.train.progress import ProgressDisplay
-from genarm.train.report import RunReport, accuracies, model_card, write_log, write_plots
-from genarm.train.trainer import TRAIN_METRICS, ArmTrainer
+from genarm.train.report import RunReport, accuracies, model_card, reward_text, write_log, write_plots
+from genarm.train.trainer import ArmTrainer
 
-# Evaluations in a run, and entries in its log, where the user does not say.
-EVALUATIONS = 5
-LOG_ENTRIES = 200
+# What an entry of the training's log has beside figures of the weights.
+_NO_FIGURES = frozenset({"grad_norm", "learning_rate", "epoch", "step", "tokens_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +54,29 @@ class TrainResult:
     resumed_from: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    sets: Mapping[str, TokenSet]
-    formats: Mapping[str, str]
-    leaked: int  # held-out pairs whose prompt is also trained on
-
-    @property
-    def training(self) -> TokenSet:
-        return self.sets["training"]
-
-    @property
-    def held_out(self) -> TokenSet | None:
-        return self.sets.get("held out")
-
-
 def train_arm(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train an autoregressive reward model as `config` says, and write it to `config.output`.
+    """Train an autoregressive reward model; see `train`, which this is for `kind="arm"`.
+
+    Raises:
+        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+    """
+    if config.kind != "arm":
+        raise ConfigError(f"train_arm trains ARMs, and the settings say --kind {config.kind}; call train instead")
+    return train(config, resume=resume, console=console)
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train what `config` says, a reward model or a policy, and write it to `config.output`.
 
     With `resume`, continue from the newest complete checkpoint there; the result has the same weights as that of a
     run that was never interrupted. A finished run is returned as it is.
 
     Raises:
         GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+        MissingExtraError: a baseline without trl.
     """
+    if config.kind != "arm":
+        require_trl()
     process = _join_processes()
     console = _console(console, process)
     folder = RunFolder(path=Path(os.path.abspath(config.output)))
@@ -92,15 +92,10 @@ def train_arm(config: TrainConfig, *, resume: bool = False, console: Console | N
         console.print(_resume_message(folder.path, checkpoint), highlight=False, markup=False, soft_wrap=True)
 
     tokenizer = load_tokenizer(config)
-    data = _load_data(config, tokenizer)
-    console.print(report_table({name: found.report for name, found in data.sets.items()}))
+    data = load_prompts(config, tokenizer) if config.kind == "rlhf" else load_pairs(config, tokenizer)
+    console.print(report_table(data.reports))
     if data.leaked:
-        console.print(
-            f"note: {data.leaked} held-out pairs have a prompt that is trained on too, which flatters the held-out "
-            "accuracy",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
     trainer = _make_trainer(config, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
 
@@ -112,7 +107,7 @@ def train_arm(config: TrainConfig, *, resume: bool = False, console: Console | N
     report = RunReport(
         config=config,
         formats=data.formats,
-        data={name: found.report for name, found in data.sets.items()},
+        data=data.reports,
         metrics=metrics,
         log=trainer.state.log_history,
     )
@@ -147,68 +142,61 @@ def _resume_message(path: Path, checkpoint: Checkpoint | None) -> str:
     return f"resuming from step {checkpoint.step} ({checkpoint.path})"
 
 
-def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
-    """Training and held-out pairs, the latter from evaluation data if named, else from the training data."""
-    chat = bool(tokenizer.chat_template)
-    training = load_preferences(config.data, split=config.split, objective=config.objective, chat=chat)
-    sources: dict[str, tuple[PreferenceSet, Sequence[Preference]]] = {"training": (training, training.pairs)}
-    if config.eval_data is not None or config.eval_split is not None:
-        held_out = _load_held_out(config, chat)
-        sources["held out"] = (held_out, held_out.pairs)
-    elif config.eval_fraction > 0:
-        kept, split_off = split_by_prompt(training, config.eval_fraction, config.seed)
-        # The malformed rows are reported with the training pairs, so not twice.
-        sources["training"] = (training, kept)
-        sources["held out"] = (dataclasses.replace(training, malformed={}), split_off)
-    assert config.max_prompt_tokens is not None
-    assert config.max_response_tokens is not None
-    sets = {
-        name: tokenize(
-            tokenizer,
-            pairs,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_response_tokens=config.max_response_tokens,
-            malformed=source.malformed,
-        )
-        for name, (source, pairs) in sources.items()
-    }
-    formats = {name: f"{source.source}, {source.format.value}" for name, (source, _) in sources.items()}
-    trained = {pair.prompt_key for pair in sources["training"][1]}
-    leaked = sum(pair.prompt_key in trained for pair in sources["held out"][1]) if "held out" in sources else 0
-    return _Data(sets=sets, formats=formats, leaked=leaked)
-
-
-def _load_held_out(config: TrainConfig, chat: bool) -> PreferenceSet:
-    source = config.eval_data or config.data
-    whole = "train" if Path(source).is_file() else "test"
-    return load_preferences(source, split=config.eval_split or whole, objective=config.objective, chat=chat)
+def _leak_note(config: TrainConfig, leaked: int) -> str:
+    if config.kind == "rlhf":
+        return f"note: {leaked} held-out prompts are trained on too, which flatters the held-out reward"
+    return f"note: {leaked} held-out pairs have a prompt that is trained on too, which flatters the held-out accuracy"
 
 
 def _make_trainer(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
-    data: _Data,
+    data: TrainData[Any],
     folder: RunFolder,
     console: Console,
     *,
     resuming: bool,
-) -> ArmTrainer:
+) -> Trainer:
     callbacks: list[TrainerCallback] = [ProgressDisplay(console), *_trackers(config.report_to)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
-    arguments = _training_arguments(config, folder, evaluates=data.held_out is not None, resuming=resuming)
-    set_seed(config.seed)  # an adapter's first weights are drawn while the model is made
-    trainer = ArmTrainer(
-        load_model(config, tokenizer),
-        arguments,
-        beta=config.beta,
-        pad_id=_pad_id(tokenizer),
-        train_pairs=list(data.training.pairs),
-        eval_pairs=list(data.held_out.pairs) if data.held_out else None,
-        callbacks=callbacks,
-    )
+    options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
+    set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
+    trainer = _trainer_of_kind(config, tokenizer, data, options, callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _trainer_of_kind(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainData[Any],
+    options: dict[str, Any],
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The modules of the baselines import trl, so each is imported where it is asked for."""
+    match config.kind:
+        case "trajectory":
+            from genarm.train import trajectory
+
+            return trajectory.make_trainer(config, tokenizer, data, options, callbacks)
+        case "dpo":
+            from genarm.train import dpo
+
+            return dpo.make_trainer(config, tokenizer, data, options, callbacks)
+        case "rlhf":
+            from genarm.train import rlhf
+
+            return rlhf.make_trainer(config, tokenizer, data, options, callbacks)
+    return ArmTrainer(
+        load_model(config, tokenizer),
+        TrainingArguments(**options),
+        beta=config.resolved_beta,
+        pad_id=_pad_id(tokenizer),
+        train_pairs=list(data.training),
+        eval_pairs=list(data.held_out) if data.held_out else None,
+        callbacks=callbacks,
+    )
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -225,54 +213,7 @@ def _trackers(report_to: str) -> list[TrainerCallback]:
         raise ConfigError(f"--report-to {report_to}: {error}") from error
 
 
-def _training_arguments(
-    config: TrainConfig, folder: RunFolder, *, evaluates: bool, resuming: bool
-) -> TrainingArguments:
-    eval_steps = config.eval_steps or 1 / EVALUATIONS
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # Later versions of transformers call it activation checkpointing, and warn about the old name.
-    checkpointing = "activation" if "activation_checkpointing" in known else "gradient"
-    options: dict[str, Any] = {
-        f"{checkpointing}_checkpointing": config.gradient_checkpointing,
-        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    return TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.resolved_learning_rate,
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        warmup_steps=config.warmup,  # below 1: a share of the steps
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
-        use_cpu=PartialState().device.type == "cpu",  # bfloat16 there must be asked for
-        seed=config.seed,
-        logging_steps=1 / LOG_ENTRIES,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_steps,
-        eval_on_start=evaluates and not resuming,
-        save_strategy="steps",
-        save_steps=config.save_steps or eval_steps,
-        save_total_limit=2,
-        load_best_model_at_end=config.early_stopping is not None,
-        metric_for_best_model="eval_loss" if config.early_stopping is not None else None,
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=PartialState().device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to="none",
-        **options,
-    )
-
-
-def _train(trainer: ArmTrainer, checkpoint: Checkpoint | None) -> float:
+def _train(trainer: Trainer, checkpoint: Checkpoint | None) -> float:
     """Train to the end; returns the seconds that this session took for it."""
     if checkpoint is not None and checkpoint.finished:
         # The run was cut off while its result was being written. `train` would take one step too many here.
@@ -299,21 +240,24 @@ def _final_metrics(state: TrainerState, seconds: float, *, best: bool) -> dict[s
     metrics: dict[str, float] = {"steps": state.global_step, "weights_of_step": step, "train_seconds": seconds}
     for entry in state.log_history:
         if entry["step"] == step and "loss" in entry:
-            metrics |= {f"train_{name}": entry[name] for name in ("loss", *TRAIN_METRICS)}
-        elif entry["step"] == step and "eval_loss" in entry:
+            metrics |= {f"train_{name}": value for name, value in entry.items() if name not in _NO_FIGURES}
+        elif entry["step"] == step and ("eval_loss" in entry or "eval_reward" in entry):
             metrics |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     return metrics
 
 
-def _write_result(
-    trainer: ArmTrainer, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport
-) -> None:
+def _write_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport) -> None:
     """Save through the Trainer, which knows how the weights are spread over processes."""
     process = PartialState()
     if process.is_main_process:
         folder.stage()
     process.wait_for_everyone()
-    trainer.save_model(str(folder.staging))
+    if report.config.kind == "trajectory" and report.config.lora:
+        from genarm.train.trajectory import save_merged
+
+        save_merged(trainer, folder.staging)
+    else:
+        trainer.save_model(str(folder.staging))
     process.wait_for_everyone()
     if process.is_main_process:
         staging = folder.staging
@@ -321,12 +265,12 @@ def _write_result(
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         write_log(staging / "metrics.jsonl", report.log)
-        write_plots(staging, report.log)
+        write_plots(staging, report.config.kind, report.log)
         folder.publish(report.metrics)
     process.wait_for_everyone()
 
 
-def _model_line(config: TrainConfig, trainer: ArmTrainer) -> str:
+def _model_line(config: TrainConfig, trainer: Trainer) -> str:
     model = trainer.model
     assert model is not None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -338,4 +282,6 @@ def _model_line(config: TrainConfig, trainer: ArmTrainer) -> str:
 def _print_result(console: Console, path: Path, metrics: Mapping[str, float]) -> None:
     for label, accuracy in accuracies(metrics).items():
         console.print(f"held-out accuracy, {label}: {accuracy}", highlight=False, markup=False)
+    if "eval_reward" in metrics:
+        console.print(f"held-out {reward_text(metrics)}", highlight=False, markup=False)
     console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)

@@ -110,8 +110,7 @@ class ArmTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; a loss that is no number stops the run before it can spoil a checkpoint."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise _diverged("loss", float(loss), self.state.global_step + 1)
+        check_loss(loss, self.state.global_step + 1)
         return loss
 
     def prediction_step(
@@ -130,9 +129,7 @@ class ArmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy, margin, rewards and tokens/s to the entries of the training loss."""
-        for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out loss")):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise _diverged(words, logs[name], self.state.global_step)
+        check_numbers(logs, self.state.global_step)
         if "loss" in logs:
             logs.update(self._drain_sums())
         super().log(logs, start_time)
@@ -194,6 +191,27 @@ def pair_metrics(rewards_B2: np.ndarray, lengths_B2: np.ndarray, *, beta: float)
             metrics[f"accuracy{suffix}_low"] = accuracy.low
             metrics[f"accuracy{suffix}_high"] = accuracy.high
     return metrics
+
+
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        GenarmError: training has diverged.
+    """
+    if not torch.isfinite(loss):
+        raise _diverged("loss", float(loss), step)
+
+
+def check_numbers(logs: Mapping[str, float], step: int) -> None:
+    """Stop a run with an entry of the log that is no number.
+
+    Raises:
+        GenarmError: training has diverged, or the model was broken before it.
+    """
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out loss")):
+        if not math.isfinite(logs.get(name, 0.0)):
+            raise _diverged(words, logs[name], step)
 
 
 def _forward_options(model: nn.Module) -> frozenset[str]:
