@@ -29,7 +29,6 @@ from genarm.bench.figures import (
     time_over_unguided,
     timed_ratios,
 )
-from genarm.bench.machine import code_version
 from genarm.bench.memory import tensor_bytes, weigh
 from genarm.bench.models import bytes_per_token, random_adapters, random_model, twin, weight_bytes, word_tokenizer
 from genarm.bench.report import command
@@ -38,6 +37,7 @@ from genarm.bench.shapes import SHAPES
 from genarm.bench.timing import copy_bandwidth, per_token, spread, take_turns
 from genarm.cli.main import build_parser, main
 from genarm.engine import Engine, EngineOptions, Request
+from genarm.machine import code_version
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling
 from tiny import SHARED, save_member, tiny_model

@@ -14,10 +14,10 @@ from genarm.bench.counting import DRAFTS
 from genarm.bench.decode import DecodeResult
 from genarm.bench.field import Speculated
 from genarm.bench.figures import Figure
-from genarm.bench.machine import Machine
 from genarm.bench.settings import DecodeSettings
 from genarm.bench.timing import spread
 from genarm.files import write_text
+from genarm.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)

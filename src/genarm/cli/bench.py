@@ -85,10 +85,10 @@ def _decode(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         from genarm.bench.decode import run_decode
-        from genarm.bench.machine import code_version, this_machine
         from genarm.bench.report import Circumstances, as_markdown, write_report
         from genarm.bench.settings import DecodeSettings
         from genarm.files import new_folder
+        from genarm.machine import code_version, this_machine
 
         settings = DecodeSettings(
             base_shape=arguments.base_shape,

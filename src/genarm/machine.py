@@ -6,12 +6,11 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
-
-import genarm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +51,13 @@ def _processor() -> str:
 
 def code_version() -> str:
     """The commit, "-dirty" after it where files have been changed; the package's version outside of a checkout."""
-    here = Path(genarm.__file__).resolve()
-    version = f"genarm {genarm.__version__}"
+    here = Path(__file__).resolve()
+    genarm = f"genarm {version('genarm')}"
     try:
         tracked = ["git", "ls-files", "--error-unmatch", here.name]  # an environment may lie inside another checkout
         subprocess.run(tracked, cwd=here.parent, check=True, capture_output=True)
         describe = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(describe, cwd=here.parent, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return version
-    return f"{version}, commit {done.stdout.strip()}"
+        return genarm
+    return f"{genarm}, commit {done.stdout.strip()}"
