@@ -160,7 +160,7 @@ def sample_replies(
                 f"a batch of {len(prompts)} prompts of up to {ids_BT.shape[1]} tokens does not fit the memory of "
                 f"{device}; lower the batch size or --max-new-tokens, or use another --dtype"
             ) from error
-    return [_reply(tokenizer, ids, stops) for ids in output_BT[:, ids_BT.shape[1] :].tolist()]
+    return [make_reply(tokenizer, ids, stops) for ids in output_BT[:, ids_BT.shape[1] :].tolist()]
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -197,8 +197,9 @@ def _no_other_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[int]) -> Reply:
+def make_reply(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> Reply:
+    """A reply of drawn ids; what comes after the first of `stops` is cut off."""
     ends = [i for i, token in enumerate(ids) if token in stops]
-    kept = ids[: ends[0] + 1] if ends else ids
+    kept = list(ids[: ends[0] + 1] if ends else ids)
     text = tokenizer.decode(kept[:-1] if ends else kept, skip_special_tokens=True)
     return Reply(text=str(text), token_ids=tuple(kept), finish_reason="stop" if ends else "length")

@@ -1,0 +1,122 @@
+"""Rewarded Soups (arXiv 2306.04488): one policy from several, each trained for one objective, by adding up weights.
+
+LoRA adapters add up as updates of the weights, ΔW = Σ_i λ_i s_i B_i A_i with s_i the adapter's scale. Averaging the
+factors A and B apart would mix in products B_i A_j of different policies. Whole models add up as θ = Σ_i λ_i θ_i.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from genarm.errors import MemberError, WeightsError
+
+Folder: TypeAlias = str | Path
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def soup(
+    base: PreTrainedModel | Folder, policies: Mapping[str, Folder], lambdas: Mapping[str, float]
+) -> PreTrainedModel:
+    """The policy with the weights λ over `policies`, as a plain model of its own.
+
+    Args:
+        base: the model that adapters go on, loaded (it is left as it is) or its folder; whole models do without it.
+        policies: {name: folder} of LoRA adapters, or of whole models.
+        lambdas: {name: λ} for the same names; for whole models they add up to 1.
+
+    Raises:
+        WeightsError: other names than the policies', or values that do not serve.
+        MemberError: a policy that cannot be loaded, or policies that cannot be added up.
+    """
+    _check_lambdas(policies, lambdas)
+    adapters = {name: (Path(folder) / ADAPTER_FILE).is_file() for name, folder in policies.items()}
+    if all(adapters.values()):
+        return _add_updates(base, policies, lambdas)
+    if any(adapters.values()):
+        kinds = ", ".join(f"{name} is {'an adapter' if found else 'a model'}" for name, found in adapters.items())
+        raise MemberError(f"a soup is made of adapters or of whole models, and {kinds}; train all in one way")
+    return _add_models(policies, lambdas)
+
+
+@torch.no_grad()
+def _add_updates(
+    base: PreTrainedModel | Folder, policies: Mapping[str, Folder], lambdas: Mapping[str, float]
+) -> PreTrainedModel:
+    model: Any = copy.deepcopy(base) if isinstance(base, PreTrainedModel) else _load(base)
+    for number, (name, folder) in enumerate(policies.items()):
+        try:
+            if number == 0:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                model.load_adapter(folder, adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:  # peft reports shapes that do not fit as the last of these
+            raise MemberError(f"the adapter {name} in {folder} does not go on this base: {error}") from error
+        _check_adapter(name, model.peft_config[name])
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _update(module, lambdas)
+    plain: PreTrainedModel = model.unload()
+    return plain.eval()
+
+
+def _update(layer: Any, lambdas: Mapping[str, float]) -> None:
+    """W + Σ_i λ_i s_i B_i A_i in float32, over the adapters that this layer has."""
+    weight = layer.get_base_layer().weight
+    updates = [factor * layer.get_delta_weight(name).float() for name, factor in lambdas.items() if name in layer.r]
+    weight.copy_(weight.float() + torch.stack(updates).sum(0))
+
+
+@torch.no_grad()
+def _add_models(policies: Mapping[str, Folder], lambdas: Mapping[str, float]) -> PreTrainedModel:
+    total = sum(lambdas.values())
+    if not math.isclose(total, 1, abs_tol=1e-6):
+        raise WeightsError(f"the λ of whole models must add up to 1, and they add up to {total:g}")
+    first, *others = policies
+    result = _load(policies[first])
+    target = {key: tensor for key, tensor in result.state_dict().items() if tensor.is_floating_point()}
+    sums = {key: lambdas[first] * tensor.float() for key, tensor in target.items()}
+    for name in others:
+        weights = _load(policies[name]).state_dict()
+        shapes = {key: tensor.shape for key, tensor in weights.items() if tensor.is_floating_point()}
+        if shapes != {key: tensor.shape for key, tensor in target.items()}:
+            raise MemberError(f"the policies {first} and {name} have different shapes; start both from one model")
+        for key, tensor in sums.items():
+            tensor += lambdas[name] * weights[key].float()
+    for key, tensor in target.items():
+        tensor.copy_(sums[key])
+    return result.eval()
+
+
+def _check_lambdas(policies: Mapping[str, Folder], lambdas: Mapping[str, float]) -> None:
+    if not policies:
+        raise MemberError("a soup needs a policy at least")
+    if set(policies) != set(lambdas):
+        raise WeightsError(f"λ are given for {', '.join(lambdas)}, and the policies are {', '.join(policies)}")
+    if not all(math.isfinite(value) for value in lambdas.values()):
+        raise WeightsError(f"every λ must be a finite number, got {dict(lambdas)}")
+
+
+def _check_adapter(name: str, config: Any) -> None:
+    """Only plain LoRA is a sum of weights and updates."""
+    extras = [what for what in ("use_dora", "modules_to_save") if getattr(config, what, None)]
+    if config.peft_type != "LORA" or extras or config.bias != "none":
+        what = ", ".join(extras) or (f"bias={config.bias}" if config.peft_type == "LORA" else str(config.peft_type))
+        raise MemberError(f"the adapter {name} is more than plain LoRA ({what}), so its weights cannot be added up")
+
+
+def _load(folder: Folder) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise MemberError(f"cannot load {folder}: {error}") from error
+    return model
