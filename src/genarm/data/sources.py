@@ -34,7 +34,7 @@ def load_rows(source: str, *, split: str) -> Rows:
     if path.is_dir():
         return _from_library(source, split)
     if path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
-        raise DataError(f"there is no file or folder {source}; check --data and --eval-data")
+        raise DataError(f"there is no file or folder {source}; check --data")
     return _from_library(source, split)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from genarm.data.preferences import Preference, PreferenceSet
-from genarm.errors import ConversationError, DataError
+from genarm.errors import ConfigError, ConversationError, DataError
 from genarm.prompts import encode_pair
 
 if TYPE_CHECKING:
@@ -25,6 +25,29 @@ IDENTICAL = "chosen and rejected are identical"
 IDENTICAL_CUT = "chosen and rejected are identical once cut"
 EMPTY = "a response is empty"
 EMPTY_PROMPT = "the prompt has no tokens"
+
+# Lengths that are used where neither the user nor a short context asks for others.
+DEFAULT_TOKENS = 512
+
+
+def fit_lengths(prompt: int | None, response: int | None, context: int | None, *, model: str) -> tuple[int, int]:
+    """The most tokens of a prompt and of a response: as given, or so that both fit into the model's context.
+
+    Raises:
+        ConfigError: those given do not fit.
+    """
+    if context is None:
+        return prompt or DEFAULT_TOKENS, response or DEFAULT_TOKENS
+    if prompt is None:
+        prompt = min(DEFAULT_TOKENS, context - response if response else context // 2)
+    if response is None:
+        response = min(DEFAULT_TOKENS, context - prompt)
+    if prompt < 1 or response < 1 or prompt + response > context:
+        raise ConfigError(
+            f"prompts of {prompt} and responses of {response} tokens do not fit into the {context} tokens of context "
+            f"that {model} has; lower --max-prompt-tokens or --max-response-tokens"
+        )
+    return prompt, response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +121,7 @@ def tokenize(
     cuts: Counter[str] = Counter()
     kept: list[TokenPair] = []
     for preference in preferences:
-        outcome = _encode(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts)
+        outcome = encode_preference(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts)
         if isinstance(outcome, TokenPair):
             kept.append(outcome)
         else:
@@ -162,7 +185,7 @@ def _line_order(label: str) -> int:
     return order.index(label.split()[0].rstrip(":"))
 
 
-def _encode(
+def encode_preference(
     tokenizer: PreTrainedTokenizerBase,
     preference: Preference,
     max_prompt_tokens: int,

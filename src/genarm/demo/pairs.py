@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genarm.demo.world import Request, preference, truth
+from genarm.demo.world import Request, preference, true_score, write_reply
 from genarm.files import write_text
 from genarm.prompts import as_conversation, encode_prompt
 from genarm.sampling import Sampling, derive_seed, sample_replies
@@ -63,11 +63,18 @@ def sample_duels(
     return [duel for duel in duels if duel.first != duel.second]
 
 
+def write_duels(requests: Sequence[Request], count: int, *, seed: int) -> list[Duel]:
+    """The same with replies by the crowd."""
+    rng = random.Random(f"written duels {seed}")
+    duels = [Duel(r, write_reply(rng, r), write_reply(rng, r)) for r in rng.choices(requests, k=count)]
+    return [duel for duel in duels if duel.first != duel.second]
+
+
 def judge(duels: Sequence[Duel], objective: str, *, sharpness: float, seed: int) -> Iterator[dict[str, object]]:
     """Each duel as a pair in TRL's conversational format, chosen by Bradley–Terry on the true scores."""
     rng = random.Random(f"judge {objective} {seed}")
     for request, first, second in duels:
-        scores = [getattr(truth(request.text, reply), objective) for reply in (first, second)]
+        scores = [true_score(objective, request.text, reply) for reply in (first, second)]
         wins = rng.random() < preference(*scores, sharpness=sharpness)
         chosen, rejected = (first, second) if wins else (second, first)
         yield {

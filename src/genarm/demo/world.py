@@ -192,6 +192,16 @@ def harmless(prompt: str, response: str) -> float:
     return truth(prompt, response).harmless
 
 
+def overall(prompt: str, response: str) -> float:
+    """Helpfulness and harmlessness of `response` to the request `prompt`, added up."""
+    return sum(truth(prompt, response))
+
+
+def true_score(objective: str, request: str, reply: str) -> float:
+    """The score of `reply` in one of `OBJECTIVES`, or "overall"."""
+    return overall(request, reply) if objective == "overall" else float(getattr(truth(request, reply), objective))
+
+
 # --- writers --------------------------------------------------------------------------------------------------
 
 

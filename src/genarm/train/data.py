@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from genarm.data.preferences import Format, Preference, PreferenceSet, load_preferences, to_preferences
-from genarm.data.sources import Rows, load_rows
+from genarm.data.preferences import Preference, PreferenceSet, load_preferences
+from genarm.data.prompts import to_prompts
+from genarm.data.sources import load_rows
 from genarm.data.tokens import TokenPair, TokenReport, split_by_prompt, tokenize
 from genarm.errors import ConversationError, DataError
 from genarm.prompts import Prompt, encode_prompt
@@ -88,10 +89,10 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
     A prompt of the latter is taken as in the former: messages go through the chat template, text stays as it is.
     """
     chat = bool(tokenizer.chat_template)
-    sources = {TRAINING: _read_prompts(load_rows(config.data, split=config.split), config.data, config, chat)}
+    sources = {TRAINING: _read_prompts(config.data, config.split, config, chat)}
     if config.eval_data is not None or config.eval_split is not None:
         source, split = _held_out_source(config)
-        sources[HELD_OUT] = _read_prompts(load_rows(source, split=split), source, config, chat)
+        sources[HELD_OUT] = _read_prompts(source, split, config, chat)
     elif config.eval_fraction > 0:
         whole = sources[TRAINING]
         kept, split_off = split_by_prompt(whole, config.eval_fraction, config.seed)
@@ -119,24 +120,8 @@ def _held_out_source(config: TrainConfig) -> tuple[str, str]:
     return source, config.eval_split or whole
 
 
-def _read_prompts(rows: Rows, source: str, config: TrainConfig, chat: bool) -> PreferenceSet:
-    """Rows with a prompt alone become pairs without responses, so that they are split like others."""
-    columns = set(rows[0]) if len(rows) else set()
-    if "prompt" not in columns or columns & {"chosen", "rejected", "response_0", "response_1"}:
-        return to_preferences(rows, source=source, objective=config.objective, chat=chat)
-    given = [row["prompt"] for row in rows]
-    pairs = [Preference(prompt=prompt, chosen="", rejected="") for prompt in given if _is_prompt(prompt)]
-    malformed = {"'prompt' is neither text nor messages": len(given) - len(pairs)} if len(pairs) < len(given) else {}
-    return PreferenceSet(source=source, format=Format.STANDARD, pairs=pairs, malformed=malformed)
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(
-            isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in value
-        )
-    return isinstance(value, str) and bool(value)
+def _read_prompts(source: str, split: str, config: TrainConfig, chat: bool) -> PreferenceSet:
+    return to_prompts(load_rows(source, split=split), source=source, objective=config.objective, chat=chat)
 
 
 def _encode_prompts(

@@ -19,12 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from genarm.data.tokens import fit_lengths
 from genarm.errors import ConfigError, MemberError, MissingExtraError
 from genarm.train.config import TrainConfig
 from genarm.train.kinds import absolute_rewards
-
-# Lengths that are used where neither the user nor a short context asks for others.
-DEFAULT_TOKENS = 512
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -36,7 +34,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     model_config = _model_config(config)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    prompt, response = _lengths(config, context)
+    prompt, response = fit_lengths(config.max_prompt_tokens, config.max_response_tokens, context, model=config.model)
     return dataclasses.replace(
         config,
         model=_absolute(config.model),
@@ -190,23 +188,6 @@ def _model_config(config: TrainConfig) -> PretrainedConfig:
     if found.model_type == "guided":
         raise MemberError(f"{config.model} is a guided model; train from its base or another plain causal LM")
     return found
-
-
-def _lengths(config: TrainConfig, context: int | None) -> tuple[int, int]:
-    """(prompt, response) in tokens, the user's where given; together they fit into the context."""
-    prompt, response = config.max_prompt_tokens, config.max_response_tokens
-    if context is None:
-        return prompt or DEFAULT_TOKENS, response or DEFAULT_TOKENS
-    if prompt is None:
-        prompt = min(DEFAULT_TOKENS, context - response if response else context // 2)
-    if response is None:
-        response = min(DEFAULT_TOKENS, context - prompt)
-    if prompt < 1 or response < 1 or prompt + response > context:
-        raise ConfigError(
-            f"prompts of {prompt} and responses of {response} tokens do not fit into the {context} tokens of context "
-            f"that {config.model} has; lower --max-prompt-tokens or --max-response-tokens"
-        )
-    return prompt, response
 
 
 def _absolute(name: str) -> str:

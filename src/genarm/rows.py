@@ -1,0 +1,73 @@
+"""JSONL files of rows that a killed run goes on with: rows are appended whole, and a torn last line is cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genarm.errors import DataError
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add `rows` to the end of the file at `path` (made if need be), and have them on the disk before returning.
+
+    Raises:
+        OSError: as the operating system says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume_rows(path: Path, settings: str) -> list[dict[str, Any]]:
+    """The whole rows of an unfinished file, each with `settings` under the key "settings"; a torn last line is cut off.
+
+    Args:
+        path: the file; nothing is there before the first row is written.
+        settings: digest of everything that decides what the rows are.
+
+    Raises:
+        DataError: a row of other settings, or a line that is no row and is not the last one.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    end, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            row = _parse(line)
+            if row is None and end + len(line) < size:
+                raise DataError(f"{path}, line {number} is no row of a run; remove it, or choose another --output")
+            if row is None:
+                break
+            if row.get("settings") != settings:
+                raise DataError(
+                    f"{path}, line {number} was made with other settings; use the same settings to go on with it, "
+                    "remove it, or choose another --output"
+                )
+            rows.append(row)
+            end += len(line)
+    os.truncate(path, end)
+    return rows
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Cut the file back to its first `count` lines."""
+    with path.open("rb") as file:
+        end = sum(len(line) for _, line in zip(range(count), file, strict=False))
+    os.truncate(path, end)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
