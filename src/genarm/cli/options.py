@@ -28,6 +28,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a guided folder, another causal LM's folder, or a hub id (ID@REVISION)",
     )
+    add_device_options(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """What weights are held in, and where."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -39,7 +45,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cpu, cuda, cuda:1, …, or auto to spread the model over all GPUs; by default the first GPU, if any",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
