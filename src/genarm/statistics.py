@@ -1,8 +1,25 @@
-"""Intervals for the figures the project prints."""
+"""Intervals for the figures the project prints, all of 95%.
+
+Shapes: N rows that were drawn independently (prompts, mostly), K columns, S bootstrap resamples, F figures.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:  # numpy and scipy take a while to import
+    from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 4000
+"""Of every bootstrap."""
+
+Outcome: TypeAlias = Literal["win", "tie", "lose"]
+
+_POINTS = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Mean:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n={self.n})"
 
 
-def mean(values: list[float]) -> Mean:
+def mean(values: Sequence[float]) -> Mean:
     """The mean of `values` (at least two) with its 95% Student-t interval."""
     if len(values) < 2:
         raise ValueError(f"a mean with an interval needs at least 2 values, got {len(values)}")
@@ -56,3 +73,146 @@ def mean(values: list[float]) -> Mean:
     half = float(t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
     value = float(array.mean())
     return Mean(value=value, n=len(array), low=value - half, high=value + half)
+
+
+# --- bootstrap over rows --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure made from `n` rows with its 95% percentile bootstrap interval; NaN where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[Any]], NDArray[Any]], rows_NK: ArrayLike, *, seed: int = 0
+) -> tuple[Estimate, ...]:
+    """Figures that are made of the means of columns, with intervals over resampled rows.
+
+    What is measured on one row stays together, so that differences are paired. The same `seed` and N give the same
+    resamples, whatever the columns.
+
+    Args:
+        statistic: makes F figures of each row of column means, (S, K) → (S, F).
+        rows_NK: a value of each column for each row; NaN where there is none, which the column's mean then leaves out.
+        seed: of the resampling.
+
+    Returns:
+        F estimates; their `n` is the number of rows that have any value. Resamples in which a figure is undefined, a
+        quotient by 0, say, are left out of its interval.
+    """
+    import numpy as np
+
+    rows = np.asarray(rows_NK, dtype=np.float64)
+    known = ~np.isnan(rows)
+    filled = np.where(known, rows, 0.0)
+
+    def figures(counts_SN: NDArray[Any]) -> NDArray[Any]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return statistic((counts_SN @ filled) / (counts_SN @ known))
+
+    values_F = figures(np.ones((1, len(rows))))[0]
+    drawn_SF = figures(_resampled(len(rows), seed))
+    n = int(known.any(axis=1).sum())
+    return tuple(
+        Estimate(value=float(value), low=low, high=high, n=n)
+        for value, (low, high) in zip(values_F, map(_percentiles, drawn_SF.T), strict=True)
+    )
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Estimate:
+    """How much the mean of `first` is above that of `second`, row by row; rows with a NaN on a side are left out."""
+    import numpy as np
+
+    differences_NK = np.subtract(first, second)[:, None]
+    return bootstrap(lambda means_SK: means_SK, differences_NK, seed=seed)[0]
+
+
+@lru_cache(maxsize=4)
+def _resampled(n: int, seed: int) -> NDArray[Any]:
+    """How often each of `n` rows is in each resample: (S, N)."""
+    import numpy as np
+
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+
+
+def _percentiles(drawn_S: NDArray[Any]) -> tuple[float, float]:
+    import numpy as np
+
+    defined = drawn_S[np.isfinite(drawn_S)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, (0.025, 0.975))
+    return float(low), float(high)
+
+
+# --- comparisons prompt by prompt -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """Verdicts on a first side against a second.
+
+    Attributes:
+        win, tie, lose: how many.
+        unparsed: verdicts that could not be read: counted, and part of no rate.
+        rate: (win + ½ tie) / n; NaN where n is 0.
+        low, high: its 95% percentile bootstrap interval over prompts.
+    """
+
+    win: int
+    tie: int
+    lose: int
+    unparsed: int
+    rate: float
+    low: float
+    high: float
+
+    @property
+    def n(self) -> int:
+        """Verdicts that could be read."""
+        return self.win + self.tie + self.lose
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return f"– (n=0, {self.unparsed} unparsed)"
+        unparsed = f", {self.unparsed} unparsed" if self.unparsed else ""
+        return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}{unparsed})"
+
+
+def points(outcomes: Sequence[Outcome | None]) -> tuple[float, ...]:
+    """1 for a win, ½ for a tie, 0 for a loss, NaN for a verdict that could not be read."""
+    return tuple(float("nan") if outcome is None else _POINTS[outcome] for outcome in outcomes)
+
+
+def win_rate(outcomes: Sequence[Outcome | None], *, seed: int = 0) -> WinRate:
+    """The share of wins, a tie counting half, among the verdicts that could be read (those not None)."""
+    counts = Counter(outcomes)
+    read = [outcome for outcome in outcomes if outcome is not None]
+    rate, low, high = (float("nan"),) * 3
+    if len(set(read)) == 1:
+        rate, low, high = _unanimous(_POINTS[read[0]], len(read))
+    elif read:
+        import numpy as np
+
+        found = bootstrap(lambda means_SK: means_SK, np.array([points(read)]).T, seed=seed)[0]
+        rate, low, high = found.value, found.low, found.high
+    return WinRate(
+        win=counts["win"],
+        tie=counts["tie"],
+        lose=counts["lose"],
+        unparsed=counts[None],
+        rate=rate,
+        low=low,
+        high=high,
+    )
+
+
+def _unanimous(rate: float, n: int) -> tuple[float, float, float]:
+    """Where all verdicts are one, resampling has nothing to vary: what Wilson's interval leaves may be anything."""
+    sure = proportion(n, n).low
+    return rate, rate * sure, rate * sure + 1 - sure

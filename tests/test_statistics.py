@@ -1,0 +1,136 @@
+"""Intervals: known answers, scipy's bootstrap, and how often they cover the truth on simulated data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap as scipy_bootstrap
+
+from genarm.statistics import Outcome, bootstrap, mean_difference, points, proportion, win_rate
+
+SETS = 400
+COVERED = (0.92, 0.98)
+
+
+def test_win_rate_by_hand():
+    found = win_rate(["win", "tie", "lose", None, "win", "tie", "win", None])
+    assert (found.win, found.tie, found.lose, found.unparsed, found.n) == (3, 2, 1, 2, 6)
+    assert found.rate == pytest.approx((3 + 1) / 6)
+    assert 0 <= found.low < found.rate < found.high <= 1
+    assert str(found).endswith("(n=6, 2 unparsed)")
+
+
+def test_a_verdict_that_cannot_be_read_is_no_tie():
+    read: list[Outcome | None] = ["win"] * 30 + ["lose"] * 10
+    with_unread = win_rate(read + [None] * 40)
+    without = win_rate(read)
+    assert with_unread.rate == without.rate == 0.75
+    assert (with_unread.low, with_unread.high) == (without.low, without.high)
+    assert math.isnan(points([None])[0])
+
+
+def test_nothing_to_read():
+    found = win_rate([None, None])
+    assert (found.n, found.unparsed) == (0, 2)
+    assert all(math.isnan(value) for value in (found.rate, found.low, found.high))
+    assert str(found) == "– (n=0, 2 unparsed)"
+
+
+def test_unanimous_verdicts_are_not_certain():
+    sure = proportion(20, 20).low
+    wins, ties, losses = (win_rate([outcome] * 20) for outcome in ("win", "tie", "lose"))
+    assert (wins.rate, wins.low, wins.high) == pytest.approx((1, sure, 1))
+    assert (ties.rate, ties.low, ties.high) == pytest.approx((0.5, sure / 2, 1 - sure / 2))
+    assert (losses.rate, losses.low, losses.high) == pytest.approx((0, 0, 1 - sure))
+
+
+def test_interval_is_that_of_scipy():
+    rng = np.random.default_rng(3)
+    values = rng.exponential(size=150)
+    (ours,) = bootstrap(lambda means_SK: means_SK, values[:, None])
+    theirs = scipy_bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=1).confidence_interval
+    assert ours.value == pytest.approx(values.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_a_ratio_is_resampled_in_pairs():
+    rng = np.random.default_rng(4)
+    prompt = rng.normal(scale=2, size=200)
+    first, second = 5 + prompt + rng.normal(size=200), 8 + prompt + rng.normal(size=200)
+    (ours,) = bootstrap(lambda means_SK: means_SK[:, :1] / means_SK[:, 1:], np.column_stack([first, second]))
+    theirs = scipy_bootstrap(
+        (first, second),
+        lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=9999,
+        rng=1,
+    ).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.random.default_rng(5).normal(size=(80, 1))
+    one, again, other = (bootstrap(lambda means_SK: means_SK, values, seed=seed)[0] for seed in (0, 0, 1))
+    assert one == again
+    assert one.low != other.low
+
+
+def test_missing_values_leave_their_column_only():
+    rows = np.array([[1.0, 10.0], [3.0, np.nan], [np.nan, 30.0], [np.nan, np.nan]])
+    first, second = bootstrap(lambda means_SK: means_SK, rows)
+    assert (first.value, second.value, first.n) == (2.0, 20.0, 3)
+    (nothing,) = bootstrap(lambda means_SK: means_SK, np.full((3, 1), np.nan))
+    assert math.isnan(nothing.value)
+    assert math.isnan(nothing.low)
+    assert nothing.n == 0
+
+
+def test_paired_differences_are_narrower_where_prompts_differ():
+    rng = np.random.default_rng(6)
+    prompt = rng.normal(scale=3, size=200)
+    first, second = prompt + 1 + rng.normal(size=200), prompt + rng.normal(size=200)
+    paired = mean_difference(first, second)
+    apart = mean_difference(first, rng.permutation(second))
+    assert paired.value == pytest.approx(apart.value) == pytest.approx((first - second).mean())
+    assert paired.high - paired.low < (apart.high - apart.low) / 2
+
+
+# --- coverage: of 400 simulated data sets, how many intervals hold the truth --------------------------------------
+
+
+def covered(intervals: list[tuple[float, float]], truth: float) -> float:
+    return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+
+@pytest.mark.parametrize(("win", "tie"), [(0.5, 0.1), (0.15, 0.05), (0.25, 0.7)])
+def test_win_rates_cover_the_truth(win: float, tie: float):
+    rng = np.random.default_rng(7)
+    names = np.array(["win", "tie", "lose"])
+    drawn = rng.choice(names, p=[win, tie, 1 - win - tie], size=(SETS, 300))
+    found = [win_rate(outcomes.tolist()) for outcomes in drawn]
+    assert COVERED[0] <= covered([(rate.low, rate.high) for rate in found], win + tie / 2) <= COVERED[1]
+
+
+def test_differences_cover_the_truth():
+    rng = np.random.default_rng(8)
+    prompt = rng.exponential(scale=2, size=(SETS, 100))
+    first, second = prompt + rng.normal(size=(SETS, 100)) + 0.4, prompt + rng.exponential(size=(SETS, 100))
+    found = [mean_difference(a, b) for a, b in zip(first, second, strict=True)]
+    assert COVERED[0] <= covered([(of.low, of.high) for of in found], 0.4 - 1) <= COVERED[1]
+
+
+def test_shares_cover_the_truth():
+    """Of a gap from 0 to 2, a method at 1.5."""
+    rng = np.random.default_rng(9)
+    prompt = rng.normal(size=(SETS, 150, 1))
+    rows_SNK = prompt + rng.normal(size=(SETS, 150, 3)) + np.array([0, 2, 1.5])
+
+    def share(means_SK):
+        return (means_SK[:, 2:] - means_SK[:, :1]) / (means_SK[:, 1:2] - means_SK[:, :1])
+
+    found = [bootstrap(share, rows_NK)[0] for rows_NK in rows_SNK]
+    assert COVERED[0] <= covered([(of.low, of.high) for of in found], 0.75) <= COVERED[1]
