@@ -1,0 +1,1 @@
+"""Comparisons of methods: recipes, runs, figures and the report."""

@@ -1,0 +1,120 @@
+"""Recipes: every one of ours reads, and every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from genarm.errors import ConfigError
+from genarm.evaluation.recipe import Recipe
+from genarm.evaluation.recipe_file import load_recipe, scales
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+MINIMAL: dict[str, Any] = {
+    "prompts": {"data": "prompts.jsonl", "count": 4},
+    "reference": "base",
+    "methods": [
+        {"kind": "sample", "name": "base", "model": "m"},
+        {"kind": "genarm", "name": "guided", "base": "m", "rewards": {"a": "arm", "b": "arm2"}, "weights": {"b": 0.5}},
+    ],
+    "judges": [{"name": "truth", "kind": "function", "source": "m:f"}],
+}
+
+
+def read(tmp_path: Path, **changes: Any) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps({"title": "T", "tiny": {**MINIMAL, **changes}}))
+    return load_recipe(path, "tiny")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_in_every_scale(path: Path) -> None:
+    assert "paper" in scales(path)
+    for scale in scales(path):
+        recipe = load_recipe(path, scale)
+        trained = {f"@train/{spec.name}" for spec in recipe.train}
+        used = {ref for spec in recipe.methods for ref in (*spec.roles.values(), *spec.named.values())}
+        used |= {judge.source for judge in recipe.judges if judge.kind == "reward"}
+        assert {ref for ref in used if ref.startswith("@train/")} <= trained
+        assert recipe.methods[0].kind == "sample"  # the base comes first
+
+
+def test_a_grid_of_weights_is_a_row_each(tmp_path: Path) -> None:
+    grid = [{"a": 1, "b": 0}, {"a": 0.5}]
+    methods = [MINIMAL["methods"][0], {**MINIMAL["methods"][1], "weights": grid}]
+    _, first, second = read(tmp_path, methods=methods).methods
+    assert (first.name, second.name) == ("guided (a 1, b 0)", "guided (a 0.5, b 1)")
+    assert first.family == second.family == "guided"
+    assert second.weights == {"a": 0.5, "b": 1.0}
+
+
+def test_digests_know_what_decides_the_rows(tmp_path: Path) -> None:
+    def digests(**changes: Any) -> list[str]:
+        recipe = read(tmp_path, **changes)
+        base, guided = recipe.methods[:2]
+        (judge,) = recipe.judges
+        return [
+            recipe.answers_digest(base),
+            recipe.answers_digest(guided),
+            recipe.judgement_digest(judge, guided),
+        ]
+
+    before = digests()
+    base, guided = MINIMAL["methods"]
+    assert digests(methods=[base, {**guided, "name": "called otherwise"}]) == before
+    assert digests(methods=[base, guided, {**guided, "name": "another"}]) == before
+    assert digests(reference="guided") == before
+    heavier = digests(methods=[base, {**guided, "weights": {"b": 0.6}}])
+    assert heavier[0] == before[0]
+    assert not {*heavier[1:]} & {*before}
+    judged = digests(judges=[{"name": "truth", "kind": "function", "source": "m:g"}])
+    assert judged[:2] == before[:2]
+    assert judged[2] != before[2]
+    for changes in ({"seed": 5}, {"sampling": {"temperature": 0.5}}, {"prompts": {"data": "x", "count": 4}}):
+        assert not set(digests(**changes)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": [{"kind": "magic"}]}, "has the kind 'magic'; it must be one of sample, genarm"),
+        ({"methods": [{"kind": "genarm", "name": "g"}]}, "'g' of kind genarm lacks base, rewards"),
+        ({"methods": [{**MINIMAL["methods"][0], "top_k": 3}]}, "method 'base' has the unknown key 'top_k'"),
+        ({"methods": [*MINIMAL["methods"], MINIMAL["methods"][0]]}, "two entries for the method 'base'"),
+        (
+            {"methods": [MINIMAL["methods"][0], {**MINIMAL["methods"][1], "weights": {"c": 1}}]},
+            "the weights of method 'guided' has the unknown key 'c'; allowed are a, b",
+        ),
+        ({"reference": "DPO"}, "there is no method 'DPO'; the recipe has base, guided"),
+        ({"comparisons": [["base", "DPO"]]}, "there is no method 'DPO'"),
+        ({"fronts": ["helpful"]}, "there is no judge 'helpful'; the recipe has truth"),
+        ({"judges": [{"name": "j", "kind": "oracle", "source": "x"}]}, "has the kind 'oracle'; it must be one of"),
+        ({"judges": [{"name": "j", "kind": "llm"}]}, "a judge: .*source"),
+        ({"prompts": {"data": "x", "count": 1}}, "prompts.count is 1; an interval needs at least 2"),
+        ({"prompts": {"data": "x", "number": 4}}, "prompts has the unknown key 'number'"),
+        ({"seed": -1}, "seed is -1; it must be an integer of 0 or more"),
+        ({"speed": 1}, "the recipe has the unknown key 'speed'"),
+        ({"train": [{"kind": "arm"}]}, "an entry of train has no name"),
+        ({"sampling": "greedy"}, "sampling is 'greedy'; expected a table"),
+        ({"claims": [{"what": "better", "first": "base", "second": "guided"}]}, "a claim is 'better'; it must be"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'recipe.toml'}, scale tiny: ")
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*nothing\.toml: No such file"):
+        load_recipe(tmp_path / "nothing.toml", "tiny")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("title = ")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_recipe(broken, "tiny")
+    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, paper"):
+        load_recipe(next(path for path in RECIPES if path.stem == "hh-rlhf"), "huge")
