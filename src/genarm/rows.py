@@ -32,7 +32,7 @@ def resume_rows(path: Path, settings: str) -> list[dict[str, Any]]:
         settings: digest of everything that decides what the rows are.
 
     Raises:
-        DataError: a row of other settings, or a line that is no row and is not the last one.
+        DataError: a row of other settings, or a line that is no row, nor the beginning of one at the file's end.
     """
     if not path.exists():
         return []
@@ -41,7 +41,7 @@ def resume_rows(path: Path, settings: str) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             row = _parse(line)
-            if row is None and end + len(line) < size:
+            if row is None and (end + len(line) < size or not line.startswith(b"{")):
                 raise DataError(f"{path}, line {number} is no row of a run; remove it, or choose another --output")
             if row is None:
                 break

@@ -1,0 +1,218 @@
+"""Have an LLM compare the answers of two models to the same prompts.
+
+Each pair is shown in both orders. Replies are kept beside the output as they come, so that the same command goes on
+where an interrupted run stopped and pays for nothing twice. The key of the endpoint comes from an environment variable
+and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genarm.judges.answers import Matched
+    from genarm.judges.client import ClientSettings
+    from genarm.judges.llm import Estimate, Verdict
+    from genarm.judges.protocol import Protocol
+
+SUMMARY = "have an LLM compare two models' answers: win, tie and lose with intervals"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm judge`."""
+    for name, letter in (("first", "A"), ("second", "B")):
+        parser.add_argument(name, type=Path, metavar=f"{letter}.jsonl", help=f"answers of {letter}, by genarm generate")
+    parser.add_argument(
+        "--protocol",
+        required=True,
+        metavar="NAME|FILE",
+        help="genarm-hh, harmless, helpful, pairwise, or a TOML file of your own",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSONL file for the verdicts")
+    parser.add_argument("--model", metavar="NAME", help="the judge, as the endpoint calls it; else the protocol's")
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        default="https://api.openai.com/v1",
+        help="of an OpenAI-compatible endpoint; /chat/completions comes after it",
+    )
+    parser.add_argument(
+        "--key-variable",
+        metavar="NAME",
+        default="OPENAI_API_KEY",
+        help="environment variable with the key; an endpoint of your own may need none",
+    )
+    parser.add_argument("--concurrency", type=int, metavar="N", default=8, help="questions under way at once")
+    parser.add_argument("--rate", type=float, metavar="N", help="the most requests in a minute")
+    parser.add_argument("--timeout", type=float, metavar="S", default=120.0, help="seconds for one try")
+    parser.add_argument("--retries", type=int, metavar="N", default=5, help="tries after a question's first one")
+    parser.add_argument("--price-in", type=float, metavar="P", help="of a million tokens read")
+    parser.add_argument("--price-out", type=float, metavar="P", help="of a million tokens written")
+    parser.add_argument("--estimate", action="store_true", help="say what it will take, and ask nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, say what it will take, then ask."""
+    from genarm.errors import ConfigError
+    from genarm.judges.answers import match_answers
+    from genarm.judges.cache import ReplyCache
+    from genarm.judges.llm import estimate, fingerprint, judge_pairs
+    from genarm.judges.protocol import load_protocol
+
+    protocol = load_protocol(arguments.protocol)
+    if protocol.single:
+        raise ConfigError(f"the protocol {protocol.name} scores single answers; comparing two needs one for pairs")
+    settings = _settings(arguments, protocol)
+    _check_prices(arguments)
+    matched = match_answers(arguments.first, arguments.second)
+    pairs = [match.pair for match in matched]
+    digest = fingerprint(pairs, protocol, settings.model)
+    _check_output(arguments.output, digest)
+    cache = ReplyCache(arguments.output.with_name(f"{arguments.output.name}.replies"))
+    expected = estimate(
+        pairs,
+        protocol,
+        model=settings.model,
+        cache=cache,
+        price_in=arguments.price_in,
+        price_out=arguments.price_out,
+    )
+    print(_forecast(expected, len(pairs)))
+    if arguments.estimate:
+        return 0
+    with _progress(2 * len(pairs)) as advance:
+        try:
+            verdicts = judge_pairs(pairs, protocol, settings, cache, advance)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on with {arguments.output}", file=sys.stderr)
+            raise
+    _write(arguments.output, matched, verdicts, digest)
+    _report(arguments, protocol, settings, verdicts)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, protocol: Protocol) -> ClientSettings:
+    from genarm.errors import ConfigError
+    from genarm.judges.client import ClientSettings
+
+    model = arguments.model or protocol.model
+    if model is None:
+        raise ConfigError(f"the protocol {protocol.name} names no model; name one with --model")
+    settings = ClientSettings(
+        model=model,
+        base_url=arguments.base_url,
+        key_variable=arguments.key_variable,
+        concurrency=arguments.concurrency,
+        requests_per_minute=arguments.rate,
+        timeout=arguments.timeout,
+        retries=arguments.retries,
+    )
+    if not arguments.estimate:
+        settings.find_key()
+    return settings
+
+
+def _check_prices(arguments: argparse.Namespace) -> None:
+    from genarm.errors import ConfigError
+
+    prices = [arguments.price_in, arguments.price_out]
+    if prices.count(None) == 1:
+        raise ConfigError("--price-in and --price-out go together; give both, or neither")
+    if any(price is not None and not 0 <= price < float("inf") for price in prices):
+        raise ConfigError(f"the prices are {prices[0]} and {prices[1]}; they must be numbers of at least 0")
+
+
+def _check_output(output: Path, digest: str) -> None:
+    """Refuse to write over anything but verdicts on the same questions (raises DataError)."""
+    from genarm.errors import DataError
+
+    if not output.exists():
+        return
+    try:
+        lines = output.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        ours = all(json.loads(line)["settings"] == digest for line in lines)
+    except OSError as error:
+        raise DataError(f"cannot write --output {output}: {error}") from error
+    except (ValueError, LookupError, TypeError):
+        ours = False
+    if not ours:
+        raise DataError(
+            f"{output} holds something else than verdicts on these answers with these settings; choose another "
+            "--output, or remove it"
+        )
+
+
+def _forecast(expected: Estimate, pairs: int) -> str:
+    price = "" if expected.price is None else f", at most {expected.price:,.2f} at these prices"
+    return (
+        f"{pairs:,} pairs in both orders: {expected.calls:,} questions to ask, {expected.cached:,} replies kept; about "
+        f"{expected.prompt_tokens:,} tokens to read (a token per 4 characters) and at most "
+        f"{expected.completion_tokens:,} to write{price}"
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr where that is a terminal; yields what to call with each reply."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _write(output: Path, matched: Sequence[Matched], verdicts: Sequence[Verdict], digest: str) -> None:
+    from genarm.errors import DataError
+    from genarm.files import write_text
+
+    rows = [
+        {
+            "index": match.index,
+            "sample": match.sample,
+            "prompt": match.pair.prompt,
+            "first": match.pair.first,
+            "second": match.pair.second,
+            **verdict.record(),
+            "settings": digest,
+        }
+        for match, verdict in zip(matched, verdicts, strict=True)
+    ]
+    try:
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise DataError(f"cannot write --output {output}: {error}") from error
+
+
+def _report(
+    arguments: argparse.Namespace, protocol: Protocol, settings: ClientSettings, verdicts: Sequence[Verdict]
+) -> None:
+    """Print the figures, and say what went wrong; raises DataError where there is no figure at all."""
+    from genarm.cli.options import printable
+    from genarm.errors import DataError
+    from genarm.judges.llm import summarise
+    from genarm.statistics import win_rate
+
+    summary = summarise(verdicts)
+    rate = win_rate([verdict.outcome for verdict in verdicts])
+    print(f"{arguments.first} against {arguments.second}, by {settings.model} ({protocol.name})")
+    print(f"win {rate.win}  tie {rate.tie}  lose {rate.lose}  unparsed {summary.unparsed}  failed {summary.failed}")
+    print(f"win + ½ tie: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}] (n={rate.n})" if rate.n else "n=0")
+    print(
+        f"the two orders disagree on {summary.inconsistent} of {rate.n} pairs: {summary.for_first} for the answer "
+        f"shown first, {summary.for_second} for the one shown second"
+    )
+    print(f"{summary.prompt_tokens:,} tokens read, {summary.completion_tokens:,} written")
+    if summary.failed:
+        print(printable(f"failed: {summary.failure}; the same command asks again"), file=sys.stderr)
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    if not rate.n:
+        raise DataError(f"no pair has a verdict; see the replies in {arguments.output}")

@@ -1,0 +1,1 @@
+"""Judges: an LLM behind an OpenAI-compatible endpoint, and AlpacaEval 2."""
