@@ -1,0 +1,244 @@
+"""Make preference pairs from a wish: sample responses to each prompt, score them, keep the best against the worst.
+
+Prompts are read as by `genarm generate`. Responses and their scores stay beside the output as they come, and the same
+command goes on where an interrupted run stopped; the pairs are the same either way. `genarm train --data` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genarm.cli.options import (
+    add_device_options,
+    add_engine_options,
+    add_prompt_options,
+    add_sampling_options,
+    draft_files,
+    open_engine,
+    quiet_libraries,
+    sampling_of,
+    weights_of,
+)
+
+if TYPE_CHECKING:
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import Request
+    from genarm.batch.run import Plan
+    from genarm.engine import Engine
+    from genarm.opening import ModelFiles
+    from genarm.pairs.run import Advance, Counts
+    from genarm.pairs.scorers import Scorer
+
+SUMMARY = "make preference pairs from anything that can score a response"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm pairs`."""
+    parser.add_argument(
+        "--model",
+        dest="folder",
+        required=True,
+        metavar="FOLDER",
+        help="what responds: a guided folder, another causal LM's folder, or a hub id (ID@REVISION)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='FILE.txt, one per line; or FILE.jsonl, objects with "prompt" (text, or a list of messages) and whatever '
+        "the score needs",
+    )
+    parser.add_argument(
+        "--score",
+        required=True,
+        metavar="KIND=VALUE",
+        help="function=MODULE:FUNCTION, called with (prompt, response) or (prompt, response, row); reward=FOLDER, of "
+        "genarm train --kind trajectory; judge=RUBRIC.txt, by an LLM; last-number=KEY, 1 if the last number is that of "
+        "the row's KEY; tests=KEY, 1 if the code passes the row's unit tests in the sandbox",
+    )
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint; OpenAI's own by default, with OPENAI_API_KEY"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge, as the endpoint calls it")
+    parser.add_argument("--samples", type=int, metavar="N", default=8, help="how many responses to each prompt")
+    parser.add_argument(
+        "--select",
+        choices=("extremes", "all"),
+        default="extremes",
+        help="the best response against the worst, or every two that are far enough apart",
+    )
+    parser.add_argument(
+        "--margin", type=float, metavar="M", default=0.0, help="a pair's scores must be more than this apart"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file for the pairs")
+    add_prompt_options(parser)
+    add_sampling_options(parser, max_new_tokens=128)
+    parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many responses to decode at once")
+    add_device_options(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
+    add_engine_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, then sample, score and select."""
+    from genarm.batch.requests import read_requests
+    from genarm.errors import ConfigError
+    from genarm.pairs.select import Selection
+
+    if arguments.samples < 2:
+        raise ConfigError(f"--samples is {arguments.samples}; a pair needs at least 2")
+    selection = Selection(which=arguments.select, margin=arguments.margin)
+    requests = read_requests(arguments.prompts)
+    with quiet_libraries():
+        from genarm.batch.run import Plan, make_jobs
+        from genarm.opening import open_files
+        from genarm.pairs.run import PairSettings, make_pairs
+
+        plan = Plan(
+            sampling=sampling_of(arguments),
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            num_samples=arguments.samples,
+        )
+        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        draft = draft_files(arguments)
+        jobs = make_jobs(files, requests, plan, weights=weights_of(arguments, files), system=arguments.system)
+        conversations = [files.conversation(r.prompt, system=arguments.system, raw=False) for r in requests]
+        scorer = _scorer(arguments, requests)
+        settings = PairSettings(
+            sampling=_settings(arguments, files, requests, plan), score=scorer.record, selection=selection
+        )
+
+        def engine(streams: int, context: int) -> Engine:
+            return open_engine(arguments, files, draft, streams=streams, context=context)
+
+        with _progress() as advance, _goes_on(arguments.output):
+            counts = make_pairs(
+                arguments.output,
+                jobs,
+                conversations,
+                plan,
+                settings,
+                scorer,
+                open_engine=engine,
+                advance=advance,
+            )
+    print(_summary(arguments.output, counts))
+    return 0
+
+
+def _scorer(arguments: argparse.Namespace, requests: Sequence[Request]) -> Scorer:
+    """What `--score` means, checked against the rows."""
+    from genarm.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
+
+    options = ScorerOptions(
+        replies=Path(f"{arguments.output}.replies"),
+        judge_url=arguments.judge_url,
+        judge_model=arguments.judge_model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    scorer = make_scorer(arguments.score, options)
+    scorer.check([{"prompt": request.prompt, "id": request.id, **request.carried} for request in requests])
+    if isinstance(scorer, UnitTestScorer):
+        _warn_of_sandbox()
+    return scorer
+
+
+def _warn_of_sandbox() -> None:
+    """Say on stderr what generated code could reach on this machine (raises UnsupportedError where it cannot run)."""
+    from genarm.tasks.code import passed
+    from genarm.tasks.sandbox import run_code
+
+    outcome = run_code("")
+    passed(outcome)
+    open_to = sorted({"network", "processes", "files"} - outcome.contained)
+    if open_to:
+        print(
+            f"warning: on this machine the sandbox keeps generated code within its limits, but not from: "
+            f"{', '.join(open_to)}; use a container or a virtual machine for models you do not trust",
+            file=sys.stderr,
+        )
+
+
+def _settings(arguments: argparse.Namespace, files: ModelFiles, requests: Sequence[Request], plan: Plan) -> Settings:
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import digest
+    from genarm.opening import find_device
+
+    return Settings(
+        model=files.reference,
+        model_config=files.fingerprint,
+        revision=files.revision,
+        dtype=arguments.dtype,
+        device=find_device(arguments.device),
+        prompts=len(requests),
+        prompts_digest=digest(requests),
+        weights=weights_of(arguments, files),
+        max_new_tokens=plan.sampling.max_new_tokens,
+        temperature=plan.sampling.temperature,
+        top_p=plan.sampling.top_p,
+        seed=plan.seed,
+        num_samples=plan.num_samples,
+        speculate=arguments.speculate,
+        draft=arguments.draft,
+        system=arguments.system,
+        raw=False,
+    )
+
+
+@contextmanager
+def _goes_on(output: Path) -> Iterator[None]:
+    """Say after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {output}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _progress() -> Iterator[Advance]:
+    """A bar for each stage on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance
+
+
+def _summary(output: Path, counts: Counts) -> str:
+    dropped: dict[str, int] = {
+        "tied pairs": counts.ties,
+        "empty responses": counts.empty,
+        "identical responses": counts.identical,
+        "responses without a score": counts.unscored,
+        "prompts with fewer than two different responses": counts.lone,
+    }
+    lines = [
+        f"{output}: {counts.pairs} pairs from {counts.prompts_used} of {counts.prompts} prompts "
+        f"({counts.responses} responses)",
+        f"dropped: {', '.join(f'{count} {what}' for what, count in dropped.items())}",
+        f"mean score: {counts.mean_score_chosen:.3f} chosen, {counts.mean_score_rejected:.3f} rejected",
+    ]
+    if counts.cut:
+        lines.append(
+            f"{counts.cut} responses were cut at --max-new-tokens; training takes a cut for an end, so raise it if "
+            "these are many"
+        )
+    return "\n".join(lines)

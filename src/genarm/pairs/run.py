@@ -1,0 +1,311 @@
+"""`make_pairs`: sample responses, score them, keep pairs; in three stages, each of which a killed run goes on with.
+
+Beside FILE.jsonl stand
+
+    FILE.samples.jsonl    every response, as `genarm generate` writes them
+    FILE.scores.jsonl     the score of every different response
+    FILE.jsonl.settings.json
+    FILE.jsonl.replies/   of a judge, as they come
+
+Samples and scores are written as they come. The pairs are written at once, when all scores are there; the settings
+get the counts last of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from genarm.batch.output import Settings as SampleSettings
+from genarm.batch.output import append, begin, settings_file
+from genarm.batch.run import Job, Plan, context_of, decode
+from genarm.engine import Engine
+from genarm.errors import DataError
+from genarm.files import write_text
+from genarm.pairs.scorers import Item, Scorer
+from genarm.pairs.select import Scored, Selected, Selection, select
+from genarm.prompts import Message, Prompt
+from genarm.rows import append_rows, keep_rows, resume_rows
+
+Row = dict[str, Any]
+Advance = Callable[[str, int, int], None]
+"""Called with the stage ("replies", "scores"), how much of it is done, and how much there is."""
+
+CHUNK = 64
+"""Responses that are scored together; a killed run scores the last chunk again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """Everything that decides what the pairs are.
+
+    Attributes:
+        sampling: of the responses.
+        score: what scores them (`Scorer.record`).
+        selection: which become pairs.
+    """
+
+    sampling: SampleSettings
+    score: Mapping[str, Any]
+    selection: Selection
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        selection = {"select": self.selection.which, "margin": self.selection.margin}
+        record = {**asdict(self.sampling), "score": dict(self.score), **selection}
+        loaded: dict[str, Any] = json.loads(json.dumps(record))
+        return loaded
+
+    @property
+    def digest(self) -> str:
+        """What the rows of scores name their settings by."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the responses.
+
+    Attributes:
+        prompts: all of them, and `prompts_used` those that gave a pair.
+        responses: all that were sampled; `cut` of them reached the length limit.
+        empty: responses dropped because they have no word.
+        identical: responses dropped because they repeat another to the same prompt.
+        unscored: different responses dropped because their scorer gave no score.
+        lone: prompts with fewer than two different scored responses.
+        ties: candidate pairs dropped because their scores are not far enough apart.
+        pairs: what was written, and the means of its scores.
+    """
+
+    prompts: int
+    prompts_used: int
+    responses: int
+    cut: int
+    empty: int
+    identical: int
+    unscored: int
+    lone: int
+    ties: int
+    pairs: int
+    mean_score_chosen: float
+    mean_score_rejected: float
+
+
+def make_pairs(
+    output: Path,
+    jobs: Sequence[Job],
+    conversations: Sequence[Prompt],
+    plan: Plan,
+    settings: PairSettings,
+    scorer: Scorer,
+    *,
+    open_engine: Callable[[int, int], Engine],
+    advance: Advance,
+) -> Counts:
+    """Write the pairs to `output`, going on with what an interrupted run has left.
+
+    Args:
+        output: FILE.jsonl.
+        jobs: from `genarm.batch.run.make_jobs`.
+        conversations: each prompt as the model reads it (`ModelFiles.conversation`).
+        plan: how responses are sampled.
+        settings: what the files beside `output` must have been made with.
+        scorer: scores them.
+        open_engine: loads the model, given how many replies run at once and the positions that one needs; only called
+            where responses are missing.
+        advance: told of every step.
+
+    Raises:
+        DataError: files of other settings or of another origin (the setting is named), or no pair at all.
+    """
+    check_output(output, settings)
+    samples = _sample(beside(output, "samples"), jobs, plan, settings.sampling, open_engine, advance)
+    scores = _score(beside(output, "scores"), samples, conversations, scorer, settings.digest, advance)
+    selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
+    rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in pair_rows(prompt, chosen)]
+    counts = _count(samples, selected)
+    if not rows:
+        raise DataError(
+            f"no pairs: of {counts.prompts} prompts, {counts.lone} have fewer than two different scored responses and "
+            f"{counts.ties} tie; sample more, at a higher temperature, or use a finer score, with another --output"
+        )
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_settings(output, settings, counts)
+    return counts
+
+
+def beside(output: Path, what: str) -> Path:
+    """FILE.jsonl → FILE.`what`.jsonl."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.{what}.jsonl")
+
+
+def pair_rows(prompt: Prompt, selected: Selected) -> Iterator[Row]:
+    """Rows in TRL's format: messages for a conversation, text for a text."""
+    for better, worse in selected.pairs:
+        yield {
+            "prompt": prompt,
+            "chosen": _reply(prompt, better.response),
+            "rejected": _reply(prompt, worse.response),
+            "score_chosen": better.score,
+            "score_rejected": worse.score,
+            "seed_chosen": better.seed,
+            "seed_rejected": worse.seed,
+        }
+
+
+def _reply(prompt: Prompt, response: str) -> str | list[Message]:
+    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path, settings: PairSettings) -> None:
+    """Make sure that what stands at `output` belongs to these settings, and note them beside it.
+
+    Raises:
+        DataError: it was made with others (the first difference is named), or is not one of ours.
+    """
+    if output.is_dir():
+        raise DataError(f"--output {output} is a folder; name a file in it")
+    noted = settings_file(output)
+    if noted.exists():
+        _check_same(output, noted, settings)
+        return
+    if output.exists() and output.stat().st_size:
+        raise DataError(f"{output} already has content and no {noted.name} beside it; choose another --output")
+    _write_settings(output, settings, None)
+
+
+def _check_same(output: Path, noted: Path, settings: PairSettings) -> None:
+    try:
+        written = json.loads(noted.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {noted}: {error}; choose another --output") from error
+    for name, now in settings.record.items():
+        if not isinstance(written, dict) or written.get(name) != now:
+            before = written.get(name) if isinstance(written, dict) else written
+            raise DataError(
+                f"{output} was made with {name} {before!r} and this run has {now!r}; use the same settings to go on "
+                "with it, or choose another --output"
+            )
+
+
+def _write_settings(output: Path, settings: PairSettings, counts: Counts | None) -> None:
+    versions = {name: version(name) for name in ("genarm", "torch", "transformers")}
+    record = {
+        "digest": settings.digest,
+        "settings": settings.record,
+        "counts": None if counts is None else asdict(counts),
+        "versions": versions,
+    }
+    try:
+        write_text(settings_file(output), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write --output {output}: {error}") from error
+
+
+# --- the stages -----------------------------------------------------------------------------------------------
+
+
+def _sample(
+    path: Path,
+    jobs: Sequence[Job],
+    plan: Plan,
+    settings: SampleSettings,
+    open_engine: Callable[[int, int], Engine],
+    advance: Advance,
+) -> list[Row]:
+    """The row of every job; those that the file lacks are decoded."""
+    done = begin(path, settings)
+    advance("replies", done, len(jobs))
+    if done < len(jobs):
+        with open_engine(min(plan.batch_size, len(jobs) - done), context_of(jobs, plan)) as engine:
+            for row in decode(engine, jobs[done:], plan, settings=settings.digest):
+                append(path, row)
+                done += 1
+                advance("replies", done, len(jobs))
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _score(
+    path: Path,
+    samples: Sequence[Row],
+    conversations: Sequence[Prompt],
+    scorer: Scorer,
+    digest: str,
+    advance: Advance,
+) -> dict[tuple[int, str], float | None]:
+    """The score of every different response by (prompt's index, response); chunks that the file lacks are scored."""
+    different = list({(row["index"], row["response"]): row for row in reversed(samples)}.values())[::-1]
+    rows = resume_rows(path, digest)
+    if len(rows) < len(different):
+        whole = len(rows) // CHUNK * CHUNK
+        if whole < len(rows):
+            keep_rows(path, whole)
+        rows = rows[:whole]
+    advance("scores", len(rows), len(different))
+    for start in range(len(rows), len(different), CHUNK):
+        chunk = different[start : start + CHUNK]
+        scores = scorer.score([_item(row, conversations) for row in chunk])
+        new = [
+            {"index": row["index"], "sample": row["sample"], "score": score, "settings": digest}
+            for row, score in zip(chunk, scores, strict=True)
+        ]
+        append_rows(path, new)
+        rows += new
+        advance("scores", len(rows), len(different))
+    keys = [(row["index"], row["response"]) for row in different]
+    return {key: row["score"] for key, row in zip(keys, rows, strict=True)}
+
+
+_SAMPLED = ("index", "sample", "response", "finish_reason", "tokens", "seed", "weights", "settings")
+
+
+def _item(row: Row, conversations: Sequence[Prompt]) -> Item:
+    """A response with the row of the prompt file that it answers."""
+    own = {key: value for key, value in row.items() if key not in _SAMPLED}
+    return Item(prompt=conversations[row["index"]], response=row["response"], row=own)
+
+
+def _by_prompt(
+    samples: Sequence[Row], scores: Mapping[tuple[int, str], float | None], prompts: int
+) -> list[list[Scored]]:
+    groups: list[list[Scored]] = [[] for _ in range(prompts)]
+    for row in samples:
+        index, response = row["index"], row["response"]
+        groups[index].append(
+            Scored(
+                response=response,
+                score=scores[index, response],
+                seed=row["seed"],
+                cut=row["finish_reason"] == "length",
+            )
+        )
+    return groups
+
+
+def _count(samples: Sequence[Row], selected: Sequence[Selected]) -> Counts:
+    pairs = [pair for one in selected for pair in one.pairs]
+    chosen, rejected = ([pair[side].score or 0.0 for pair in pairs] for side in (0, 1))
+    return Counts(
+        prompts=len(selected),
+        prompts_used=sum(bool(one.pairs) for one in selected),
+        responses=len(samples),
+        cut=sum(row["finish_reason"] == "length" for row in samples),
+        empty=sum(one.empty for one in selected),
+        identical=sum(one.identical for one in selected),
+        unscored=sum(one.unscored for one in selected),
+        lone=sum(one.lone for one in selected),
+        ties=sum(one.ties for one in selected),
+        pairs=len(pairs),
+        mean_score_chosen=sum(chosen) / max(1, len(pairs)),
+        mean_score_rejected=sum(rejected) / max(1, len(pairs)),
+    )
