@@ -51,6 +51,7 @@ JUDGES: Mapping[str, str] = {
     "last-number": "1 where the last number of a reply is that of the prompt's column",
     "tests": "1 where code passes the unit tests of the prompt's column",
     "llm": "compares two replies by an LLM behind an endpoint, in both orders",
+    "alpaca-eval": "compares two replies as AlpacaEval 2 does, with length control (extra `alpaca`)",
 }
 
 
@@ -154,8 +155,8 @@ class JudgeSpec:
     Attributes:
         name: as the table shows it; for several objectives, the objective's.
         kind: a key of `JUDGES`.
-        source: the function, the model, the column with the right answer, or the LLM's protocol.
-        settings: of an LLM judge: model, base_url, key_variable, …
+        source: the function, the model, the column with the right answer, the LLM's protocol, or AlpacaEval's model.
+        settings: of an LLM's endpoint: model, base_url, key_variable, …
     """
 
     name: str

@@ -1,0 +1,129 @@
+"""What the judges say of all answers: scores of single replies, and verdicts on pairs of them.
+
+judgements/JUDGE/METHOD.jsonl     a score for each reply
+judgements/JUDGE/A--B.jsonl       a verdict on each pair of replies, with all that an LLM said
+judgements/JUDGE/replies/         what an LLM has said; nothing is asked twice
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.console import Console
+
+from genarm.errors import DataError
+from genarm.evaluation.answers import Answers
+from genarm.evaluation.build import Models, slug
+from genarm.evaluation.comparing import COMPARING, compare_all
+from genarm.evaluation.prompts import Question
+from genarm.evaluation.recipe import JudgeSpec, Recipe
+from genarm.evaluation.results import Verdicts
+from genarm.pairs.scorers import Item, ScorerOptions, make_scorer
+from genarm.rows import append_rows, resume_rows
+
+CHUNK = 50
+"""Scores that are written together."""
+
+
+Scores: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A reply as a judge sees it."""
+
+    question: Question
+    text: str
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """{method: {judge: score of each reply}}, every verdict, and what a reader must know of them."""
+
+    scores: Scores
+    verdicts: tuple[Verdicts, ...]
+    notes: tuple[str, ...]
+
+
+def judge_all(
+    folder: Path,
+    recipe: Recipe,
+    questions: Sequence[Question],
+    answers: Mapping[str, Answers],
+    models: Models,
+    console: Console,
+) -> Judged:
+    """Have every judge judge what it has not yet.
+
+    Raises:
+        ConfigError, MemberError: a judge that cannot be had.
+        DataError: judgements of other settings, or a score that is no number.
+    """
+    scores: Scores = {method.name: {} for method in recipe.methods}
+    verdicts: list[Verdicts] = []
+    notes: list[str] = []
+    for judge in recipe.judges:
+        where = folder / slug(judge.name)
+        if judge.kind in COMPARING:
+            compared, about = compare_all(where, judge, recipe, questions, answers, console)
+            verdicts += compared
+            notes += about
+            continue
+        for method in recipe.methods:
+            scores[method.name][judge.name] = _score_all(
+                where / f"{slug(method.name)}.jsonl",
+                judge,
+                models,
+                questions,
+                answers[method.name],
+                recipe.judgement_digest(judge, method),
+            )
+    return Judged(scores=scores, verdicts=tuple(verdicts), notes=tuple(notes))
+
+
+def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], list[float | None]]:
+    """What scores single replies."""
+    if judge.kind == "reward":
+        reward = models.reward(judge.source)
+        return lambda replies: list(reward.score([r.question.ids for r in replies], [r.ids for r in replies]))
+    scorer = make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder))
+
+    def score(replies: Sequence[Reply]) -> list[float | None]:
+        items = [
+            Item(prompt=r.question.prompt, response=r.text, row={**r.question.row, "prompt": r.question.prompt})
+            for r in replies
+        ]
+        scorer.check([item.row for item in items])
+        return scorer.score(items)
+
+    return score
+
+
+def _score_all(
+    path: Path, judge: JudgeSpec, models: Models, questions: Sequence[Question], answers: Answers, settings: str
+) -> tuple[float, ...]:
+    rows = resume_rows(path, settings)
+    replies = [
+        Reply(question=question, text=text, ids=ids)
+        for question, text, ids in zip(questions, answers.replies, answers.token_ids, strict=True)
+    ]
+    for start in range(len(rows), len(replies), CHUNK):
+        part = replies[start : start + CHUNK]
+        new = [
+            {"index": index, "score": _finite(score, judge.name, index), "settings": settings}
+            for index, score in enumerate(_scorer(judge, models)(part), start=start)
+        ]
+        append_rows(path, new)
+        rows += new
+    return tuple(float(row["score"]) for row in rows)
+
+
+def _finite(score: float | None, judge: str, index: int) -> float:
+    if score is None or not math.isfinite(score):
+        raise DataError(f"{judge} scores answer {index} with {score}; a score must be a finite number")
+    return score
