@@ -104,7 +104,7 @@ MISTAKES = {
     "NaN": (["generate", "FOLDER", "--prompt", "w1", "--weights", "helpful=nan"], "cannot read the weight"),
     "infinity": (["score", "FOLDER", "--prompt", "w1", "--response", "w2", "--weights", "helpful=inf"], "NAME=NUMBER"),
     "no weight": (["chat", "FOLDER", "--weights", ""], "no weight in ''"),
-    "missing input": (["generate", "FOLDER", "--input", "no.jsonl"], "cannot read --input no.jsonl"),
+    "missing input": (["generate", "FOLDER", "--input", "no.jsonl"], "cannot read the prompts in no.jsonl"),
     "unknown ending": (["generate", "FOLDER", "--input", "no.csv"], "name it .txt"),
     "empty prompt": (["generate", "FOLDER", "--prompt", ""], "--prompt 1: the prompt is empty"),
     "empty prompt to score": (["score", "FOLDER", "--prompt", " ", "--response", "w1"], "the prompt is empty"),

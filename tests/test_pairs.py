@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from genarm.cli.main import main
 from genarm.data.preferences import Format, load_preferences
 from genarm.model.compose import compose
+from genarm.tasks import sandbox
+from judge_server import Act, JudgeServer, Seen, says
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 WISH = """
@@ -56,14 +59,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with the wishes and the prompts in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "wish", raising=False)
     Path("wish.py").write_text(WISH, encoding="utf-8")
     write_prompts(PROMPTS)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("wish", None)  # other tests have wishes of their own
 
 
 def write_prompts(rows: list[dict[str, Any]]) -> None:
@@ -204,6 +207,48 @@ def test_only_ties(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("pairs.jsonl").exists()
 
 
+def test_a_judge(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counts a word, and cannot be read where another one is said; such responses are dropped and counted."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    Path("rubric.txt").write_text("As many w3 as can be.", encoding="utf-8")
+
+    def behave(seen: Seen, number: int) -> Act:
+        words = seen.question.split("[Answer]")[1].split("[End")[0].split()
+        return says("I would rather not." if "w7" in words else f"Score: {1 + words.count('w3')}")
+
+    with JudgeServer(behave) as server:
+        judge = ["--judge-url", server.url, "--judge-model", "counter"]
+        assert main(command(base, *judge, score="judge=rubric.txt")) == 0
+    rows, counts = rows_of("pairs.jsonl"), settings()["counts"]
+    different = {(row["index"], row["response"]) for row in rows_of("pairs.samples.jsonl") if row["response"].strip()}
+    assert counts["unscored"] == sum("w7" in response.split() for _, response in different) > 0
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            words = row[side][0]["content"].split()
+            assert row[f"score_{side}"] == 1 + words.count("w3")
+            assert "w7" not in words
+    assert f"{counts['unscored']} responses without a score" in capsys.readouterr().out
+
+
+def test_unit_tests_and_what_the_sandbox_keeps_out(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No response of random words passes. Where the machine forbids namespaces, the user is told so."""
+    write_prompts([{"prompt": "w1", "test": "assert f() == 1"}])
+    assert main(command(base, score="tests=test")) == 2
+    capsys.readouterr()
+    without = Path("jail.py")
+    jail, head = sandbox.JAIL.read_text(encoding="utf-8"), "def new_namespaces() -> list[str]:\n"
+    assert head in jail
+    without.write_text(jail.replace(head, f"{head}    return []\n"), encoding="utf-8")
+    monkeypatch.setattr(sandbox, "JAIL", without.resolve())
+    assert main(command(base, score="tests=test")) == 2
+    said = capsys.readouterr().err
+    assert "warning: on this machine the sandbox" in said
+    assert "not from: files, network, processes; use a container" in said
+    assert "no pairs: of 1 prompts" in said
+
+
 # --- resuming -------------------------------------------------------------------------------------------------
 
 FILES = ("pairs.jsonl", "pairs.jsonl.settings.json", "pairs.samples.jsonl", "pairs.scores.jsonl")
@@ -245,26 +290,25 @@ def test_a_complete_run_loads_no_model(base: Path, here: Path, monkeypatch: pyte
     assert contents() == whole
 
 
-@pytest.mark.parametrize("stage", ["samples", "scores"])
-def test_a_killed_run_resumes_to_the_same_files(base: Path, stage: str) -> None:
-    """kill -9 in either stage."""
-    write_prompts([{"prompt": f"w{i % 40} w{i * 7 % 40}"} for i in range(60)])
+def test_a_run_that_is_killed_twice_ends_with_the_same_files(base: Path) -> None:
+    """kill -9 while it samples, and again while it scores."""
+    write_prompts([{"prompt": f"w{i % 40} w{i * 7 % 40}"} for i in range(30)])
     words = command(base, score="function=wish:slow")
     assert main(words) == 0
     whole = contents()
     for name in (*FILES, "pairs.samples.jsonl.settings.json"):
         Path(name).unlink()
-    working, rows = Path(f"pairs.{stage}.jsonl"), {"samples": 20, "scores": 64}[stage]
-    process = subprocess.Popen([sys.executable, "-m", "genarm", *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not working.exists() or working.read_bytes().count(b"\n") < rows:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert working.read_bytes().count(b"\n") < whole[working.name].count(b"\n")
-    assert not Path("pairs.jsonl").exists()
+    for working, rows in ((Path("pairs.samples.jsonl"), 20), (Path("pairs.scores.jsonl"), 64)):
+        process = subprocess.Popen([sys.executable, "-m", "genarm", *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while not working.exists() or working.read_bytes().count(b"\n") < rows:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert working.read_bytes().count(b"\n") < whole[working.name].count(b"\n")
+        assert not Path("pairs.jsonl").exists()
     assert main(words) == 0
     assert contents() == whole
 

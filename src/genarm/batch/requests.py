@@ -83,11 +83,11 @@ def read_requests(path: Path) -> tuple[Request, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read --input {path}: {error}; expected a text file in UTF-8") from error
+        raise DataError(f"cannot read the prompts in {path}: {error}; expected a text file in UTF-8") from error
     # Not splitlines(): a JSON string may hold a bare line separator such as U+2028.
     lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise DataError(f"--input {path} holds no prompt; put at least one line into it")
+        raise DataError(f"{path} holds no prompt; put at least one line into it")
     if path.suffix == ".txt":
         return tuple(Request(prompt=line.rstrip("\r"), where=where) for where, line in lines)
     return tuple(_request(line, where) for where, line in lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,12 @@ from genarm.cli.options import (
     printable,
     quiet_libraries,
     sampling_of,
+    settings_of,
     weights_of,
 )
 
 if TYPE_CHECKING:
     from genarm.batch.output import Settings
-    from genarm.batch.requests import Request
     from genarm.batch.run import Job, Plan
     from genarm.opening import ModelFiles
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
     with quiet_libraries():
         from genarm.batch.run import Plan, make_jobs
-        from genarm.opening import find_device, open_files
+        from genarm.opening import open_files
 
         plan = Plan(
             sampling=sampling_of(arguments),
@@ -73,45 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             num_samples=arguments.num_samples,
         )
-        device = find_device(arguments.device)
         files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
         draft = draft_files(arguments)
         weights = weights_of(arguments, files)
         jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)
-        settings = _settings(arguments, files, requests, plan, weights, device)
+        settings = settings_of(arguments, files, requests, plan, weights, raw=arguments.raw)
         return _decode(arguments, files, draft, jobs, plan, settings)
-
-
-def _settings(
-    arguments: argparse.Namespace,
-    files: ModelFiles,
-    requests: Sequence[Request],
-    plan: Plan,
-    weights: dict[str, float],
-    device: str,
-) -> Settings:
-    from genarm.batch.output import Settings
-    from genarm.batch.requests import digest
-
-    return Settings(
-        model=files.reference,
-        model_config=files.fingerprint,
-        revision=files.revision,
-        dtype=arguments.dtype,
-        device=device,
-        prompts=len(requests),
-        prompts_digest=digest(requests),
-        weights=weights,
-        max_new_tokens=plan.sampling.max_new_tokens,
-        temperature=plan.sampling.temperature,
-        top_p=plan.sampling.top_p,
-        seed=plan.seed,
-        num_samples=plan.num_samples,
-        speculate=arguments.speculate,
-        draft=arguments.draft,
-        system=arguments.system,
-        raw=arguments.raw,
-    )
 
 
 def _decode(

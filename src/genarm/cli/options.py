@@ -7,13 +7,16 @@ import logging
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import Request
+    from genarm.batch.run import Plan
     from genarm.engine import Engine
     from genarm.opening import ModelFiles
     from genarm.sampling import Sampling
@@ -125,6 +128,41 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
+    )
+
+
+def settings_of(
+    arguments: argparse.Namespace,
+    files: ModelFiles,
+    requests: Sequence[Request],
+    plan: Plan,
+    weights: dict[str, float],
+    *,
+    raw: bool,
+) -> Settings:
+    """All that decides what the rows of an output file are."""
+    from genarm.batch.output import Settings
+    from genarm.batch.requests import digest
+    from genarm.opening import find_device
+
+    return Settings(
+        model=files.reference,
+        model_config=files.fingerprint,
+        revision=files.revision,
+        dtype=arguments.dtype,
+        device=find_device(arguments.device),
+        prompts=len(requests),
+        prompts_digest=digest(requests),
+        weights=weights,
+        max_new_tokens=plan.sampling.max_new_tokens,
+        temperature=plan.sampling.temperature,
+        top_p=plan.sampling.top_p,
+        seed=plan.seed,
+        num_samples=plan.num_samples,
+        speculate=arguments.speculate,
+        draft=arguments.draft,
+        system=arguments.system,
+        raw=raw,
     )
 
 

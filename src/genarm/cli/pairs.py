@@ -22,15 +22,13 @@ from genarm.cli.options import (
     open_engine,
     quiet_libraries,
     sampling_of,
+    settings_of,
     weights_of,
 )
 
 if TYPE_CHECKING:
-    from genarm.batch.output import Settings
     from genarm.batch.requests import Request
-    from genarm.batch.run import Plan
     from genarm.engine import Engine
-    from genarm.opening import ModelFiles
     from genarm.pairs.run import Advance, Counts
     from genarm.pairs.scorers import Scorer
 
@@ -112,7 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         conversations = [files.conversation(r.prompt, system=arguments.system, raw=False) for r in requests]
         scorer = _scorer(arguments, requests)
         settings = PairSettings(
-            sampling=_settings(arguments, files, requests, plan), score=scorer.record, selection=selection
+            sampling=settings_of(arguments, files, requests, plan, weights_of(arguments, files), raw=False),
+            score=scorer.record,
+            selection=selection,
         )
 
         def engine(streams: int, context: int) -> Engine:
@@ -165,32 +165,6 @@ def _warn_of_sandbox() -> None:
             f"{', '.join(open_to)}; use a container or a virtual machine for models you do not trust",
             file=sys.stderr,
         )
-
-
-def _settings(arguments: argparse.Namespace, files: ModelFiles, requests: Sequence[Request], plan: Plan) -> Settings:
-    from genarm.batch.output import Settings
-    from genarm.batch.requests import digest
-    from genarm.opening import find_device
-
-    return Settings(
-        model=files.reference,
-        model_config=files.fingerprint,
-        revision=files.revision,
-        dtype=arguments.dtype,
-        device=find_device(arguments.device),
-        prompts=len(requests),
-        prompts_digest=digest(requests),
-        weights=weights_of(arguments, files),
-        max_new_tokens=plan.sampling.max_new_tokens,
-        temperature=plan.sampling.temperature,
-        top_p=plan.sampling.top_p,
-        seed=plan.seed,
-        num_samples=plan.num_samples,
-        speculate=arguments.speculate,
-        draft=arguments.draft,
-        system=arguments.system,
-        raw=False,
-    )
 
 
 @contextmanager

@@ -124,11 +124,11 @@ def make_pairs(
     Raises:
         DataError: files of other settings or of another origin (the setting is named), or no pair at all.
     """
-    check_output(output, settings)
-    samples = _sample(beside(output, "samples"), jobs, plan, settings.sampling, open_engine, advance)
-    scores = _score(beside(output, "scores"), samples, conversations, scorer, settings.digest, advance)
+    _check_output(output, settings)
+    samples = _sample(_beside(output, "samples"), jobs, plan, settings.sampling, open_engine, advance)
+    scores = _score(_beside(output, "scores"), samples, conversations, scorer, settings.digest, advance)
     selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
-    rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in pair_rows(prompt, chosen)]
+    rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)]
     counts = _count(samples, selected)
     if not rows:
         raise DataError(
@@ -140,12 +140,12 @@ def make_pairs(
     return counts
 
 
-def beside(output: Path, what: str) -> Path:
+def _beside(output: Path, what: str) -> Path:
     """FILE.jsonl → FILE.`what`.jsonl."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.{what}.jsonl")
 
 
-def pair_rows(prompt: Prompt, selected: Selected) -> Iterator[Row]:
+def _pair_rows(prompt: Prompt, selected: Selected) -> Iterator[Row]:
     """Rows in TRL's format: messages for a conversation, text for a text."""
     for better, worse in selected.pairs:
         yield {
@@ -166,7 +166,7 @@ def _reply(prompt: Prompt, response: str) -> str | list[Message]:
 # --- settings -------------------------------------------------------------------------------------------------
 
 
-def check_output(output: Path, settings: PairSettings) -> None:
+def _check_output(output: Path, settings: PairSettings) -> None:
     """Make sure that what stands at `output` belongs to these settings, and note them beside it.
 
     Raises:
@@ -244,16 +244,19 @@ def _score(
     advance: Advance,
 ) -> dict[tuple[int, str], float | None]:
     """The score of every different response by (prompt's index, response); chunks that the file lacks are scored."""
-    different = list({(row["index"], row["response"]): row for row in reversed(samples)}.values())[::-1]
+    different: dict[tuple[int, str], Row] = {}
+    for sample in samples:
+        different.setdefault((sample["index"], sample["response"]), sample)
+    todo = list(different.values())
     rows = resume_rows(path, digest)
-    if len(rows) < len(different):
+    if len(rows) < len(todo):
         whole = len(rows) // CHUNK * CHUNK
         if whole < len(rows):
             keep_rows(path, whole)
         rows = rows[:whole]
-    advance("scores", len(rows), len(different))
-    for start in range(len(rows), len(different), CHUNK):
-        chunk = different[start : start + CHUNK]
+    advance("scores", len(rows), len(todo))
+    for start in range(len(rows), len(todo), CHUNK):
+        chunk = todo[start : start + CHUNK]
         scores = scorer.score([_item(row, conversations) for row in chunk])
         new = [
             {"index": row["index"], "sample": row["sample"], "score": score, "settings": digest}
@@ -261,9 +264,8 @@ def _score(
         ]
         append_rows(path, new)
         rows += new
-        advance("scores", len(rows), len(different))
-    keys = [(row["index"], row["response"]) for row in different]
-    return {key: row["score"] for key, row in zip(keys, rows, strict=True)}
+        advance("scores", len(rows), len(todo))
+    return {key: row["score"] for key, row in zip(different, rows, strict=True)}
 
 
 _SAMPLED = ("index", "sample", "response", "finish_reason", "tokens", "seed", "weights", "settings")
@@ -294,7 +296,7 @@ def _by_prompt(
 
 def _count(samples: Sequence[Row], selected: Sequence[Selected]) -> Counts:
     pairs = [pair for one in selected for pair in one.pairs]
-    chosen, rejected = ([pair[side].score or 0.0 for pair in pairs] for side in (0, 1))
+    chosen, rejected = (sum(pair[side].score or 0.0 for pair in pairs) for side in (0, 1))
     return Counts(
         prompts=len(selected),
         prompts_used=sum(bool(one.pairs) for one in selected),
@@ -306,6 +308,6 @@ def _count(samples: Sequence[Row], selected: Sequence[Selected]) -> Counts:
         lone=sum(one.lone for one in selected),
         ties=sum(one.ties for one in selected),
         pairs=len(pairs),
-        mean_score_chosen=sum(chosen) / max(1, len(pairs)),
-        mean_score_rejected=sum(rejected) / max(1, len(pairs)),
+        mean_score_chosen=chosen / max(1, len(pairs)),
+        mean_score_rejected=rejected / max(1, len(pairs)),
     )

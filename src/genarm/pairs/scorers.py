@@ -70,8 +70,8 @@ class Scorer(Protocol):
         ...
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse rows of the prompt file that responses cannot be scored for (raises DataError)."""
-        ...
+        """Refuse rows of the prompt file without what the score needs of them (raises DataError)."""
+        return
 
     def score(self, items: Sequence[Item]) -> list[float | None]:
         """The score of each item; None where there is none (a judge's reply that cannot be read)."""
@@ -132,7 +132,7 @@ def last_text(prompt: Prompt) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionScorer:
+class FunctionScorer(Scorer):
     """Calls `function(prompt, response)`, or `function(prompt, response, row)` where it takes three arguments."""
 
     name: str
@@ -144,9 +144,6 @@ class FunctionScorer:
         source = inspect.getsourcefile(inspect.unwrap(self.function))
         code = Path(source).read_bytes() if source else b""
         return {"kind": "function", "function": self.name, "code": hashlib.sha256(code).hexdigest()[:16]}
-
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Any row will do."""
 
     def score(self, items: Sequence[Item]) -> list[float | None]:
         """Raises DataError where the function fails or gives no finite number."""
@@ -225,7 +222,7 @@ def _short(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardScorer:
+class RewardScorer(Scorer):
     """Scores with a trajectory reward model, which reads prompt and response through its own tokenizer."""
 
     reference: str
@@ -236,9 +233,6 @@ class RewardScorer:
     def record(self) -> dict[str, Any]:
         """The model and its precision."""
         return {"kind": "reward", "reward": self.reference, "dtype": self.dtype}
-
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Any row will do."""
 
     @cached_property
     def _model(self) -> TrajectoryReward:
@@ -265,7 +259,7 @@ def _reward_scorer(reference: str, options: ScorerOptions) -> RewardScorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeScorer:
+class JudgeScorer(Scorer):
     """Asks an LLM for a score by a rubric; a reply that cannot be read gives none."""
 
     protocol: JudgeProtocol
@@ -283,9 +277,6 @@ class JudgeScorer:
             "sampling": dict(self.protocol.sampling),
             "model": self.settings.model,
         }
-
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Any row will do."""
 
     @cached_property
     def _cache(self) -> ReplyCache:
@@ -327,7 +318,7 @@ def _judge_scorer(source: str, options: ScorerOptions) -> JudgeScorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NumberScorer:
+class NumberScorer(Scorer):
     """1 if the last number of the response is that of the row's `key`, else 0."""
 
     key: str
@@ -350,7 +341,7 @@ class NumberScorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitTestScorer:
+class UnitTestScorer(Scorer):
     """1 if the code in the response passes the tests of the row's `key` in the sandbox, else 0."""
 
     key: str

@@ -60,8 +60,10 @@ class Selected:
 def select(responses: Sequence[Scored], selection: Selection) -> Selected:
     """The pairs that `responses` to one prompt give; of equal scores, the response that was drawn first counts."""
     spoken = [scored for scored in responses if scored.response.strip()]
-    different = list({scored.response: scored for scored in reversed(spoken)}.values())[::-1]
-    known = [(scored.score, scored) for scored in different if scored.score is not None]
+    different: dict[str, Scored] = {}
+    for scored in spoken:
+        different.setdefault(scored.response, scored)
+    known = [(scored.score, scored) for scored in different.values() if scored.score is not None]
     ranked = sorted(known, key=lambda pair: -pair[0])  # stable
     worst_first = sorted(known, key=lambda pair: pair[0])
     if selection.which == "all":

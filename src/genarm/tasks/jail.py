@@ -32,8 +32,9 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/etc/ld.
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 """What a Python needs of the system; nothing of it is secret."""
 
-FIRST_USER = 200_000
-"""Users from here on belong to nobody; each sandbox of root takes one of its own, so that they cannot meet."""
+FIRST_USER, NOBODY = 200_000, 65534
+"""Users from the first number on belong to nobody; each sandbox of root takes one of its own, so that they cannot meet.
+Where there are no such numbers (in some containers), all of them are the system's own nobody."""
 
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """All that the program sees. A fixed hash seed makes the order of sets, and so the outcome, repeatable."""
@@ -80,15 +81,18 @@ main(int(sys.argv[1]), int(sys.argv[2]))
 def main(settings: dict[str, Any]) -> None:
     """Run the program that the file descriptor `code` holds; see `genarm.tasks.sandbox.run_code`."""
     die_with_parent()
-    user = FIRST_USER + os.getpid()
+    users = (FIRST_USER + os.getpid(), NOBODY)
     contained = new_namespaces()
     if contained and (init := os.fork()):  # only a child is inside the new process namespace, as its process 1
         os.close(settings["status"])
         os._exit(os.waitstatus_to_exitcode(os.waitpid(init, 0)[1]) & 0xFF)
     if contained and hide_files(os.getcwd(), settings["prefixes"], settings["disk"]):
         contained.append("files")
-    if os.geteuid() == 0 and drop_root(user, settings["python"], certain="files" in contained):
-        contained.append("user")
+    if os.geteuid() == 0:
+        if any(drop_root(user, settings["python"], certain="files" in contained) for user in users):
+            contained.append("user")
+        else:
+            contained.clear()  # root could undo all of it
     with suppress(OSError, AttributeError):
         libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     die_with_parent()
