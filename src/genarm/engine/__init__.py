@@ -6,7 +6,7 @@ a model over the rows of its `arena` through `attention`; `lora` lets adapters s
 """
 
 from genarm.engine.engine import Engine, EngineOptions, Statistics
-from genarm.engine.request import Completion, Request, Token
+from genarm.engine.request import Completion, Request, ScoredPrompt, Token
 from genarm.engine.stream import Stream
 
-__all__ = ["Completion", "Engine", "EngineOptions", "Request", "Statistics", "Stream", "Token"]
+__all__ = ["Completion", "Engine", "EngineOptions", "Request", "ScoredPrompt", "Statistics", "Stream", "Token"]

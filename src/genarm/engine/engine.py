@@ -8,7 +8,8 @@ task, a thread of the engine's own makes them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
@@ -113,6 +114,7 @@ class Engine:
         self._built = built
         self._guess_costs = _guessers(built.guess_costs, self.options)
         self._stops = frozenset(stop_ids(model, tokenizer))
+        self._vocabulary_size = output_rows(model.base if isinstance(model, GuidedForCausalLM) else model)
         self._stepper = Stepper(built.layout, chunk=self.options.chunk)
         self._arrivals: list[Live] = []
         self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
@@ -156,6 +158,20 @@ class Engine:
             draft=None if small is None else small.load(dtype=dtype, device=device),
             draft_tokenizer=None if small is None else small.tokenizer,
         )
+
+    @classmethod
+    def in_own_thread(cls, make: Callable[[], Engine]) -> Engine:
+        """The engine that `make` returns; a new thread calls it and then makes all of the engine's steps.
+
+        Whatever computes in another thread has a team of workers (OpenMP) of its own, which lives on and makes every
+        step slower on a CPU; so a program that waits for its engine in other threads loads the model here as well.
+
+        Raises:
+            Whatever `make` raises.
+        """
+        made: Future[Engine] = Future()
+        threading.Thread(target=_make_and_work, args=(make, made), name="genarm-engine", daemon=True).start()
+        return made.result()
 
     def describe(self) -> str:
         """What was chosen at the start: devices, dtypes, memory, who drafts."""
@@ -211,7 +227,7 @@ class Engine:
             members=[BASE_MEMBER, *rewards, *others],
             guessers=guessers,
             stops=frozenset() if request.ignore_eos else self._stops,
-            text=TextStream(self.tokenizer, request.stop),
+            text=TextStream(self.tokenizer, request.stop, ids[-_TEXT_BEFORE:] if request.continues else ()),
             length=DraftLength(
                 most=self.options.speculate,
                 cost=sum(self._guess_costs[member] for member in guessers),
@@ -232,10 +248,13 @@ class Engine:
         size = self._built.layout.trunks[0].embedding_size
         if not ids or not all(0 <= i < size for i in ids):
             raise DataError(f"a prompt of {len(ids)} token ids; it must have some, each from 0 to {size - 1}")
+        if request.prompt_log_probs is not None and max(ids) >= self._vocabulary_size:
+            raise DataError(f"the model never says the token id {max(ids)}, so a prompt with it has no log-probs")
         room = self.context - len(ids)
-        if room < request.sampling.max_new_tokens:
+        wanted = request.sampling.max_new_tokens if request.reply else 0
+        if room < wanted:
             raise DataError(
-                f"{len(ids)} prompt tokens and up to {request.sampling.max_new_tokens} new ones are more than the "
+                f"{len(ids)} prompt tokens and up to {wanted} new ones are more than the "
                 f"{self.context} positions of this engine; shorten the prompt, lower max_new_tokens"
                 f"{f' to {room}' if room > 0 else ''}, or start it with a larger context"
             )
@@ -370,8 +389,21 @@ class Statistics:
     cache_bytes: int
 
 
+_TEXT_BEFORE = 8
+"""Tokens of the prompt that a continuation's text is decoded after: more than one character ever takes."""
 _WORTH_DRAFTING = 0.5
 """A member that costs more than this share of the base cannot save time by drafting for it."""
+
+
+def _make_and_work(make: Callable[[], Engine], made: Future[Engine]) -> None:
+    try:
+        engine = make()
+        engine._thread = threading.current_thread()
+    except BaseException as error:
+        made.set_exception(error)
+        return
+    made.set_result(engine)
+    engine._work()
 
 
 def _guessers(costs: Mapping[int, float], options: EngineOptions) -> dict[int, float]:

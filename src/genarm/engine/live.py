@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from genarm.engine.arena import Row
 from genarm.engine.noise import Purpose, key
-from genarm.engine.request import Completion, Ending, Request, Token
+from genarm.engine.request import Completion, Ending, Request, ScoredPrompt, Token
 from genarm.engine.sampler import Place
 from genarm.engine.speculation import DraftLength
 from genarm.engine.stream import Event
@@ -34,6 +34,7 @@ class Live:
         deliver: called with each token, and at last with the completion, or with the error that ended it.
         rows: {member: row} once it is admitted.
         cancelled: set from outside; it ends at the next step.
+        scored: numbers of the prompt's tokens so far, where they are asked for.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Live:
     reused: int = 0
     drafted: int = 0
     accepted: int = 0
+    scored: list[Token] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
@@ -59,6 +61,11 @@ class Live:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probs are wanted at every token of the prompt."""
+        return self.request.prompt_log_probs is not None
 
     @property
     def sampling_counts(self) -> bool:
@@ -95,6 +102,12 @@ class Live:
         """Let rows forget the drafts that were not accepted; call before `append`."""
         for row in self.rows.values():
             del row.ids[len(self.ids) + accepted :]
+
+    def prompt_done(self) -> Ending | None:
+        """Deliver the prompt's numbers, if they are wanted, and say whether the request ends here."""
+        if self.scores_prompt:
+            self.deliver(ScoredPrompt(tokens=tuple(self.scored)))
+        return None if self.request.reply else "length"
 
     def append(self, token: Token) -> Ending | None:
         """Take in the next token, deliver it, and say whether the reply ends with it, and why."""

@@ -27,6 +27,10 @@ class Request:
         stop: texts that end the reply, which then ends before them.
         ignore_eos: go on to `max_new_tokens` whatever the model says (for measurements).
         top_log_probs: how many of the likeliest tokens to report with each token.
+        prompt_log_probs: how many of the likeliest tokens to report with each token of the prompt; None leaves the
+            prompt's numbers out. With them nothing of the prompt is taken over from earlier requests.
+        reply: False ends the request after its prompt, whose numbers are then all that comes of it.
+        continues: the reply is a continuation of the prompt's text, so that its first word keeps the space before it.
     """
 
     prompt: Prompt | Sequence[int]
@@ -36,17 +40,22 @@ class Request:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     top_log_probs: int = 0
+    prompt_log_probs: int | None = None
+    reply: bool = True
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
-        if not 0 <= self.top_log_probs <= _MOST_TOP:
-            raise ConfigError(f"top_log_probs is {self.top_log_probs}; it must be from 0 to {_MOST_TOP}")
+        for name in ("top_log_probs", "prompt_log_probs"):
+            count = getattr(self, name) or 0
+            if not 0 <= count <= _MOST_TOP:
+                raise ConfigError(f"{name} is {count}; it must be from 0 to {_MOST_TOP}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One token of a reply.
+    """One token of a reply, or of a prompt, where `text` is empty.
 
     Attributes:
         id: of the base's vocabulary.
@@ -63,6 +72,13 @@ class Token:
     base: float
     rewards: Mapping[str, float]
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPrompt:
+    """The numbers of a prompt's tokens from the second one on; there is nothing to predict the first one from."""
+
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

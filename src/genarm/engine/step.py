@@ -2,8 +2,8 @@
 
 A step (1) ends requests that were cancelled and admits waiting ones while there are rows, (2) lets the small members
 draft for requests that decode, (3) runs every trunk once over all new tokens: one per decoding row, the drafts to
-verify, and a bounded chunk of prompts, (4) combines the members' log-probabilities, (5) accepts drafts and samples,
-(6) delivers tokens and ends requests that are complete.
+verify, and a bounded chunk of prompts, (4) combines the members' log-probabilities, at a prompt's tokens too where that
+is asked for, (5) accepts drafts and samples, (6) delivers tokens and ends requests that are complete.
 
 Shapes: P positions that are sampled at, over all requests, V ids of the base's vocabulary, R rewards.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from genarm.engine.attention import Feed
 from genarm.engine.live import BASE_MEMBER, Live
 from genarm.engine.noise import Purpose, uniform
-from genarm.engine.request import Ending
+from genarm.engine.request import Ending, Token
 from genarm.engine.sampler import acceptance, draw, residual, shape
 from genarm.engine.speculation import guess
 from genarm.engine.table import Outputs, Spot, Table, join, make_table
@@ -95,6 +95,8 @@ class Stepper:
         drafts = self._draft(decoding)
         feeds, ready = self._feeds(decoding, drafts)
         outputs = self._run(feeds)
+        self._score_prompts(feeds, outputs)
+        ready = self._finish_prompts(ready)
         if ready:
             self._sample(ready, drafts, outputs)
 
@@ -119,18 +121,23 @@ class Stepper:
             live.deliver(live.completion("cancelled"))
 
     def _end(self, live: Live, ending: Ending) -> None:
+        self._free(live)
+        live.deliver(live.completion(ending))
+
+    def _free(self, live: Live) -> None:
         self.running.remove(live)
         for member, row in live.rows.items():
             self._trunk(member).arena.give_back(row)
         live.rows = {}
-        live.deliver(live.completion(ending))
 
     def _admit(self) -> None:
         while self.waiting and self._fits(self.waiting[0]):
             live = self.waiting.popleft()
+            # Log-probs are wanted at every token of a prompt that is scored, so every token must be run.
+            known = live.ids[:1] if live.scores_prompt else live.ids
             for member in live.members:
                 trunk, place = self.layout.places[member]
-                live.rows[member] = self.layout.trunks[trunk].arena.take(place, live.ids)
+                live.rows[member] = self.layout.trunks[trunk].arena.take(place, known)
             live.reused = len(live.rows[BASE_MEMBER].ids)
             self.running.append(live)
 
@@ -207,11 +214,14 @@ class Stepper:
             missing = {member: live.missing(member) for member in live.members}
             total = sum(map(len, missing.values()))
             whole = total <= max(budget, len(live.members))
+            share = max(1, budget // len(missing))
             for member, ids in missing.items():
                 # All rows run the prompt's last token together: their log-probabilities are combined there.
-                part = ids if whole else ids[: min(len(ids) - 1, max(1, budget // len(missing)))]
+                part = ids if whole else ids[: min(len(ids) - 1, share)]
                 if part:
-                    feeds.append((live, member, Feed(live.rows[member], part, 1 if whole else 0)))
+                    scores = live.scores_prompt and not self.layout.is_draft_model(member)
+                    want = len(part) if scores else int(whole)
+                    feeds.append((live, member, Feed(live.rows[member], part, want)))
                     budget -= len(part)
             if whole:
                 live.decoding = True
@@ -230,6 +240,39 @@ class Stepper:
 
     # --- (4) to (6) ---------------------------------------------------------------------------------------------
 
+    def _score_prompts(self, feeds: Sequence[tuple[Live, int, Feed]], outputs: Outputs) -> None:
+        """Note what is said of the prompts' tokens that were run; of `outputs`, what follows the last one stays."""
+        spots: list[Spot] = []
+        tokens: list[int] = []
+        at: Outputs = {}
+        for live in {live: None for live, _, _ in feeds if live.scores_prompt and not live.tokens}:
+            members = [member for member in live.members if not self.layout.is_draft_model(member)]
+            run = len(outputs[live, BASE_MEMBER])  # as many tokens by every member
+            end = len(live.rows[BASE_MEMBER].ids)
+            next_ids = live.ids[end - run + 1 : end + 1]
+            spots += [(live, i) for i in range(len(next_ids))]
+            tokens += next_ids
+            for member in members:
+                if next_ids:
+                    at[live, member] = outputs[live, member][: len(next_ids)]
+                outputs[live, member] = outputs[live, member][-1:]
+        if not spots:
+            return
+        table = make_table(spots, at, self.layout.unknown, self.layout.device)
+        tops = [live.request.prompt_log_probs or 0 for live, _ in spots]
+        looked_up = table.look_up(spots, tokens, tops, self.layout.reward_names)
+        for (live, _), token in zip(spots, looked_up, strict=True):
+            live.scored.append(token)
+
+    def _finish_prompts(self, ready: Sequence[Live]) -> list[Live]:
+        """Those of `ready` that go on with a reply."""
+        for live in ready:
+            if not live.tokens:
+                ending = live.prompt_done()
+                if ending is not None:
+                    self._end(live, ending)
+        return [live for live in ready if live.rows]
+
     def _sample(self, ready: Sequence[Live], drafts: Mapping[Live, _Draft], outputs: Outputs) -> None:
         table = self._first_table(ready, drafts, outputs)
         accepted = self._accept(drafts, table)
@@ -246,14 +289,23 @@ class Stepper:
             new = [*kept[live], *sampled.get(live, ())]
             spots += [(live, i) for i in range(len(new))]
             tokens += new
-        looked_up = table.look_up(spots, tokens, self.layout.reward_names)
+        tops = [live.request.top_log_probs for live, _ in spots]
+        looked_up = table.look_up(spots, tokens, tops, self.layout.reward_names)
         for live in ready:
             live.keep_rows(len(kept[live]))
         for (live, _), token in zip(spots, looked_up, strict=True):
             if live.rows:  # an earlier token may have ended it
-                ending = live.append(token)
-                if ending is not None:
-                    self._end(live, ending)
+                self._append(live, token)
+
+    def _append(self, live: Live, token: Token) -> None:
+        try:
+            ending = live.append(token)
+        except Exception as error:  # of its text: nobody else's matter
+            self._free(live)
+            live.deliver(error)
+            return
+        if ending is not None:
+            self._end(live, ending)
 
     def _first_table(self, ready: Sequence[Live], drafts: Mapping[Live, _Draft], outputs: Outputs) -> Table:
         """The positions that drafts are verified at, or the only one of a request without drafts."""

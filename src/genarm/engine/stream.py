@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
-from genarm.engine.request import Completion, Token
+from genarm.engine.request import Completion, ScoredPrompt, Token
 
-Event: TypeAlias = Token | Completion | BaseException
+Event: TypeAlias = Token | ScoredPrompt | Completion | BaseException
 
 
 class Source(Protocol):
@@ -36,6 +36,7 @@ class Stream:
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._completion: Completion | None = None
+        self._prompt: ScoredPrompt | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -63,6 +64,11 @@ class Stream:
             pass
         assert self._completion is not None
         return self._completion
+
+    @property
+    def prompt(self) -> ScoredPrompt | None:
+        """The prompt's numbers, where they were asked for; they come before the first token."""
+        return self._prompt
 
     @property
     def completion(self) -> Completion | None:
@@ -106,6 +112,9 @@ class Stream:
     def _take(self, event: Event) -> Token | None:
         if isinstance(event, Token):
             return event
+        if isinstance(event, ScoredPrompt):
+            self._prompt = event
+            return None
         if isinstance(event, Completion):
             self._completion = event
             return None

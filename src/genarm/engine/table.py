@@ -37,14 +37,17 @@ class Table:
             return self.guided_PV
         return self.guided_PV.index_select(0, torch.tensor(rows).to(self.guided_PV.device))
 
-    def look_up(self, spots: Sequence[Spot], tokens: Sequence[int], reward_names: Sequence[str]) -> Iterator[Token]:
-        """Each chosen token with what the members say of it, without its text."""
+    def look_up(
+        self, spots: Sequence[Spot], tokens: Sequence[int], tops: Sequence[int], reward_names: Sequence[str]
+    ) -> Iterator[Token]:
+        """Each chosen token with what the members say of it and the likeliest `tops` tokens, without its text."""
         device = self.guided_PV.device
         rows_P = torch.tensor([self.rows[spot] for spot in spots]).to(device)
         tokens_P = torch.tensor(tokens).to(device)
         sources = [self.guided_PV, *self.members.values()]
         guided, *members = torch.stack([source[rows_P, tokens_P] for source in sources]).tolist()
-        for i, ((live, ahead), token) in enumerate(zip(spots, tokens, strict=True)):
+        likeliest = self._likeliest(rows_P, tops)
+        for i, ((live, _), token) in enumerate(zip(spots, tokens, strict=True)):
             said = {member: column[i] for member, column in zip(self.members, members, strict=True)}
             yield Token(
                 id=token,
@@ -52,14 +55,18 @@ class Table:
                 log_prob=guided[i],
                 base=said[BASE_MEMBER],
                 rewards={reward_names[m - 1]: said[m] for m in self.members if m != BASE_MEMBER and m in live.members},
-                top=self._top((live, ahead), live.request.top_log_probs),
+                top=likeliest.get(i, ()),
             )
 
-    def _top(self, spot: Spot, count: int) -> tuple[tuple[int, float], ...]:
-        if not count:
-            return ()
-        values, ids = self.guided_PV[self.rows[spot]].topk(min(count, self.guided_PV.shape[-1]))
-        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    def _likeliest(self, rows_P: Tensor, tops: Sequence[int]) -> dict[int, tuple[tuple[int, float], ...]]:
+        """{place in `rows_P`: (id, log-prob) of its likeliest tokens} where any are wanted."""
+        wanted = [i for i, count in enumerate(tops) if count]
+        if not wanted:
+            return {}
+        most = min(max(tops), self.guided_PV.shape[-1])
+        values_PK, ids_PK = self.guided_PV[rows_P[wanted]].topk(most)
+        rows = zip(wanted, ids_PK.tolist(), values_PK.tolist(), strict=True)
+        return {i: tuple(zip(ids[: tops[i]], values[: tops[i]], strict=True)) for i, ids, values in rows}
 
 
 def make_table(

@@ -16,14 +16,22 @@ class TextStream:
         stopped: a stop string has come; the text ends before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Begin a reply; `stop` strings are not empty."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
+        """Begin a reply.
+
+        Args:
+            tokenizer: of the ids.
+            stop: strings that end the text, none of them empty; they are looked for in the reply alone.
+            before: the last tokens of a text that the reply continues.
+        """
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
+        self._ids: list[int] = list(before)
         self._anchor = 0  # tokens from here on are decoded again, for the spaces and characters across tokens
-        self._shown = 0  # tokens up to here have become text
+        self._shown = len(before)  # tokens up to here have become text
         self._held = ""
 
     def add(self, token: int) -> str:
