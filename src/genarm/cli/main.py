@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-VERBS = ("train", "compose", "generate", "chat", "score", "pairs", "judge", "accuracy", "eval", "demo", "bench")
+VERBS = (
+    *("train", "compose", "generate", "chat", "score", "serve"),
+    *("pairs", "judge", "accuracy", "eval", "demo", "bench"),
+)
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -1,0 +1,160 @@
+"""Serve a model to OpenAI's clients, with reward weights in every request, and a page to play with at /.
+
+Listens on this machine alone unless --host says otherwise. API keys come from --api-keys and from the environment
+variable GENARM_API_KEYS; without any, everybody who can connect may ask. SIGTERM and Ctrl-C let running requests end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genarm.cli.options import add_engine_options, add_model_options, draft_files, open_engine, quiet_libraries
+
+if TYPE_CHECKING:
+    from genarm.opening import ModelFiles
+    from genarm.server.backend import Backend
+    from genarm.server.job import Service
+    from genarm.server.names import Names
+
+SUMMARY = "serve a model to OpenAI's clients, weights per request, with a page to play with"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `genarm serve`."""
+    add_model_options(parser)
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
+    parser.add_argument("--port", type=int, metavar="N", default=8000, help="0 takes a free one, which is printed")
+    parser.add_argument("--served-name", metavar="NAME", help="the model's name for clients; by default its folder's")
+    parser.add_argument("--streams", type=int, metavar="N", default=8, help="replies that are drawn at once")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="the most tokens of a prompt and its reply; by default what the members have, but no more than 2048",
+    )
+    parser.add_argument("--queue", type=int, metavar="N", default=64, help="replies that may wait for their turn")
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", default=600.0, help="seconds for one request, waiting included"
+    )
+    add_engine_options(parser)
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE", help="TOML, a table of weights for each preset, as in [cautious]"
+    )
+    parser.add_argument(
+        "--max-weight", type=float, metavar="W", default=5.0, help="reward weights from -W to W are taken"
+    )
+    parser.add_argument("--api-keys", type=Path, metavar="FILE", help="API keys, one a line")
+    parser.add_argument(
+        "--cors",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="web pages of this origin may ask; repeatable",
+    )
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log as well")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that needs no model, load it, serve."""
+    with quiet_libraries():
+        _need_extra()
+        import logging
+
+        from genarm.opening import find_device, open_files
+        from genarm.server.app import build_app
+        from genarm.server.listen import bind, listen, url_of
+        from genarm.server.security import read_keys
+
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("genarm").setLevel(logging.INFO)
+        find_device(arguments.device)
+        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        keys = read_keys(arguments.api_keys)
+        names = _names(arguments, files)
+        draft = draft_files(arguments)
+        _check(arguments)
+        with bind(arguments.host, arguments.port) as listener:
+            backend = _backend(arguments, files, draft)
+            service = _service(arguments, files, names, backend)
+            url = url_of(arguments.host, listener)
+
+            def announce() -> None:
+                print(f"{backend.describe()}\n{names.model} is served at {url}", flush=True)
+                if not keys and arguments.host not in ("127.0.0.1", "::1", "localhost"):
+                    print("there are no API keys: everybody who can connect may ask", file=sys.stderr)
+
+            try:
+                app = build_app(service, keys=keys, origins=arguments.cors)
+                listen(app, listener, drain=arguments.timeout, announce=announce)
+            finally:
+                backend.close()
+                service.texts.close()
+    return 0
+
+
+def _need_extra() -> None:
+    from importlib.util import find_spec
+
+    from genarm.errors import MissingExtraError
+
+    for module, package in (("fastapi", "fastapi"), ("uvicorn", "uvicorn"), ("prometheus_client", "prometheus-client")):
+        if find_spec(module) is None:
+            raise MissingExtraError(package, "serve")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Mistakes that would otherwise show only when the model is loaded."""
+    from genarm.engine import EngineOptions
+    from genarm.errors import ConfigError
+    from genarm.server.admission import Admission
+
+    EngineOptions(streams=arguments.streams, context=arguments.context, speculate=arguments.speculate)
+    Admission(streams=arguments.streams, queue=arguments.queue)
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout:g}; it must be above 0 seconds")
+    for origin in arguments.cors:
+        if origin == "*" or "://" not in origin or origin.endswith("/"):
+            raise ConfigError(f"--cors is {origin!r}; give an origin as browsers write it, such as https://example.org")
+
+
+def _names(arguments: argparse.Namespace, files: ModelFiles) -> Names:
+    from genarm.server.names import Names, read_presets, rewards_of
+
+    path = Path(files.reference)
+    return Names(
+        model=path.name if arguments.served_name is None else arguments.served_name,
+        rewards=rewards_of(files.config),
+        largest=arguments.max_weight,
+        presets=read_presets(path, arguments.presets),
+    )
+
+
+def _backend(arguments: argparse.Namespace, files: ModelFiles, draft: ModelFiles | None) -> Backend:
+    from genarm.server.backend import EngineBackend
+
+    return EngineBackend(
+        lambda: open_engine(arguments, files, draft, streams=arguments.streams, context=arguments.context)
+    )
+
+
+def _service(arguments: argparse.Namespace, files: ModelFiles, names: Names, backend: Backend) -> Service:
+    import time
+
+    from genarm.server.admission import Admission
+    from genarm.server.job import Service
+    from genarm.server.metrics import Metrics
+    from genarm.server.texts import Texts
+
+    return Service(
+        backend=backend,
+        texts=Texts(files.tokenizer),
+        names=names,
+        admission=Admission(streams=backend.streams, queue=arguments.queue),
+        metrics=Metrics(backend),
+        timeout=arguments.timeout,
+        log_prompts=arguments.log_prompts,
+        started=int(time.time()),
+    )

@@ -1,0 +1,140 @@
+"""The application: routes, the page, and what stands in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+import genarm
+from genarm.server import metrics
+from genarm.server.chat import chat_routes
+from genarm.server.completions import completion_routes
+from genarm.server.errors import ENGINE_PAUSE, ERRORS, ApiError, add_error_handlers
+from genarm.server.job import Service
+from genarm.server.replies import Health, Model, Models, Preset, Reward, Rewards
+from genarm.server.security import protected
+
+PAGE = Path(__file__).parent / "page"
+
+
+def build_app(service: Service, *, keys: frozenset[str] = frozenset(), origins: Sequence[str] = ()) -> ASGIApp:
+    """Everything that answers.
+
+    Args:
+        service: what the answers come from.
+        keys: API keys; without any, everybody may ask.
+        origins: web pages of these may ask from a browser.
+    """
+    app = FastAPI(title="genarm", version=genarm.__version__, docs_url=None, redoc_url=None)
+    add_error_handlers(app)
+    app.include_router(chat_routes(service))
+    app.include_router(completion_routes(service))
+    app.include_router(_listing_routes(service))
+    app.include_router(_state_routes(service))
+    _add_page(app)
+    _leave_out_422(app)
+    return protected(app, service.metrics, keys, origins)
+
+
+def _listing_routes(service: Service) -> APIRouter:
+    router = APIRouter(responses={401: ERRORS[401]})
+    names = service.names
+
+    def described(model_id: str) -> Model:
+        return Model(id=model_id, object="model", created=service.started, owned_by="genarm")
+
+    @router.get("/v1/models")
+    async def models() -> Models:
+        """The model, and the model with the weights of each preset."""
+        return Models(object="list", data=[described(model_id) for model_id in names.ids])
+
+    @router.get("/v1/models/{model:path}", responses={404: ERRORS[404]})
+    async def model(model: str) -> Model:
+        """One of them; any name that a request may have for `model` is one."""
+        names.resolve(model, None)
+        return described(model)
+
+    @router.get("/v1/rewards")
+    async def rewards() -> Rewards:
+        """The rewards, the weights that they take, and the presets."""
+        data = [
+            Reward(
+                id=reward.name,
+                default_weight=reward.default,
+                minimum=-names.largest,
+                maximum=names.largest,
+                description=reward.description,
+            )
+            for reward in names.rewards
+        ]
+        presets = [Preset(name=name, weights=names.preset(name)) for name in names.presets]
+        return Rewards(object="list", model=names.model, data=data, presets=presets)
+
+    return router
+
+
+def _state_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Health:
+        """Whether the process answers at all."""
+        return Health(status="ok")
+
+    @router.get("/ready", responses={503: ERRORS[503]})
+    async def ready() -> Health:
+        """Whether requests are taken."""
+        state = service.backend.state
+        if state != "ok":
+            message = f"the engine is not running: {state}"
+            raise ApiError(503, message, kind="server_error", code="not_ready", retry_after=ENGINE_PAUSE)
+        return Health(status=state)
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    return router
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        index = PAGE / "index.html"
+        if not index.is_file():
+            return JSONResponse({"models": "/v1/models", "document": "/openapi.json"})
+        return FileResponse(index, headers={"Cache-Control": "no-cache"})
+
+    app.mount("/assets", _Assets(directory=PAGE, check_dir=False))
+
+
+class _Assets(StaticFiles):
+    """The page's files, asked for again whenever the page is: an installed update shows at once."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+def _leave_out_422(app: FastAPI) -> None:
+    """FastAPI documents an answer of its own for bad input, in whose place OpenAI's 400 is given."""
+    usual = app.openapi
+
+    def document() -> dict[str, Any]:
+        schema = usual()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,81 @@
+"""What both ways to ask have in common: weights, sampling, seeds, room, counts."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+
+from starlette.requests import Request as HttpRequest
+
+from genarm.engine import Completion
+from genarm.sampling import Sampling, derive_seed
+from genarm.server.errors import ApiError
+from genarm.server.job import Service
+from genarm.server.replies import Usage
+from genarm.server.schema import ChatRequest, CompletionRequest
+
+_LEAST_TOP_P = 1e-9
+"""OpenAI takes 0 for "only the likeliest token"."""
+_SEEDS = 2**64
+
+_log = logging.getLogger("genarm.server")
+
+
+def weights_of(service: Service, asked: ChatRequest | CompletionRequest) -> dict[str, float]:
+    """All weights of a request (raises what `Names.resolve` raises)."""
+    return service.names.resolve(asked.model, asked.reward_weights)
+
+
+def sampling_of(asked: ChatRequest | CompletionRequest, limit: int) -> Sampling:
+    """How its replies are drawn; `limit` is at least 1."""
+    return Sampling(
+        max_new_tokens=limit,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else max(asked.top_p, _LEAST_TOP_P),
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (asked.logit_bias or {}).items()},
+    )
+
+
+def seeds_of(asked: ChatRequest | CompletionRequest) -> list[int]:
+    """One for each of the `n` replies, the same for the same `seed`."""
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed % _SEEDS
+    return [derive_seed(seed, i) for i in range(asked.n or 1)]
+
+
+def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param: str) -> int:
+    """The most tokens of a reply: `limit`, or all that there is room for.
+
+    Raises:
+        ApiError: the prompt, or the prompt and `limit` tokens, are too long.
+    """
+    room = service.backend.context - prompt_tokens
+    if room < (1 if limit is None else limit):
+        asked = "" if limit is None else f" and {limit} for the reply"
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {service.backend.context} tokens; the request has "
+            f"{prompt_tokens} in the {param}{asked}. Shorten the {param}{' or lower max_tokens' if asked else ''}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return room if limit is None else limit
+
+
+def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> Usage:
+    """`prompt_tokens` counts each prompt once, however many replies it got."""
+    drawn = sum(len(completion.tokens) for completion in completions)
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn)
+
+
+def request_id(http: HttpRequest) -> str:
+    """As the log and the answer's header have it."""
+    return str(http.state.request_id)
+
+
+def log_text(service: Service, http: HttpRequest, what: str, text: object, weights: Mapping[str, float]) -> None:
+    """Prompts and replies, only where the server was asked to log them."""
+    if service.log_prompts:
+        _log.info("%s %s %r weights %s", request_id(http), what, text, dict(weights))

@@ -1,0 +1,209 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from genarm.engine import Completion, Request, Token
+from genarm.prompts import Message
+from genarm.server.asking import check_room, log_text, request_id, sampling_of, seeds_of, usage_of, weights_of
+from genarm.server.errors import ERRORS, as_api_error
+from genarm.server.job import EventStream, Job, Service, unless_gone
+from genarm.server.labels import Labels, joined_chat
+from genarm.server.replies import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    FinishReason,
+    TokenRewards,
+)
+from genarm.server.schema import ChatRequest
+
+DONE = "data: [DONE]\n\n"
+
+
+def chat_routes(service: Service) -> APIRouter:
+    """The route; it answers with JSON, or with events if the request says `stream`."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
+    )
+    async def chat_completions(asked: ChatRequest, http: HttpRequest) -> Response:
+        """A reply to a conversation."""
+        chat = await _Chat.begin(service, asked, http)
+        if asked.stream:
+            return EventStream(chat.job, chat.events(), headers={})
+        return await answer_whole(http, chat.job, chat.whole())
+
+    return router
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chat:
+    """One request, being answered."""
+
+    service: Service
+    asked: ChatRequest
+    http: HttpRequest
+    job: Job
+    weights: Mapping[str, float]
+    prompt_tokens: int
+    labels: list[Labels]
+    created: int
+
+    @classmethod
+    async def begin(cls, service: Service, asked: ChatRequest, http: HttpRequest) -> _Chat:
+        weights = weights_of(service, asked)
+        messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
+        log_text(service, http, "messages", messages, weights)
+        ids = await service.texts.encode(messages)
+        sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
+        top = (asked.top_logprobs or 0) if asked.logprobs else 0
+        requests = [
+            Request(prompt=ids, weights=weights, sampling=sampling, seed=seed, stop=asked.stops, top_log_probs=top)
+            for seed in seeds_of(asked)
+        ]
+        return cls(
+            service=service,
+            asked=asked,
+            http=http,
+            job=Job(service, requests),
+            weights=weights,
+            prompt_tokens=len(ids),
+            labels=[Labels(service.texts, weights, fresh=True) for _ in requests],
+            created=int(time.time()),
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        logprobs: list[list[ChatLogprobs]] = [[] for _ in self.labels]
+        rewards: list[list[TokenRewards]] = [[] for _ in self.labels]
+        completions: dict[int, Completion] = {}
+        async for index, event in self.job.events():
+            if isinstance(event, Token):
+                said, shares = self._label(index, event)
+                logprobs[index] += said
+                rewards[index] += shares
+            elif isinstance(event, Completion):
+                completions[index] = event
+                log_text(self.service, self.http, "reply", event.text, self.weights)
+        choices = [
+            ChatChoice(
+                index=i,
+                message=ChatMessage(role="assistant", content=completions[i].text),
+                logprobs=joined_chat(logprobs[i]) if self.asked.logprobs else None,
+                finish_reason=finish_reason(completions[i]),
+                **({"rewards": rewards[i]} if self.asked.return_rewards else {}),
+            )
+            for i in range(len(self.labels))
+        ]
+        return ChatCompletion(
+            id=f"chatcmpl-{request_id(self.http)}",
+            object="chat.completion",
+            created=self.created,
+            model=self.asked.model,
+            choices=choices,
+            usage=usage_of(self.prompt_tokens, list(completions.values())),
+        ).as_json()
+
+    async def events(self) -> AsyncGenerator[str]:
+        """The answer piece by piece; an error ends it."""
+        completions: list[Completion] = []
+        try:
+            for index in range(len(self.labels)):
+                yield self._chunk(index, ChatDelta(role="assistant", content=""))
+            async for index, event in self.job.events():
+                if isinstance(event, Token):
+                    logprobs, rewards = self._label(index, event)
+                    if event.text or logprobs or rewards:
+                        delta = ChatDelta(content=event.text)
+                        yield self._chunk(index, delta, logprobs=logprobs, rewards=rewards)
+                elif isinstance(event, Completion):
+                    completions.append(event)
+                    log_text(self.service, self.http, "reply", event.text, self.weights)
+                    yield self._chunk(index, ChatDelta(), finish=finish_reason(event))
+            if self.asked.wants_usage:
+                yield self._usage(completions)
+            yield DONE
+        except Exception as error:
+            yield error_event(error)
+
+    def _label(self, index: int, token: Token) -> tuple[list[ChatLogprobs], list[TokenRewards]]:
+        labels = self.labels[index]
+        logprobs = [labels.chat(token)] if self.asked.logprobs else []
+        rewards = [labels.rewards(token)] if self.asked.return_rewards else []
+        labels.begun()
+        return logprobs, rewards
+
+    def _chunk(
+        self,
+        index: int,
+        delta: ChatDelta,
+        *,
+        finish: FinishReason | None = None,
+        logprobs: list[ChatLogprobs] | None = None,
+        rewards: list[TokenRewards] | None = None,
+    ) -> str:
+        choice = ChatChunkChoice(
+            index=index,
+            delta=delta,
+            logprobs=joined_chat(logprobs) if logprobs else None,
+            finish_reason=finish,
+            **({"rewards": rewards} if rewards else {}),
+        )
+        return self._event([choice], **({"usage": None} if self.asked.wants_usage else {}))
+
+    def _usage(self, completions: list[Completion]) -> str:
+        return self._event([], usage=usage_of(self.prompt_tokens, completions))
+
+    def _event(self, choices: list[ChatChunkChoice], **fields: Any) -> str:
+        return ChatChunk(
+            id=f"chatcmpl-{request_id(self.http)}",
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.asked.model,
+            choices=choices,
+            **fields,
+        ).as_event()
+
+
+_ROLES = {"developer": "system"}
+"""OpenAI's newer name; templates know the older one."""
+
+
+def finish_reason(completion: Completion) -> FinishReason:
+    """Why a reply ended that nobody has cancelled."""
+    assert completion.ending != "cancelled"
+    return completion.ending
+
+
+async def answer_whole(http: HttpRequest, job: Job, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """One JSON document, unless the client goes away before; the job has ended then."""
+    try:
+        return JSONResponse(await unless_gone(http, work))
+    finally:
+        job.close()
+
+
+def error_event(error: Exception) -> str:
+    """The end of a stream that cannot go on."""
+    answer = as_api_error(error)
+    if answer.status == 500:
+        logging.getLogger("genarm.server").error("a stream failed", exc_info=error)
+    return f"data: {json.dumps(answer.body())}\n\n"

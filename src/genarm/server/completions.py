@@ -1,0 +1,247 @@
+"""/v1/completions: texts that go on, with the prompt's own log-probabilities if `echo` asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from genarm.engine import Completion, Request, ScoredPrompt, Token
+from genarm.server.asking import check_room, log_text, request_id, sampling_of, seeds_of, usage_of, weights_of
+from genarm.server.backend import Event
+from genarm.server.chat import DONE, answer_whole, error_event, finish_reason
+from genarm.server.errors import ERRORS
+from genarm.server.job import EventStream, Job, Service
+from genarm.server.labels import Labels, joined_text
+from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenRewards
+from genarm.server.schema import CompletionRequest
+
+_USUAL_LIMIT = 16
+
+
+def completion_routes(service: Service) -> APIRouter:
+    """The route; it answers with JSON, or with events if the request says `stream`."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/completions",
+        response_model=TextCompletion,
+        responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
+    )
+    async def completions(asked: CompletionRequest, http: HttpRequest) -> Response:
+        """What follows a text, or each of several texts."""
+        text = await _Completion.begin(service, asked, http)
+        if asked.stream:
+            return EventStream(text.job, text.events(), headers={})
+        return await answer_whole(http, text.job, text.whole())
+
+    return router
+
+
+@dataclass(kw_only=True)
+class _Piece:
+    """What is new of one choice."""
+
+    text: str = ""
+    logprobs: TextLogprobs | None = None
+    rewards: list[TokenRewards] | None = None
+    finish: FinishReason | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.logprobs or self.rewards or self.finish)
+
+
+class _Choice:
+    """One reply to one prompt: turns what comes of it into pieces, whose sum is the answer."""
+
+    def __init__(self, service: Service, asked: CompletionRequest, prompt: _Prompt, weights: Mapping[str, float]):
+        self._asked = asked
+        self._prompt = prompt
+        self._labels = Labels(service.texts, weights, fresh=bool(asked.echo))
+        self._offset = 0
+        self.completion: Completion | None = None
+
+    def begin(self) -> _Piece:
+        """The prompt, where it is to be echoed and nothing is said of its tokens."""
+        if not self._asked.echo or wants_numbers(self._asked):
+            return _Piece()
+        return _Piece(text=self._prompt.text)
+
+    def piece(self, event: Event) -> _Piece:
+        """What an event adds."""
+        if isinstance(event, ScoredPrompt):
+            return self._echoed(event)
+        if isinstance(event, Token):
+            return self._labelled(event, text=event.text)
+        self.completion = event
+        return _Piece(finish=finish_reason(event))
+
+    def _echoed(self, scored: ScoredPrompt) -> _Piece:
+        """The prompt with its numbers; its first token has none."""
+        first = self._prompt.ids[0]
+        piece = _Piece(text=self._prompt.text)
+        parts: list[TextLogprobs] = []
+        if self._asked.logprobs is not None:
+            parts.append(self._labels.first(first))
+        if self._asked.return_rewards:
+            piece.rewards = [self._labels.first_rewards(first)]
+        self._offset = self._labels.width(first)
+        self._labels.begun()
+        for token in scored.tokens:
+            added = self._labelled(token, text="")
+            parts += [added.logprobs] if added.logprobs else []
+            piece.rewards = [*piece.rewards, *added.rewards] if piece.rewards and added.rewards else piece.rewards
+        piece.logprobs = joined_text(parts) if parts else None
+        return piece
+
+    def _labelled(self, token: Token, *, text: str) -> _Piece:
+        piece = _Piece(text=text)
+        if self._asked.logprobs is not None:
+            piece.logprobs = self._labels.completion(token, self._offset)
+        if self._asked.return_rewards:
+            piece.rewards = [self._labels.rewards(token)]
+        if wants_numbers(self._asked):
+            self._offset += self._labels.width(token.id)
+        return piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """A prompt as text and as ids."""
+
+    text: str
+    ids: list[int]
+
+
+def wants_numbers(asked: CompletionRequest) -> bool:
+    """Whether something is to be said of every token."""
+    return asked.logprobs is not None or bool(asked.return_rewards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completion:
+    """One request, being answered."""
+
+    asked: CompletionRequest
+    http: HttpRequest
+    service: Service
+    job: Job
+    weights: Mapping[str, float]
+    prompts: list[_Prompt]
+    choices: list[_Choice]
+    created: int
+
+    @classmethod
+    async def begin(cls, service: Service, asked: CompletionRequest, http: HttpRequest) -> _Completion:
+        weights = weights_of(service, asked)
+        log_text(service, http, "prompt", asked.prompt, weights)
+        prompts = [await _prompt(service, prompt) for prompt in asked.prompts]
+        limit = _USUAL_LIMIT if asked.max_tokens is None else asked.max_tokens
+        for prompt in prompts:
+            check_room(service, len(prompt.ids), limit, param="prompt")
+        requests = [
+            Request(
+                prompt=prompt.ids,
+                weights=weights,
+                sampling=sampling_of(asked, max(1, limit)),
+                seed=seed,
+                stop=asked.stops,
+                top_log_probs=asked.logprobs or 0,
+                prompt_log_probs=(asked.logprobs or 0) if asked.echo and wants_numbers(asked) else None,
+                reply=limit > 0,
+                continues=True,
+            )
+            for prompt in prompts
+            for seed in seeds_of(asked)
+        ]
+        each = asked.n or 1
+        return cls(
+            asked=asked,
+            http=http,
+            service=service,
+            job=Job(service, requests),
+            weights=weights,
+            prompts=prompts,
+            choices=[_Choice(service, asked, prompts[i // each], weights) for i in range(len(requests))],
+            created=int(time.time()),
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        pieces = [[choice.begin()] for choice in self.choices]
+        async for index, event in self.job.events():
+            pieces[index].append(self.choices[index].piece(event))
+        self._log_replies()
+        choices = [self._choice(index, _joined(parts), whole=True) for index, parts in enumerate(pieces)]
+        return self._answer(choices, usage=self._usage()).as_json()
+
+    async def events(self) -> AsyncGenerator[str]:
+        """The answer piece by piece; an error ends it."""
+        usage = {"usage": None} if self.asked.wants_usage else {}
+        try:
+            for index, choice in enumerate(self.choices):
+                begun = choice.begin()
+                if not begun.empty:
+                    yield self._answer([self._choice(index, begun)], **usage).as_event()
+            async for index, event in self.job.events():
+                piece = self.choices[index].piece(event)
+                if not piece.empty:
+                    yield self._answer([self._choice(index, piece)], **usage).as_event()
+            self._log_replies()
+            if self.asked.wants_usage:
+                yield self._answer([], usage=self._usage()).as_event()
+            yield DONE
+        except Exception as error:
+            yield error_event(error)
+
+    def _choice(self, index: int, piece: _Piece, *, whole: bool = False) -> TextChoice:
+        rewards = piece.rewards or ([] if whole and self.asked.return_rewards else None)
+        return TextChoice(
+            index=index,
+            text=piece.text,
+            logprobs=piece.logprobs,
+            finish_reason=piece.finish,
+            **({} if rewards is None else {"rewards": rewards}),
+        )
+
+    def _answer(self, choices: list[TextChoice], **fields: Any) -> TextCompletion:
+        return TextCompletion(
+            id=f"cmpl-{request_id(self.http)}",
+            object="text_completion",
+            created=self.created,
+            model=self.asked.model,
+            choices=choices,
+            **fields,
+        )
+
+    def _usage(self) -> Any:
+        completions = [choice.completion for choice in self.choices if choice.completion is not None]
+        return usage_of(sum(len(prompt.ids) for prompt in self.prompts), completions)
+
+    def _log_replies(self) -> None:
+        for choice in self.choices:
+            if choice.completion is not None:
+                log_text(self.service, self.http, "reply", choice.completion.text, self.weights)
+
+
+async def _prompt(service: Service, prompt: str | list[int]) -> _Prompt:
+    if isinstance(prompt, str):
+        return _Prompt(text=prompt, ids=await service.texts.encode(prompt))
+    return _Prompt(text=service.texts.decode(prompt), ids=prompt)
+
+
+def _joined(pieces: list[_Piece]) -> _Piece:
+    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    rewards = [reward for piece in pieces for reward in piece.rewards or []]
+    return _Piece(
+        text="".join(piece.text for piece in pieces),
+        logprobs=joined_text(logprobs) if logprobs else None,
+        rewards=rewards or None,
+        finish=pieces[-1].finish,
+    )

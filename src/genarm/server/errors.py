@@ -1,0 +1,154 @@
+"""OpenAI's error body for everything that can go wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from genarm.errors import DataError, EngineFailure, GenarmError, WeightsError
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        message: what was got, what is allowed, what to do.
+        kind: OpenAI's `type`.
+        param: the parameter it is about.
+        code: a word for programs.
+        retry_after: seconds until a client may try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """That go with it."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers())
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The request is not valid.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model.",
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "The queue is full; try again later.",
+        500: "The server failed at this request.",
+        503: "The engine is not running.",
+        504: "The request took too long.",
+    }.items()
+}
+"""For the OpenAPI document."""
+
+ENGINE_PAUSE = 5.0
+"""Seconds after which a client may ask an engine that has failed again."""
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """The answer to give for `error`; what is nobody's known mistake becomes a 500 that does not say more."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, WeightsError):
+        return ApiError(400, str(error), param="reward_weights", code="invalid_weights")
+    if isinstance(error, DataError):
+        return ApiError(400, str(error), code="invalid_prompt")
+    if isinstance(error, GenarmError):
+        return ApiError(400, str(error))
+    if isinstance(error, EngineFailure):
+        message = f"The engine failed and this request ended with it; try again. ({error})"
+        return ApiError(503, message, kind="server_error", code="engine_failure", retry_after=ENGINE_PAUSE)
+    if isinstance(error, HTTPException):
+        message = f"{error.detail}; {_ADVICE[error.status_code]}" if error.status_code in _ADVICE else error.detail
+        return ApiError(error.status_code, message)
+    return ApiError(500, "The server failed at this request; its log says why.", kind="server_error", code="failure")
+
+
+_ADVICE = {
+    404: "the paths of this server are in /openapi.json",
+    405: "the methods of this path are in /openapi.json",
+}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let `app` answer mistakes in OpenAI's words."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        response = as_api_error(error).response()
+        if isinstance(error, HTTPException):
+            response.headers.update(error.headers or {})
+        return response
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _first_problem(error).response()
+
+    for kind in (ApiError, GenarmError, EngineFailure, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _first_problem(error: RequestValidationError) -> ApiError:
+    """Pydantic's first complaint as one sentence."""
+    problem = error.errors()[0]
+    place, kind = [str(part) for part in problem["loc"][1:]], problem["type"]
+    param = ".".join(place) or None
+    if kind == "json_invalid":
+        return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}", code="invalid_json")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+    if kind == "missing":
+        message = f"you must provide {param}" if param else "The body is empty; send a JSON object"
+        return ApiError(400, message, param=param, code="missing_required_parameter")
+    message = problem["msg"].removeprefix("Value error, ")
+    got = problem["input"]
+    shown = "" if isinstance(got, dict | list) else f" (got {got!r:.80})"
+    return ApiError(400, f"{param or 'the body'}: {message}{shown}", param=param, code="invalid_value")

@@ -1,0 +1,74 @@
+/** Building elements. Text is only ever set as text: nothing here reads HTML. */
+
+/**
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag
+ * @param {Record<string, unknown>} [properties] attributes; `on…` listeners; false and undefined are left out
+ * @param {...(Node | string)} children
+ * @returns {HTMLElementTagNameMap[T]}
+ */
+export function element(tag, properties = {}, ...children) {
+  return fill(document.createElement(tag), properties, children);
+}
+
+/**
+ * @template {keyof SVGElementTagNameMap} T
+ * @param {T} tag
+ * @param {Record<string, unknown>} [properties]
+ * @param {...(Node | string)} children
+ * @returns {SVGElementTagNameMap[T]}
+ */
+export function drawing(tag, properties = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), properties, children);
+}
+
+/**
+ * @template {Element} E
+ * @param {E} node
+ * @param {Record<string, unknown>} properties
+ * @param {(Node | string)[]} children
+ */
+function fill(node, properties, children) {
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") node.addEventListener(name.slice(2), /** @type {EventListener} */ (value));
+    else if (value !== false && value !== undefined) node.setAttribute(name, value === true ? "" : String(value));
+  }
+  node.append(...children);
+  return node;
+}
+
+/**
+ * The element of the page with this id.
+ * @param {string} id
+ */
+export function byId(id) {
+  const found = document.getElementById(id);
+  if (!found) throw new Error(`the page has no element #${id}`);
+  return found;
+}
+
+/**
+ * Keep a number field and a value together. What is not allowed is marked and does not count; on leaving the field the
+ * last value that counted comes back.
+ * @param {HTMLInputElement} field with min, max and step, which say what is allowed
+ * @param {{read: () => number | null, write: (value: number | null) => void}} value null where the field may be empty
+ * @returns {() => void} shows the value anew
+ */
+export function bindNumber(field, { read, write }) {
+  const show = () => {
+    if (document.activeElement !== field || !field.validity.valid) field.value = String(read() ?? "");
+    field.removeAttribute("aria-invalid");
+  };
+  field.addEventListener("input", () => {
+    const valid = field.validity.valid && (field.value !== "" || !field.required);
+    if (valid) field.removeAttribute("aria-invalid");
+    else field.setAttribute("aria-invalid", "true");
+    if (valid) write(field.value === "" ? null : field.valueAsNumber);
+  });
+  field.addEventListener("blur", () => {
+    field.value = String(read() ?? "");
+    field.removeAttribute("aria-invalid");
+  });
+  show();
+  return show;
+}

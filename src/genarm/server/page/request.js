@@ -1,0 +1,118 @@
+/** What is asked of the server, and the same request as something to paste into a terminal or a program. */
+
+/**
+ * @typedef {{role: "system" | "user" | "assistant", content: string}} Message
+ * @typedef {{temperature: number, top_p: number, max_tokens: number | null, seed: number | null}} Sampling
+ * @typedef {{model: string, messages: Message[], temperature: number, top_p: number, max_tokens?: number,
+ *   seed: number, reward_weights: Record<string, number>}} Request
+ */
+
+/** How many of the likeliest tokens are shown with each token. */
+const RUNNERS_UP = 5;
+
+/**
+ * A request that can be repeated: where no seed is set, one is drawn here rather than by the server.
+ * @param {string} model
+ * @param {Message[]} messages
+ * @param {Record<string, number>} weights
+ * @param {Sampling} sampling
+ * @returns {Request}
+ */
+export function makeRequest(model, messages, weights, sampling) {
+  const { temperature, top_p, max_tokens, seed } = sampling;
+  return {
+    model,
+    messages,
+    temperature,
+    top_p,
+    ...(max_tokens === null ? {} : { max_tokens }),
+    seed: seed ?? Math.floor(Math.random() * 2 ** 31),
+    reward_weights: { ...weights },
+  };
+}
+
+/**
+ * @param {string} system the system message, or nothing
+ * @returns {Message[]}
+ */
+export function opening(system) {
+  return system ? [{ role: "system", content: system }] : [];
+}
+
+/**
+ * The request as it is sent: streamed, with all that the page shows about each token.
+ * @param {Request} request
+ */
+export function streamed(request) {
+  return {
+    ...request,
+    stream: true,
+    stream_options: { include_usage: true },
+    logprobs: true,
+    top_logprobs: RUNNERS_UP,
+    return_rewards: true,
+  };
+}
+
+/**
+ * @param {Request} request
+ * @param {URL} root the API's address
+ * @param {boolean} keyed whether the server wants an API key; the key itself is never written out
+ */
+export function asCurl(request, root, keyed) {
+  const lines = [`curl ${shellQuote(new URL("chat/completions", root).href)}`, "-H 'Content-Type: application/json'"];
+  if (keyed) lines.push('-H "Authorization: Bearer $GENARM_API_KEY"');
+  lines.push(`-d ${shellQuote(JSON.stringify(request, null, 2))}`);
+  return `${lines.join(" \\\n  ")}\n`;
+}
+
+/**
+ * @param {Request} request
+ * @param {URL} root the API's address
+ * @param {boolean} keyed whether the server wants an API key; the key itself is never written out
+ */
+export function asPython(request, root, keyed) {
+  const { messages, reward_weights, ...options } = request;
+  const address = pythonLiteral(root.href.replace(/\/$/, ""));
+  const key = keyed ? 'os.environ["GENARM_API_KEY"]' : '"none"';
+  return [
+    ...(keyed ? ["import os", ""] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${address}, api_key=${key})`,
+    "completion = client.chat.completions.create(",
+    "    messages=[",
+    ...messages.map((message) => `        ${pythonLiteral(message)},`),
+    "    ],",
+    ...Object.entries(options).map(([name, value]) => `    ${name}=${pythonLiteral(value)},`),
+    `    extra_body=${pythonLiteral({ reward_weights })},`,
+    ")",
+    "print(completion.choices[0].message.content)",
+    "",
+  ].join("\n");
+}
+
+/**
+ * One word for a POSIX shell, whatever is in it.
+ * @param {string} text
+ */
+export function shellQuote(text) {
+  return `'${text.replaceAll("'", "'\\''")}'`;
+}
+
+/**
+ * A Python literal of something that JSON can hold. JSON's strings and numbers are Python's as well, escapes included.
+ * @param {unknown} value
+ * @returns {string}
+ */
+export function pythonLiteral(value) {
+  if (value === null) return "None";
+  if (value === true) return "True";
+  if (value === false) return "False";
+  if (Array.isArray(value)) return `[${value.map(pythonLiteral).join(", ")}]`;
+  if (typeof value === "object") {
+    const items = Object.entries(value).map(([key, item]) => `${pythonLiteral(key)}: ${pythonLiteral(item)}`);
+    return `{${items.join(", ")}}`;
+  }
+  return JSON.stringify(value);
+}

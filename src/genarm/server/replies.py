@@ -1,0 +1,199 @@
+"""What clients get, field by field; fields that were not asked for are left out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class _Reply(BaseModel):
+    def as_json(self) -> dict[str, Any]:
+        """The fields that were set."""
+        return self.model_dump(exclude_unset=True)
+
+    def as_event(self) -> str:
+        """One event of a stream."""
+        return f"data: {self.model_dump_json(exclude_unset=True)}\n\n"
+
+
+class Usage(_Reply):
+    """How many tokens were read and drawn."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(_Reply):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """A drawn token, with the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Reply):
+    """Of the guided distribution, before penalties and temperature."""
+
+    content: list[TokenLogprob]
+
+
+class TextLogprobs(_Reply):
+    """The same in the older form; a prompt's first token has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class RewardShare(_Reply):
+    """What one reward says of a token; `contribution` = weight · logprob."""
+
+    logprob: float
+    weight: float
+    contribution: float
+
+
+class TokenRewards(_Reply):
+    """What everyone says of a token; `logprob` is the guided distribution's."""
+
+    token: str
+    bytes: list[int]
+    logprob: float | None
+    base_logprob: float | None
+    rewards: dict[str, RewardShare]
+
+
+class ChatMessage(_Reply):
+    """The reply."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(_Reply):
+    """One of `n` replies."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    rewards: list[TokenRewards] = []
+
+
+class ChatCompletion(_Reply):
+    """The answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(_Reply):
+    """What is new of a reply."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(_Reply):
+    """A piece of one of `n` replies."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    rewards: list[TokenRewards] = []
+
+
+class ChatChunk(_Reply):
+    """One event of a streamed answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class TextChoice(_Reply):
+    """One of the replies, or a piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    rewards: list[TokenRewards] = []
+
+
+class TextCompletion(_Reply):
+    """The answer of /v1/completions, or an event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Model(_Reply):
+    """A name to ask for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(_Reply):
+    """The answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Reward(_Reply):
+    """A reward and the weights it takes."""
+
+    id: str
+    default_weight: float
+    minimum: float
+    maximum: float
+    description: str
+
+
+class Preset(_Reply):
+    """Weights by a name; the model NAME@PRESET has them."""
+
+    name: str
+    weights: dict[str, float]
+
+
+class Rewards(_Reply):
+    """The answer of /v1/rewards."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Reward]
+    presets: list[Preset]
+
+
+class Health(_Reply):
+    """The answer of /health and /ready."""
+
+    status: Literal["ok", "starting again", "failed"]

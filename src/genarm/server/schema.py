@@ -1,0 +1,162 @@
+"""What clients may ask, field by field. Types are strict; what OpenAI's API has and this server lacks is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+
+_MOST_CHOICES = 128
+_MOST_STOPS = 16
+_SEED = 2**63
+MOST_TOP = 20
+"""The most runner-up tokens that a request may ask for."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _one_message(words: str) -> WrapValidator:
+    """For a union: say what it may be in one sentence, not each alternative's complaint."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"must be {words}") from error
+
+    return WrapValidator(check)
+
+
+_Text: TypeAlias = Annotated[str, Field(min_length=1)]
+Stop: TypeAlias = Annotated[
+    _Text | Annotated[list[_Text], Field(max_length=_MOST_STOPS)],
+    _one_message(f"a text or a list of up to {_MOST_STOPS} texts, none of them empty"),
+]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+Prompts: TypeAlias = Annotated[
+    str | Annotated[list[str], Field(min_length=1)] | PromptIds | Annotated[list[PromptIds], Field(min_length=1)],
+    _one_message("a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"),
+]
+Bias: TypeAlias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+
+
+class StreamOptions(_Strict):
+    """Of a streamed answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="accepted; nothing is obfuscated")
+
+
+class _Request(_Strict):
+    """What both ways to ask have in common."""
+
+    model: str = Field(description="a name of /v1/models, NAME@PRESET, or NAME@REWARD=W,…")
+    reward_weights: dict[str, float] | None = Field(
+        default=None, description="{reward: weight} over the model's defaults; /v1/rewards lists them"
+    )
+    return_rewards: bool | None = Field(
+        default=None, description="add what the base and each reward say of every token"
+    )
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: Bias | None = None
+    n: int | None = Field(default=None, ge=1, le=_MOST_CHOICES)
+    seed: int | None = Field(default=None, ge=-_SEED, lt=_SEED)
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, description="accepted and not used")
+
+    @model_validator(mode="after")
+    def _needs_stream(self) -> _Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """As a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a count of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextPart(_Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+_Content: TypeAlias = Annotated[
+    str | list[TextPart], _one_message('a text or a list of {"type": "text", "text": …}; only text is understood')
+]
+
+
+class Message(_Strict):
+    """A turn of a conversation. The fields that must be null are what OpenAI's client sends back with a reply."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Content
+    name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Request):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a reply; None for all there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(_Request):
+    """The body of /v1/completions."""
+
+    prompt: Prompts
+    max_tokens: int | None = Field(default=None, ge=0, description="16 if left out")
+    echo: bool | None = Field(default=None, description="the prompt first, with its log-probabilities if any are asked")
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
+    best_of: int | None = Field(default=None, ge=1, le=1, description="only 1: nothing is ranked")
+    suffix: Literal[""] | None = Field(default=None, description="only empty: nothing is filled in")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, texts or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)

@@ -1,0 +1,193 @@
+"""`genarm serve` as a process: what it prints, how it stops, and that nothing is left when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from genarm import compose
+from tiny import save_member, tiny_lora, tiny_model
+
+LONG = {"model": "guided", "prompt": "w1", "max_tokens": 600, "seed": 1, "logit_bias": {"1": -100}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guided folder with a preset, whose replies may be long."""
+    root = tmp_path_factory.mktemp("serve")
+    base, arm = tiny_model(seed=0), tiny_model(seed=1, hidden=16, layers=1)
+    for model, name in ((base, "base"), (arm, "arm")):
+        model.config.max_position_embeddings = 2048
+        save_member(model, root / name)
+    tiny_lora(base, root / "lora", seed=3, base_path=str(root / "base"))
+    rewards = {"harmless": root / "arm", "helpful": root / "lora"}
+    compose(root / "base", rewards, root / "guided", descriptions={"harmless": "avoids harm"})
+    (root / "guided" / "presets.json").write_text(json.dumps({"cautious": {"harmless": 2}}))
+    return root / "guided"
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "genarm", "serve", str(folder), "--device", "cpu", *options]
+
+
+@contextmanager
+def serving(folder: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its URL and the lines that it has printed until then."""
+    # The log goes to a file: a pipe that nobody reads would be full some time, and the server would wait.
+    log = folder.parent / "log"
+    process = subprocess.Popen(
+        command(folder, "--port", "0", *options),
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},  # tiny models on a busy machine
+    )
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "is served at" in line:
+                break
+        assert lines, log.read_text()
+        yield process, lines[-1].split()[-1], lines
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def read(lines: Iterator[str]) -> str:
+    """Text of a stream of completions, to its end."""
+    pieces = []
+    for line in lines:
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            pieces.append(event["choices"][0]["text"])
+        elif line == "data: [DONE]":
+            return "".join(pieces)
+    raise AssertionError(f"the stream ended after {len(pieces)} events")
+
+
+def test_it_says_where_it_is_drains_and_ends_well(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM lets a stream and a whole answer come to their ends, and takes no new connections."""
+    keys = tmp_path / "keys"
+    keys.write_text("sk-file\n")
+    (tmp_path / "presets.toml").write_text("[bold]\nharmless = -1.5\n")
+    options = ("--streams", "2", "--api-keys", str(keys), "--presets", str(tmp_path / "presets.toml"))
+    with serving(folder, *options, GENARM_API_KEYS="sk-env") as (process, url, lines):
+        assert "2 streams of 2048 tokens" in lines[0]
+        assert any("helpful" in line for line in lines)
+        assert lines[-1].startswith("guided is served at http://127.0.0.1:")
+        with httpx2.Client(base_url=url, timeout=60, headers={"Authorization": "Bearer sk-env"}) as client:
+            assert httpx2.get(f"{url}/v1/models").status_code == 401
+            rewards = client.get("/v1/rewards").json()
+            assert rewards["data"][0] == {
+                "id": "harmless",
+                "default_weight": 1.0,
+                "minimum": -5.0,
+                "maximum": 5.0,
+                "description": "avoids harm",
+            }
+            assert rewards["presets"] == [
+                {"name": "cautious", "weights": {"harmless": 2.0, "helpful": 1.0}},
+                {"name": "bold", "weights": {"harmless": -1.5, "helpful": 1.0}},
+            ]
+            expected = client.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
+            found: list[Any] = []
+            other = threading.Thread(
+                target=lambda: found.append(
+                    httpx2.post(
+                        f"{url}/v1/completions", json=LONG, timeout=60, headers={"Authorization": "Bearer sk-file"}
+                    )
+                )
+            )
+            with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+                events = stream.iter_lines()
+                first = [next(events) for _ in range(4)]
+                other.start()
+                time.sleep(0.3)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+                with pytest.raises(httpx2.TransportError):
+                    httpx2.get(f"{url}/health")
+                assert read(iter([*first, *events])) == expected
+            other.join()
+            assert found[0].json()["choices"][0]["text"] == expected
+        assert process.wait(20) == 0
+        log = (folder.parent / "log").read_text()
+        assert "Traceback" not in log
+        assert "w1" not in log
+        assert log.count("POST /v1/completions 200") == 3
+
+
+def test_killed_in_mid_stream_and_started_again(folder: Path) -> None:
+    with serving(folder) as (process, url, _):
+        with httpx2.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as stream:
+            events = stream.iter_lines()
+            seen = [next(events) for _ in range(8)]
+            process.kill()
+            with pytest.raises(httpx2.RemoteProtocolError):
+                read(events)
+        port = url.rsplit(":", 1)[1]
+    with serving(folder, "--port", port) as (process, url, _):  # the very same port
+        assert url.endswith(f":{port}")
+        answer = httpx2.post(f"{url}/v1/completions", json=LONG, timeout=60)
+        begun = "".join(json.loads(line[6:])["choices"][0]["text"] for line in seen if line)
+        assert answer.json()["choices"][0]["text"].startswith(begun)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", "70000"), "--port is 70000"),
+        (("--host", "nowhere.invalid"), "cannot listen on nowhere.invalid"),
+        (("--queue", "-1"), "--queue is -1"),
+        (("--timeout", "0"), "--timeout is 0"),
+        (("--streams", "0"), "streams is 0"),
+        (("--context", "9999"), "context is 9999"),
+        (("--served-name", "a@b"), "cannot be served as 'a@b'"),
+        (("--max-weight", "0.5"), "'harmless' is 1; .* raise --max-weight"),
+        (("--cors", "*"), "--cors is '\\*'"),
+        (("--api-keys", "missing"), "cannot read the API keys in missing"),
+        (("--presets", "missing"), "cannot read the presets in missing"),
+        (("--speculate", "-1"), "speculate is -1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, options: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    from genarm.cli.main import main
+
+    assert main(["serve", str(folder), "--port", "0", "--device", "cpu", *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+
+
+def test_a_port_that_is_taken(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from genarm.cli.main import main
+    from genarm.server.listen import bind
+
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(folder), "--port", port, "--device", "cpu"]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capfd.readouterr().err
