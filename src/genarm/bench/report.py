@@ -64,15 +64,15 @@ def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
     """The table of figures, what they are made of, and what they were measured on."""
     timed = result.timed
     parts = [
-        _table(("figure", "measured", "target", "met"), map(_figure_row, result.figures)),
+        table(("figure", "measured", "target", "met"), map(_figure_row, result.figures)),
         f"A figure is the median [smallest to largest] of its ratios in {result.settings.rounds} rounds; in every "
         "round each contestant runs once.",
-        _table(("batch 1", "ms per token"), ((name, _spread(row, scale=1e3)) for name, row in timed.seconds.items())),
-        _table(
+        table(("batch 1", "ms per token"), ((name, spread_of(row, scale=1e3)) for name, row in timed.seconds.items())),
+        table(
             ("streams, one LoRA ARM", "tokens/s"),
-            ((str(n), _spread(row, digits=1)) for n, row in timed.tokens_per_second.items()),
+            ((str(n), spread_of(row, digits=1)) for n, row in timed.tokens_per_second.items()),
         ),
-        _table(
+        table(
             ("acceptance wanted", "Σ min(p, q) of the pair", "accepted of drafts looked at", "base forwards per token"),
             map(_speculated_row, timed.speculated),
         ),
@@ -85,7 +85,7 @@ def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
 
 def _figure_row(figure: Figure) -> Sequence[str]:
     met = {None: "–", True: "yes", False: "no"}[figure.met]
-    return figure.name, _spread(figure.values), str(figure.target or "–"), met
+    return figure.name, spread_of(figure.values), str(figure.target or "–"), met
 
 
 def _speculated_row(row: Speculated) -> Sequence[str]:
@@ -104,7 +104,7 @@ def _bandwidth(result: DecodeResult) -> Iterable[str]:
 def _real(result: DecodeResult) -> Iterable[str]:
     real = result.real
     if real is not None:
-        yield _table(
+        yield table(
             ("real pair, w=1, T=1", "base forwards per token", "tokens", "drafted", "kept"),
             (
                 (name, f"{of.passes_per_token:.3f}", str(of.tokens), str(of.drafted), str(of.accepted))
@@ -133,13 +133,15 @@ def _circumstances(result: DecodeResult, circumstances: Circumstances) -> str:
     )
 
 
-def _spread(values: Sequence[float], *, scale: float = 1.0, digits: int = 3) -> str:
+def spread_of(values: Sequence[float], *, scale: float = 1.0, digits: int = 3) -> str:
+    """The median [smallest to largest]."""
     of = spread([value * scale for value in values])
     if of.n == 1:
         return f"{of.median:.{digits}f}"
     return f"{of.median:.{digits}f} [{of.low:.{digits}f} to {of.high:.{digits}f}]"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

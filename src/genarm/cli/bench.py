@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from genarm.bench.shapes import SHAPES
-from genarm.cli.options import quiet_libraries
+from genarm.cli.options import add_engine_options, add_model_options, quiet_libraries
 
 SUMMARY = "measure decoding speed on this machine"
 
@@ -18,6 +18,13 @@ Models have random weights at a chosen shape, so nothing is downloaded. Contesta
 ratios within a round. The results are printed as Markdown; progress goes to standard error."""
 
 
+_SERVE = """Measure what clients of `genarm serve` see: the time to the first token, the time between tokens, and the
+throughput, at so many replies at once.
+
+The server is started for the measurement, as a process of its own on this machine; the clients are this process. The
+results are printed as Markdown; progress goes to standard error."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be measured, each with its options."""
     subjects = parser.add_subparsers(dest="subject", metavar="WHAT", required=True)
@@ -25,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.formatter_class = parser.formatter_class
     _add_decode_arguments(decode)
     decode.set_defaults(measure=_decode)
+    serve = subjects.add_parser("serve", help="a model's server, as its clients see it", description=_SERVE)
+    serve.formatter_class = parser.formatter_class
+    _add_serve_arguments(serve)
+    serve.set_defaults(measure=_serve)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,6 +86,57 @@ def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write decode.json and decode.md into")
     parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", metavar="N", default=[1, 4, 16], help="replies at once; each is measured"
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
+    parser.add_argument("--requests", type=int, metavar="N", default=4, help="of each client in a round")
+    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="in which each concurrency is measured once")
+    add_engine_options(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write serve.json and serve.md into")
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    with quiet_libraries():
+        import datetime
+        from contextlib import nullcontext
+
+        from rich.console import Console
+
+        from genarm.bench.report import Circumstances
+        from genarm.bench.serve import ServeSettings, run_serve
+        from genarm.bench.serve_report import as_markdown, write_serve_report
+        from genarm.files import new_folder
+        from genarm.machine import code_version, this_machine
+
+        settings = ServeSettings(
+            folder=arguments.folder,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            concurrency=tuple(arguments.concurrency),
+            tokens=arguments.tokens,
+            requests=arguments.requests,
+            rounds=arguments.rounds,
+            speculate=arguments.speculate,
+            draft=arguments.draft,
+            seed=arguments.seed,
+        )
+        with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
+            result = run_serve(settings, Console(stderr=True, highlight=False))
+            machine = this_machine("cpu" if result.device == "auto" else result.device)
+            circumstances = Circumstances(machine=machine, date=datetime.date.today(), code=code_version())
+            if folder is not None:
+                write_serve_report(folder, result, circumstances)
+    print(as_markdown(result, circumstances), end="")
+    if arguments.output is not None:
+        print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
 
 
 def _decode(arguments: argparse.Namespace) -> int:
