@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
     with quiet_libraries():
         from genarm.batch.run import Plan, make_jobs
-        from genarm.opening import open_files
+        from genarm.opening import find_device, open_files
 
         plan = Plan(
             sampling=sampling_of(arguments),
@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             num_samples=arguments.num_samples,
         )
+        find_device(arguments.device)
         files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
         draft = draft_files(arguments)
         weights = weights_of(arguments, files)
