@@ -110,7 +110,6 @@ STOPPED = {
     "input()": ("failed", "EOFError"),
     "x = bytearray(10**10)": ("memory", "it ran out of memory"),
     "x = []\nwhile True: x.append('a' * 10**6)": ("memory", "it ran out of memory"),
-    "import os\nwhile True: os.fork()": ("failed", "BlockingIOError"),
     "import os\nfor i in range(10**4): os.open('/dev/null', 0)": ("failed", "OSError in line 2: [Errno 24]"),
     "f = open('big', 'wb')\nwhile True: f.write(b'0' * 10**6)": ("failed", "OSError in line 2: [Errno 27]"),
     "import os\nassert not set(os.environ) & {'GENARM_TEST_KEY', 'HOME', 'PATH'}, os.environ": ("passed", ""),
@@ -125,16 +124,23 @@ def machine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def test_a_fork_bomb_is_stopped(machine: str) -> None:
+    """By the count of processes, or by the clock where a busy machine is slow to get there."""
+    if machine == "plain" and os.geteuid() == 0 and "user" not in run("").contained:
+        pytest.skip("root without another user to become: processes are not counted (as the docstring says)")
+    outcome = run("import os\nwhile True: os.fork()", SHORT)
+    assert (outcome.status, outcome.reason.split()[0]) in (("failed", "BlockingIOError"), ("timed out", "it"))
+    assert run("pass").passed  # nothing is left that would be in the way
+
+
 @pytest.mark.parametrize("code", STOPPED)
 def test_attacks_are_stopped(machine: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if machine == "plain" and "fork" in code and os.geteuid() == 0 and "user" not in run("").contained:
-        pytest.skip("root without another user to become: processes are not counted (as the docstring says)")
     monkeypatch.setenv("GENARM_TEST_KEY", "secret")
     sleeps = "sleep" in code
     begun = time.monotonic()
     outcome = run(code, Limits(seconds=1.5, cpu_seconds=1) if sleeps else SHORT)
     assert (outcome.status, outcome.reason[: len(STOPPED[code][1])]) == STOPPED[code]
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 40  # the limits are seconds; a busy machine takes its time to start
     assert (outcome.contained >= {"network", "processes", "files"}) == (machine == "allowed" and FULL)
 
 
