@@ -10,6 +10,7 @@ from genarm.data.prompts import is_prompt, to_prompts
 from genarm.data.sources import load_rows
 from genarm.errors import DataError
 from genarm.evaluation.recipe import PromptSpec
+from genarm.judges.protocol import as_text
 from genarm.prompts import Prompt, as_conversation, encode_prompt
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizer
     found: dict[str, Question] = {}
     too_long = 0
     for prompt, row in _prompts(spec, source, chat):
-        text = _text(prompt)
+        text = as_text(prompt)
         if text in found:
             continue
         ids = encode_prompt(tokenizer, prompt)
@@ -64,12 +65,3 @@ def _prompts(spec: PromptSpec, source: str, chat: bool) -> Iterator[tuple[Prompt
             raise DataError(f"{source}, row {number}: {spec.column!r} is {value!r}; expected text or messages")
         prompt: Prompt = spec.template.replace("{}", value) if isinstance(value, str) else value
         yield (as_conversation(prompt) if isinstance(prompt, str) and chat else prompt), row
-
-
-def _text(prompt: Prompt) -> str:
-    """A single turn as it is, several with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

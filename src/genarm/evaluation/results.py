@@ -104,7 +104,7 @@ class Results:
         prompts: their texts.
         reference: the method that all others are compared with.
         measured: the methods, in the recipe's order; the first one is the base.
-        verdicts: of judges that compare, and of those that score (a higher score wins).
+        verdicts: of judges that compare; of those that score, the higher score wins.
         trained: the models trained for it.
         published: the recipe's published figures, as its tables say.
         notes: what a reader must know, such as replies of a judge that could not be parsed.
