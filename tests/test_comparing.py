@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,27 @@ def test_mistakes_of_a_judge_are_found_before_anything_is_made(monkeypatch: pyte
         announce(recipe(llm("https://api.openai.com/v1")), quiet)
     with pytest.raises(ConfigError, match="there is no protocol 'nope'"):
         announce(recipe(dataclasses.replace(llm("http://x"), source="nope")), quiet)
+
+
+@pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="needs the extra alpaca")
+def test_alpaca_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer answer wins; without the hub's data the verdicts are there, and a note says what is missing."""
+    from test_judges_alpaca import weigh
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    count = 12
+    questions = [Question(prompt=f"question {i}", text=f"question {i}", ids=(i,)) for i in range(count)]
+    lengths = {"base": [8] * count, "wordy": [9 + i for i in range(count)], "terse": [8 + i % 2 for i in range(count)]}
+    answers = {
+        name: Answers(replies=tuple("m" * n for n in own), token_ids=tuple((1,) for _ in own), cost=COST, kl=None)
+        for name, own in lengths.items()
+    }
+    with JudgeServer(weigh) as server:
+        judge = JudgeSpec(name="AlpacaEval 2", kind="alpaca-eval", source="j", settings={"base_url": server.url})
+        found, notes = compare_all(tmp_path / "judge", judge, recipe(judge), questions, answers, Console(quiet=True))
+    outcomes = {(v.first, v.second): v.outcomes for v in found}
+    assert outcomes["wordy", "base"] == ("win",) * count
+    assert outcomes["terse", "base"] == ("tie", "win") * (count // 2)
+    assert notes[0].startswith("AlpacaEval 2, wordy against terse: ")
+    assert (tmp_path / "judge" / "terse--base.jsonl").is_file()
