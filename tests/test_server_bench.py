@@ -66,9 +66,13 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         ServeSettings(folder="x", **changes)
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", str(tmp_path / "none")]) == 2
     assert "there is no model folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_member(tiny_model(), tmp_path / "base")
     line = ["bench", "serve", str(tmp_path / "base"), "--device", "cpu", "--tokens", "200"]  # of 128 positions
     assert main(line) == 2
