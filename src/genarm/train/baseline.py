@@ -23,7 +23,7 @@ from transformers import EvalPrediction, Trainer
 from genarm.errors import ConfigError, GenarmError, MissingExtraError
 from genarm.train.config import TrainConfig
 from genarm.train.loss import response_log_probs
-from genarm.train.trainer import Batch, check_loss, check_numbers, pair_metrics
+from genarm.train.trainer import CheckedTrainer, PairTrainer, check_numbers, pair_metrics
 
 Made = TypeVar("Made")
 
@@ -38,7 +38,7 @@ def require_trl() -> None:
         raise MissingExtraError("trl", "baselines")
 
 
-class Baseline(Trainer):
+class Baseline(CheckedTrainer):
     """Goes ahead of a trainer of trl: no telemetry, no card of its own, and no step on a loss that is no number."""
 
     def _send_telemetry(self) -> None:
@@ -47,35 +47,12 @@ class Baseline(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run writes its own."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward; a loss that is no number stops the run before it can spoil a checkpoint."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        check_loss(loss, self.state.global_step + 1)
-        return loss
 
-
-class PairBaseline(Baseline):
-    """A baseline that learns from pairs, and is evaluated by their accuracy."""
+class PairBaseline(PairTrainer, Baseline):
+    """A baseline that learns from pairs."""
 
     beta: float
-
-    def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
-        raise NotImplementedError
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """(no loss, rewards [B, 2], lengths with the prompt [B, 2]): `pair_metrics` makes every figure from these."""
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            rewards_B2 = self.rewards(model, batch).T.contiguous()
-        lengths_B2 = batch["attention_mask"].sum(-1).view(2, -1).T.contiguous()
-        return None, rewards_B2, lengths_B2
+    length_mask = "attention_mask"
 
 
 class TranslatedLog(Trainer):

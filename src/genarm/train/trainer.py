@@ -29,7 +29,45 @@ Batch: TypeAlias = Mapping[str, torch.Tensor]
 TRAIN_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
 
-class ArmTrainer(Trainer):
+class CheckedTrainer(Trainer):
+    """Stops a run whose loss is no number before that can spoil a checkpoint."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        check_loss(loss, self.state.global_step + 1)
+        return loss
+
+
+class PairTrainer(CheckedTrainer):
+    """Learns from pairs, and is evaluated by their accuracy.
+
+    `length_mask` names the part of a batch whose ones are the lengths of the responses; what is before both responses
+    of a pair may be counted as well, as only differences matter.
+    """
+
+    length_mask = "response_mask"
+
+    def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """(no loss, rewards [B, 2], lengths [B, 2]): `pair_metrics` makes every figure from these."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            rewards_B2 = self.rewards(model, batch).T.contiguous()
+        lengths_B2 = batch[self.length_mask].sum(-1).view(2, -1).T.contiguous()
+        return None, rewards_B2, lengths_B2
+
+
+class ArmTrainer(PairTrainer):
     """Trains a causal LM (or a PEFT adapter on one) as an autoregressive reward model.
 
     The loss is −log σ(β · (r(x, y⁺) − r(x, y⁻))) with r(x, y) = Σ_t log π(y_t | x, y_<t) (GenARM, section 4.2).
@@ -106,26 +144,6 @@ class ArmTrainer(Trainer):
         if model.training:
             self._add_to_sums(chosen_B.detach(), rejected_B.detach(), inputs["attention_mask"].sum())
         return (loss, {"rewards": torch.stack([chosen_B, rejected_B])}) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward; a loss that is no number stops the run before it can spoil a checkpoint."""
-        loss = super().training_step(*args, **kwargs)
-        check_loss(loss, self.state.global_step + 1)
-        return loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """(no loss, rewards [B, 2], response lengths [B, 2]): `_pair_metrics` makes every figure from these."""
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            rewards_B2 = self.rewards(model, batch).T.contiguous()
-        lengths_B2 = batch["response_mask"].sum(-1).view(2, -1).T.contiguous()
-        return None, rewards_B2, lengths_B2
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy, margin, rewards and tokens/s to the entries of the training loss."""
