@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,3 +63,17 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return genarm
     return f"{genarm}, commit {done.stdout.strip()}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one core: tiny matrices gain little from a second, which on a busy machine costs minutes.
+
+    Figures also come out the same on any number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from genarm.demo.sweep import NO_WEIGHTS, Measured, Series, Weights, draw_trade_
 from genarm.demo.world import OBJECTIVES, Split, split_requests
 from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
+from genarm.machine import one_thread
 from genarm.model.compose import compose
 from genarm.train.config import TrainConfig
 from genarm.train.run import TrainResult, train_arm
@@ -102,7 +102,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> DemoResu
     """
     split = split_requests(settings.seed)
     stages = Stages(console, count=5)
-    with _new_output(output) as folder, _one_thread():
+    with _new_output(output) as folder, one_thread():
         with stages.stage("A base model", _WHY_BASE):
             size = train_base(folder / "base", split.train, settings=settings.base, seed=settings.seed, console=console)
             console.print(f"wrote {output / 'base'}: a Llama with {size:,} parameters", highlight=False)
@@ -145,20 +145,6 @@ _ABOUT_CONTROL = (
     "Green: better than the base beyond doubt. The base at temperature ⅓ is a control: adding up log-probabilities "
     "also sharpens the distribution, and this is what sharpening alone does."
 )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one core: matrices this small gain little from a second, which on a busy machine costs minutes.
-
-    Figures also come out the same on any number of cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
