@@ -10,6 +10,7 @@ import command_docs
 import pytest
 
 from genarm.cli.main import build_parser
+from genarm.evaluation.recipe import CLAIMS, JUDGES, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -39,6 +40,12 @@ def test_shown_commands_parse(page: Path) -> None:
 
 def test_the_command_page_is_up_to_date() -> None:
     assert command_docs.PAGE.read_text(encoding="utf-8") == command_docs.render()
+
+
+def test_the_page_of_comparisons_knows_all_that_a_recipe_may_have() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for kind in (*KINDS, *JUDGES, *CLAIMS):
+        assert f"`{kind}`" in text
 
 
 def test_the_readme_has_two_set_up_commands() -> None:

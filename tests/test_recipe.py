@@ -84,10 +84,14 @@ def test_digests_know_what_decides_the_rows(tmp_path: Path) -> None:
         ({"methods": [{"kind": "magic"}]}, "has the kind 'magic'; it must be one of sample, genarm"),
         ({"methods": [{"kind": "genarm", "name": "g"}]}, "'g' of kind genarm lacks base, rewards"),
         ({"methods": [{**MINIMAL["methods"][0], "top_k": 3}]}, "method 'base' has the unknown key 'top_k'"),
-        ({"methods": [*MINIMAL["methods"], MINIMAL["methods"][0]]}, "two entries for the method 'base'"),
+        ({"methods": [*MINIMAL["methods"], MINIMAL["methods"][0]]}, "the method 'base' has no file name of its own"),
         (
             {"methods": [MINIMAL["methods"][0], {**MINIMAL["methods"][1], "weights": {"c": 1}}]},
             "the weights of method 'guided' has the unknown key 'c'; allowed are a, b",
+        ),
+        (
+            {"methods": [*MINIMAL["methods"], {**MINIMAL["methods"][0], "name": "guided)"}]},
+            "the method 'guided' has no file name of its own; give it another name",
         ),
         ({"reference": "DPO"}, "there is no method 'DPO'; the recipe has base, guided"),
         ({"comparisons": [["base", "DPO"]]}, "there is no method 'DPO'"),

@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
-from genarm.evaluation.recipe import MethodSpec, SamplingSpec
+from genarm.evaluation.recipe import MethodSpec, SamplingSpec, digest
 from genarm.methods.args import Args
 from genarm.methods.best_of_n import BestOfN
 from genarm.methods.best_of_n import kl_bound as bound_of_best
@@ -86,8 +86,8 @@ class Models:
         return self._get("guided", where, lambda: open_files(where).load(dtype=self.dtype, device=self.device))
 
     def _guided_folder(self, method: MethodSpec) -> str:
-        parts = [method.roles["base"], *(f"{name}-{reference}" for name, reference in method.named.items())]
-        return str(self.folder / "guided" / slug("+".join(parts)))
+        members = {"base": method.roles["base"], "rewards": dict(method.named)}
+        return str(self.folder / "guided" / digest(members))
 
     def _load_policy(self, where: str) -> PreTrainedModel:
         if not (Path(where) / ADAPTER_FILE).exists():
@@ -166,8 +166,3 @@ def build(spec: MethodSpec, models: Models, tokenizer: PreTrainedTokenizerBase, 
                 tries=int(numbers["tries"]),
             )
     raise AssertionError(spec.kind)
-
-
-def slug(name: str) -> str:
-    """`name` as part of a path."""
-    return "".join(c if c.isalnum() or c in ".-_=+" else "-" for c in name).strip("-")

@@ -14,9 +14,8 @@ from rich.progress import Progress
 
 from genarm.errors import ConfigError, DataError
 from genarm.evaluation.answers import Answers
-from genarm.evaluation.build import slug
 from genarm.evaluation.prompts import Question
-from genarm.evaluation.recipe import JudgeSpec, Recipe
+from genarm.evaluation.recipe import JudgeSpec, Recipe, slug
 from genarm.evaluation.results import Verdicts
 from genarm.judges.alpaca_eval import Annotation, Output, annotate, win_rates
 from genarm.judges.cache import ReplyCache

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from genarm.errors import DataError
 from genarm.evaluation.answers import Answers
-from genarm.evaluation.build import Models, slug
+from genarm.evaluation.build import Models
 from genarm.evaluation.comparing import COMPARING, compare_all
 from genarm.evaluation.prompts import Question
-from genarm.evaluation.recipe import JudgeSpec, Recipe
+from genarm.evaluation.recipe import JudgeSpec, Recipe, slug
 from genarm.evaluation.results import Verdicts
 from genarm.pairs.scorers import Item, ScorerOptions, make_scorer
 from genarm.rows import append_rows, resume_rows
@@ -112,11 +112,14 @@ def _score_all(
         Reply(question=question, text=text, ids=ids)
         for question, text, ids in zip(questions, answers.replies, answers.token_ids, strict=True)
     ]
+    if len(rows) == len(replies):
+        return tuple(float(row["score"]) for row in rows)
+    scorer = _scorer(judge, models)
     for start in range(len(rows), len(replies), CHUNK):
         part = replies[start : start + CHUNK]
         new = [
             {"index": index, "score": _finite(score, judge.name, index), "settings": settings}
-            for index, score in enumerate(_scorer(judge, models)(part), start=start)
+            for index, score in enumerate(scorer(part), start=start)
         ]
         append_rows(path, new)
         rows += new

@@ -258,6 +258,11 @@ class Recipe:
         return next(method for method in self.methods if method.name == name)
 
 
+def slug(name: str) -> str:
+    """The name of a method or judge as that of its file."""
+    return "".join(c if c.isalnum() or c in ".-_=+" else "-" for c in name).strip("-")
+
+
 def digest(record: Mapping[str, Any]) -> str:
     """A fingerprint of settings."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

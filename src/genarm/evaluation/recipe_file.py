@@ -25,6 +25,7 @@ from genarm.evaluation.recipe import (
     Recipe,
     SamplingSpec,
     TrainSpec,
+    slug,
 )
 
 
@@ -151,9 +152,10 @@ def _check(recipe: Recipe) -> None:
     names = [method.name for method in recipe.methods]
     judges = [judge.name for judge in recipe.judges]
     for what, values in (("method", names), ("judge", judges), ("trained model", [t.name for t in recipe.train])):
-        double = sorted({value for value in values if values.count(value) > 1})
+        files = [slug(value) for value in values]
+        double = [value for value, file in zip(values, files, strict=True) if files.count(file) > 1 or not file]
         if double:
-            raise ConfigError(f"two entries for the {what} {double[0]!r}; give each a name of its own")
+            raise ConfigError(f"the {what} {double[0]!r} has no file name of its own; give it another name")
     used = [recipe.reference, *(name for pair in recipe.comparisons for name in pair)]
     used += [name for gap in recipe.gaps for name in (gap.bottom, gap.top, *gap.methods)]
     used += [name for claim in recipe.claims if claim.what != "front" for name in (claim.first, claim.second)]

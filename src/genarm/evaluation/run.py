@@ -4,7 +4,7 @@ In order: make the world (tiny recipes) and pairs (tasks), train the models, ans
 answers, draw up the report. Each step leaves a whole folder or whole rows behind, so that a run that is killed repeats
 none of them:
 
-    recipe.json           what everything here is made from; another recipe's run is refused
+    recipe.json           what everything here is made from, and on what; another run is refused
     world/  pairs/  train/  what is made and trained
     answers/NAME.jsonl    the replies of each method, with seeds, log-probabilities and cost
     judgements/JUDGE/     scores and verdicts, reply by reply
@@ -14,7 +14,8 @@ none of them:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,19 +29,19 @@ from rich.text import Text
 
 from genarm.errors import DataError
 from genarm.evaluation.answers import Answers, answering, read_answers
-from genarm.evaluation.build import Models, base_reference, build, kl_bound, slug
+from genarm.evaluation.build import Models, base_reference, build, kl_bound
 from genarm.evaluation.comparing import announce
 from genarm.evaluation.figures import Figures, figures, record
 from genarm.evaluation.judging import Judged, judge_all
 from genarm.evaluation.prompts import Question, read_questions
-from genarm.evaluation.recipe import MethodSpec, Recipe, TrainSpec
+from genarm.evaluation.recipe import MethodSpec, Recipe, TrainSpec, slug
 from genarm.evaluation.report import report
 from genarm.evaluation.results import Measured, Results, Trained
 from genarm.evaluation.table import markdown, table
 from genarm.evaluation.tasks import held_out_file, make_pairs
 from genarm.evaluation.world import WorldSettings, make_world
 from genarm.files import write_text
-from genarm.machine import code_version, this_machine
+from genarm.machine import code_version, one_thread, this_machine
 from genarm.methods.interface import Method
 from genarm.methods.sample import Sample
 from genarm.opening import find_device
@@ -54,7 +55,7 @@ RECIPE = "recipe.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and on what a comparison runs; none of it changes what is compared."""
+    """Where and on what a comparison runs; a folder keeps to one dtype and device."""
 
     output: Path
     command: str
@@ -66,11 +67,16 @@ def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:
     """Run `recipe` into `options.output` and return its figures.
 
     Raises:
-        GenarmError: any mistake in the recipe, the models or the data; a folder that holds another recipe's run.
+        GenarmError: any mistake in the recipe, the models or the data; a folder that holds another run.
     """
     folder = options.output.resolve()
     announce(recipe, console)
-    _claim_folder(folder, recipe)
+    _claim_folder(folder, {**recipe.foundation, "dtype": options.dtype, "device": find_device(options.device)})
+    with one_thread() if recipe.world else nullcontext():
+        return _evaluate(recipe, options, folder, console)
+
+
+def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Console) -> Figures:
     if recipe.world and not (folder / "world").exists():
         console.print(Text("World", style="bold"))
         make_world(folder / "world", WorldSettings.from_table(recipe.world, recipe.seed), console)
@@ -106,10 +112,10 @@ def _write(folder: Path, recipe: Recipe, results: Results, console: Console) -> 
 # --- the folder ------------------------------------------------------------------------------------------------
 
 
-def _claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Take an empty folder for this recipe, or go on in one with the same models (raises DataError)."""
+def _claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
+    """Take an empty folder for what `record` says, or go on in one that says the same (raises DataError)."""
     file = folder / RECIPE
-    foundation = json.loads(json.dumps(recipe.foundation))
+    foundation = json.loads(json.dumps(record))
     if not file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"{folder} is not empty and holds no comparison; choose another --output")
@@ -122,8 +128,8 @@ def _claim_folder(folder: Path, recipe: Recipe) -> None:
         raise DataError(f"cannot read {file}: {error}; choose another --output") from error
     if different:
         raise DataError(
-            f"{folder} holds a run of another recipe: {', '.join(different)} of it differ; use the same recipe to go "
-            "on with it (methods and judges may be added), or choose another --output"
+            f"{folder} holds another run: {', '.join(different)} differ; go on with the same ones (judges, and "
+            "methods that need no more training, may be added), or choose another --output"
         )
 
 
@@ -248,7 +254,7 @@ def _results(
 
 def _machine(device: str | None) -> str:
     machine = this_machine(find_device(None if device == "auto" else device))
-    return f"{machine.accelerator or machine.processor}, {machine.cores} cores, {machine.threads} threads of torch"
+    return f"{machine.accelerator or machine.processor}, {machine.cores} cores, torch's threads: {machine.threads}"
 
 
 def _versions() -> dict[str, str]:
