@@ -3,8 +3,9 @@
 `genarm.tasks.sandbox` starts this file by its path; it needs the standard library alone. In order:
 
 1. new namespaces where the kernel allows them: no network, no foreign processes, a file system of its own
-2. a small root of Python and the system's libraries, all read-only, with an empty `/tmp` to work in
-3. another user if this one is root, no way back to more rights, death together with the parent
+2. a small root of Python and the system's libraries, all read-only, with an empty folder in `/tmp` to work in
+3. another user if this one is root (it ends here where there is none to become), no way back to more rights, death
+   together with the parent
 4. limits on time, memory, files and processes, then the program
 
 Lines of JSON on the status pipe say what was taken away ("contained"), then how the program ended ("signal", "exit",
@@ -31,6 +32,9 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 """What a Python needs of the system; nothing of it is secret."""
+
+WORK = "/tmp/work"
+"""Where the program begins; empty, even where Python lies in `/tmp`."""
 
 FIRST_USER, NOBODY = 200_000, 65534
 """Users from the first number on belong to nobody; each sandbox of root takes one of its own, so that they cannot meet.
@@ -89,16 +93,20 @@ def main(settings: dict[str, Any]) -> None:
     if contained and hide_files(os.getcwd(), settings["prefixes"], settings["disk"]):
         contained.append("files")
     if os.geteuid() == 0:
-        if any(drop_root(user, settings["python"], certain="files" in contained) for user in users):
-            contained.append("user")
-        else:
-            contained.clear()  # root could undo all of it
+        if not any(drop_root(user, settings["python"], certain="files" in contained) for user in users):
+            # Root could undo all of the above, and its processes are never counted.
+            say(
+                settings["status"],
+                broken=f"root's code would not be contained, and nobody else may start {sys.executable}",
+            )
+            os._exit(1)
+        contained.append("user")
     with suppress(OSError, AttributeError):
         libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     die_with_parent()
     say(settings["status"], contained=contained)
     limits = {name: tuple(value) for name, value in settings["limits"].items()}
-    if not {"processes", "user"} & set(contained):
+    if not {"processes", "user"} & set(contained):  # then all of this user's processes count
         limits["NPROC"] = (limits["NPROC"][0] + own_threads(),) * 2
     report, own_end = os.pipe()
     program = os.fork()
@@ -163,20 +171,27 @@ def hide_files(root: str, prefixes: Iterable[str], mebibytes: int) -> bool:
     try:
         libc("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
         libc("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID, b"mode=755,size=1m")
+        # Before anything is shown: Python itself may lie in /tmp.
+        os.mkdir(f"{root}/tmp")
+        libc("mount", b"tmpfs", f"{root}/tmp".encode(), b"tmpfs", MS_NOSUID, options)
         shown: list[str] = []
         for path in (*SYSTEM, *DEVICES, *sorted(prefixes, key=len)):
             if not any(path == p or path.startswith(f"{p}/") for p in shown):
                 _show(path, root)
                 shown.append(path)
-        os.mkdir(f"{root}/tmp")
-        read_only = (ctypes.c_uint64 * 4)(MOUNT_READ_ONLY, 0, 0, 0)
-        libc("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, root.encode(), AT_RECURSIVE, read_only, ctypes.sizeof(read_only))
-        libc("mount", b"tmpfs", f"{root}/tmp".encode(), b"tmpfs", MS_NOSUID, options)
+        _set_mounts(root, AT_RECURSIVE, on=MOUNT_READ_ONLY)
+        _set_mounts(f"{root}/tmp", 0, off=MOUNT_READ_ONLY)
         os.chroot(root)
-        os.chdir("/tmp")
+        os.mkdir(WORK)
+        os.chdir(WORK)
     except OSError:
         return False
     return True
+
+
+def _set_mounts(path: str, flags: int, *, on: int = 0, off: int = 0) -> None:
+    attributes = (ctypes.c_uint64 * 4)(on, off, 0, 0)
+    libc("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, ctypes.sizeof(attributes))
 
 
 def _show(path: str, root: str) -> None:

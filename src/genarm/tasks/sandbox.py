@@ -7,8 +7,8 @@ other processes; the network. `Outcome.contained` says which of these hold on th
 security module forbids namespaces, what stays is a process group with limits and an empty environment, run as another
 user if genarm is root's and that user can start this Python. Then the program can read and write what its user can
 (the environment of genarm's own process too, if it is the same user), use the network, send signals to that user's
-processes, and leave processes behind that left its group, until their processor time is used up. Root's own processes
-are never counted: as root without another user, time alone stops a fork bomb.
+processes, and leave processes behind that left its group, until their processor time is used up. As root, a program
+only runs where it can be made another user's: root would not be contained, and its processes are never counted.
 
 What it never protects against: faults of the kernel; `processes` times `memory` being more than the machine has; and
 code that sets out to fake a pass: program and tests share one process, so that a program which looks for the tests
