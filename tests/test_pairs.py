@@ -233,7 +233,7 @@ def test_a_judge(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_unit_tests_and_what_the_sandbox_keeps_out(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No response of random words passes. Where the machine forbids namespaces, the user is told so."""
+    """No response of random words passes. Where the machine forbids namespaces, the user is told so, or root refused."""
     write_prompts([{"prompt": "w1", "test": "assert f() == 1"}])
     assert main(command(base, score="tests=test")) == 2
     capsys.readouterr()
@@ -244,6 +244,10 @@ def test_unit_tests_and_what_the_sandbox_keeps_out(
     monkeypatch.setattr(sandbox, "JAIL", without.resolve())
     assert main(command(base, score="tests=test")) == 2
     said = capsys.readouterr().err
+    if os.geteuid() == 0 and "user" not in sandbox.run_code("").contained:
+        assert "nobody else may start" in said  # as root, and with Python in root's own folder
+        assert "run genarm as a user who may start its Python" in said
+        return
     assert "warning: on this machine the sandbox" in said
     assert "not from: files, network, processes; use a container" in said
     assert "no pairs: of 1 prompts" in said
