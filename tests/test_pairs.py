@@ -233,7 +233,7 @@ def test_a_judge(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_unit_tests_and_what_the_sandbox_keeps_out(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No response of random words passes. Where the machine forbids namespaces, the user is told so, or root refused."""
+    """No response of random words passes. Without namespaces the user is warned, and root may be refused."""
     write_prompts([{"prompt": "w1", "test": "assert f() == 1"}])
     assert main(command(base, score="tests=test")) == 2
     capsys.readouterr()
