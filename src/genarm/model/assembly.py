@@ -42,7 +42,7 @@ def load_guided(
             f"for every member, {', '.join(_MEMBER_OPTIONS)}; set others per member in the folder's config.json"
         )
     hub = HubOptions(**{name: given[name] for name in _HUB_OPTIONS if name in given})
-    folder = _local_folder(reference, revision, hub)
+    folder = local_folder(reference, revision, hub)
     config = GuidedConfig.from_pretrained(folder) if config is None else config
     members = load_members(config, folder, hub, {name: given[name] for name in _MEMBER_OPTIONS if name in given})
     specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
@@ -95,7 +95,8 @@ def output_rows(model: PreTrainedModel) -> int:
     return int(out_features if out_features is not None else model.config.get_text_config().vocab_size)
 
 
-def _local_folder(reference: str | os.PathLike[str], revision: str | None, hub: HubOptions) -> Path:
+def local_folder(reference: str | os.PathLike[str], revision: str | None, hub: HubOptions) -> Path:
+    """Where a guided folder is on this machine; one on the hub is downloaded (raises MemberError)."""
     if Path(reference).is_dir():
         return Path(reference).resolve()
     try:

@@ -1,0 +1,205 @@
+"""A guided folder as vLLM sees it: the base's shape outside, all members inside.
+
+vLLM reads one configuration of one model. `ServedConfig` answers its questions (layers, heads, vocabulary, context)
+with the base's, and carries along, into every worker process, what the composite model is built from: which models
+there are, which members each of them stands for, and how their vocabularies align.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from genarm.errors import MemberError, UnsupportedError
+from genarm.model.assembly import local_folder
+from genarm.model.config import BASE, GuidedConfig, MemberSpec
+from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate
+from genarm.model.vocabulary import Alignment, align, read_vocabulary
+from genarm.vllm import ARCHITECTURE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One member's way through a model: plain, or with a LoRA adapter.
+
+    Attributes:
+        member: 0 for the base, i + 1 for reward i.
+        name: the member's.
+        adapter: the adapter's folder or hub id; None runs the model as it is.
+        adapter_revision: its hub revision.
+    """
+
+    member: int
+    name: str
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """A model whose weights are held once, and the members that go through it, in one forward.
+
+    Attributes:
+        name: of its first member; the prefix of its layers.
+        model: its folder or hub id.
+        revision: its hub revision.
+        streams: the base comes first where it is among them.
+    """
+
+    name: str
+    model: str
+    revision: str | None
+    streams: tuple[Stream, ...]
+
+
+class ServedConfig(GuidedConfig):
+    """Configuration of a guided folder inside vLLM; `AutoConfig` makes it once the plug-in is registered.
+
+    Attributes:
+        folder: where the guided folder is on this machine.
+        base_config: the base's own configuration.
+    """
+
+    folder: str | None = None
+    base_config: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers': and the base's configuration is read as well.
+
+        Raises:
+            MemberError: the base cannot be found.
+        """
+        reference = kwargs.get("name_or_path") or kwargs.get("_name_or_path") or config_dict.get("_name_or_path")
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if reference and config.base is not None:
+            config.describe_base(str(reference))
+        return result
+
+    def describe_base(self, reference: str) -> None:
+        """Read the base's configuration and answer vLLM's questions with it."""
+        hub = HubOptions()
+        folder = local_folder(reference, None, hub)
+        self.folder = str(folder)
+        base = load_model_config(self.base_spec, folder, hub, name=BASE)
+        text = base.get_text_config()
+        if self.max_position_embeddings is not None:  # the smallest among the members
+            text.max_position_embeddings = self.max_position_embeddings
+        self.base_config = base
+        self.architectures = [ARCHITECTURE]
+        self.tie_word_embeddings = bool(getattr(base, "tie_word_embeddings", False))
+        if (quantization := getattr(base, "quantization_config", None)) is not None:
+            self.quantization_config = quantization
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The base's, where it is known."""
+        return self if self.base_config is None else self.base_config.get_text_config()
+
+    @property
+    def trunks(self) -> tuple[Trunk, ...]:
+        """The models to hold, the base's first; members that name the same one share it."""
+        folder = self._place
+        specs = {BASE: self.base_spec, **{reward.name: reward.member for reward in self.reward_specs}}
+        streams: dict[tuple[str, str | None], list[Stream]] = {}
+        for member, (name, spec) in enumerate(specs.items()):
+            host = spec if spec.model is not None else self.base_spec
+            adapter = None if spec.adapter is None else locate(spec.adapter, folder)
+            stream = Stream(member=member, name=name, adapter=adapter, adapter_revision=spec.adapter_revision)
+            streams.setdefault((locate(str(host.model), folder), host.revision), []).append(stream)
+        return tuple(
+            Trunk(name=group[0].name, model=model, revision=revision, streams=tuple(group))
+            for (model, revision), group in streams.items()
+        )
+
+    def alignments(self) -> list[Alignment]:
+        """How each reward's vocabulary relates to the base's (reads the members' tokenizers).
+
+        Raises:
+            MemberError, VocabularyError.
+        """
+        base, *rewards = (
+            self._vocabulary(name, spec)
+            for name, spec in ((BASE, self.base_spec), *((r.name, r.member) for r in self.reward_specs))
+        )
+        return [align(base, reward) for reward in rewards]
+
+    def check_members(self) -> None:
+        """Whether vLLM can run these members as they are described.
+
+        Raises:
+            UnsupportedError: a setting that belongs to transformers.
+            MemberError, VocabularyError: a member is not there or does not fit.
+        """
+        for name, spec in ((BASE, self.base_spec), *((r.name, r.member) for r in self.reward_specs)):
+            if spec.device_map is not None or spec.quantization_config is not None:
+                setting = "device_map" if spec.device_map is not None else "quantization_config"
+                raise UnsupportedError(
+                    f"{name!r} has a {setting} in the guided folder's config.json, which is for transformers; vLLM "
+                    "places models itself and reads quantised checkpoints (AWQ, GPTQ, compressed-tensors, …) as they "
+                    "are: compose the folder without it, with a quantised checkpoint as the member if one is wanted"
+                )
+        self.alignments()
+
+    def _vocabulary(self, name: str, spec: MemberSpec) -> Any:
+        host = spec if spec.model is not None else self.base_spec
+        hub = HubOptions()
+        tokenizer = load_tokenizer(str(host.model), self._place, hub, host.revision)
+        size = load_model_config(host, self._place, hub, name=name).get_text_config().vocab_size
+        return read_vocabulary(tokenizer, size=size, label=f"{name} ({host.model})")
+
+    @property
+    def _place(self) -> Path:
+        if self.folder is None:
+            raise MemberError("this guided configuration was not read from a folder; load it with AutoConfig")
+        return Path(self.folder)
+
+
+def served_config(model_config: Any) -> ServedConfig:
+    """The configuration of the guided model in a vLLM `ModelConfig`."""
+    config = model_config.hf_config
+    assert isinstance(config, ServedConfig), type(config)
+    return config
+
+
+def install_checks() -> None:
+    """Have vLLM check a guided folder when it makes its configuration, before any process is started."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class GuidedChecks(VerifyAndUpdateConfig):
+        """vLLM calls these when it has read a configuration."""
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            from genarm.vllm.weights import processor_name
+
+            config = served_config(model_config)
+            config.check_members()
+            name = processor_name(config.default_weights)
+            given = list(model_config.logits_processors or [])
+            if name not in given:
+                model_config.logits_processors = [*given, name]
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if vllm_config.speculative_config is not None:
+                raise UnsupportedError(
+                    "speculative decoding cannot be combined with a guided model inside vLLM; leave "
+                    "--speculative-config out"
+                )
+            if vllm_config.lora_config is not None:
+                raise UnsupportedError(
+                    "vLLM's own LoRA requests cannot be combined with a guided model; leave --enable-lora out: an ARM "
+                    "that is an adapter is named in the guided folder (genarm compose)"
+                )
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = GuidedChecks
+
+
+def to_extra_args(weights: dict[str, float]) -> dict[str, Any]:
+    """`SamplingParams.extra_args` (and, over HTTP, `vllm_xargs`) for these reward weights."""
+    return {"reward_weights": json.dumps(weights)}

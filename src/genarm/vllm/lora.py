@@ -1,0 +1,210 @@
+"""LoRA adapters on vLLM's layers: several at once, each for its own share of the rows.
+
+vLLM fuses projections that read the same input (query, key and value; gate and up) and splits layers over ranks; a
+checkpoint does neither. So an adapter's up-projection is given to vLLM's own loader of the layer's weight, as if it
+were one, and its down-projections are stacked.
+
+Shapes: I inputs and O outputs of a layer on this rank, r the ranks of its adapters' parts together.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from genarm.errors import MemberError
+from genarm.model.loading import read_adapter_config
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from genarm.vllm.config import Stream
+
+_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Fused in the checkpoint in an order that vLLM undoes when it loads the weight, so an adapter's rows would be mixed up.
+_INTERLEAVED = ("query_key_value", "Wqkv", "c_attn")
+
+
+def add_adapters(model: nn.Module, streams: Sequence[Stream], reference: str) -> None:
+    """Put the adapters of `streams` on the layers of `model`; rows of stream i are the i-th share.
+
+    Raises:
+        MemberError: an adapter is not there, is not a plain LoRA, or does not fit.
+    """
+    places: dict[str, dict[int, list[_Part]]] = {}
+    for index, stream in enumerate(streams):
+        if stream.adapter is not None:
+            for layer, part in _read(model, stream, reference):
+                places.setdefault(layer, {}).setdefault(index, []).append(part)
+    modules = dict(model.named_modules())
+    for name, parts in places.items():
+        _attach(modules[name], parts, len(streams))
+
+
+class _Part:
+    """One module's adapter: `down` [r, inputs], `up` [outputs, r] with the scale in it, and where it goes."""
+
+    def __init__(self, down: Tensor, up: Tensor, shard: str | int | None) -> None:
+        self.down = down
+        self.up = up
+        self.shard = shard
+
+
+def _read(model: nn.Module, stream: Stream, reference: str) -> list[tuple[str, _Part]]:
+    assert stream.adapter is not None
+    settings: Any = read_adapter_config(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
+    unusual = [field for field in ("use_dora", "lora_bias", "fan_in_fan_out") if getattr(settings, field, False)]
+    if unusual:
+        raise MemberError(
+            f"the adapter {stream.adapter!r} of reward {stream.name!r} is trained with {unusual[0]}, which vLLM's "
+            "layers do not share; merge it into a full model (peft's merge_and_unload) and compose that instead"
+        )
+    tensors = _tensors(stream)
+    modules = dict(model.named_modules())
+    parts = []
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        place = _place(modules, getattr(model, "packed_modules_mapping", {}), name)
+        if place is None and _is_elsewhere(modules, name):
+            continue  # on another stage of the pipeline
+        if place is None:
+            raise MemberError(
+                f"the adapter {stream.adapter!r} of reward {stream.name!r} changes {name!r}, where {reference} has no "
+                "linear layer in vLLM that could carry it; merge it into a full model and compose that instead"
+            )
+        down, up = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        layer, shard = place
+        parts.append((layer, _Part(down, up * _scale(settings, name, down.shape[0]), shard)))
+    if not tensors or len(tensors) % 2:
+        raise MemberError(f"the adapter {stream.adapter!r} of reward {stream.name!r} holds no pairs of LoRA matrices")
+    return parts
+
+
+def _tensors(stream: Stream) -> dict[str, Tensor]:
+    assert stream.adapter is not None
+    try:
+        path = Path(stream.adapter) / _FILE
+        if not Path(stream.adapter).is_dir():
+            path = Path(hf_hub_download(stream.adapter, _FILE, revision=stream.adapter_revision))
+        return load_file(path)
+    except OSError as error:
+        raise MemberError(f"cannot read {_FILE} of the adapter {stream.adapter!r}: {error}") from error
+
+
+def _scale(settings: PeftConfig, name: str, rank: int) -> float:
+    alpha = float(getattr(settings, "lora_alpha", rank))
+    patterns: Mapping[str, float] = getattr(settings, "alpha_pattern", None) or {}
+    for pattern, own in patterns.items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", name):
+            alpha = float(own)
+            break
+    return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)
+
+
+def _place(
+    modules: Mapping[str, nn.Module], packed: Mapping[str, Sequence[str]], name: str
+) -> tuple[str, str | int | None] | None:
+    """vLLM's layer for a module of the checkpoint, and which part of it if it holds several."""
+    parent, _, last = name.rpartition(".")
+    if isinstance(modules.get(name), LinearBase):
+        return None if last in _INTERLEAVED else (name, None)
+    for fused, members in packed.items():
+        layer = modules.get(f"{parent}.{fused}" if parent else fused)
+        if last in members and isinstance(layer, LinearBase):
+            at = list(members).index(last)
+            return f"{parent}.{fused}", "qkv"[at] if isinstance(layer, QKVParallelLinear) else at
+    return None
+
+
+def _is_elsewhere(modules: Mapping[str, nn.Module], name: str) -> bool:
+    steps = name.split(".")
+    return any(isinstance(modules.get(".".join(steps[:i])), PPMissingLayer) for i in range(1, len(steps) + 1))
+
+
+# --- a layer with adapters --------------------------------------------------------------------------------------------
+
+
+def _attach(layer: Any, parts: Mapping[int, list[_Part]], copies: int) -> None:
+    like = next(layer.parameters())
+    dtype = torch.get_default_dtype()
+    for index, own in parts.items():
+        down_IR, up_RO = _shards(layer, own)
+        layer.register_buffer(f"lora_down_{index}", down_IR.to(like.device, dtype), persistent=False)
+        layer.register_buffer(f"lora_up_{index}", up_RO.to(like.device, dtype), persistent=False)
+    layer.lora_streams = tuple(sorted(parts))
+    layer.lora_copies = copies
+    layer.lora_sums = isinstance(layer, RowParallelLinear) and layer.reduce_results and layer.tp_size > 1
+    if layer.lora_sums:
+        layer.reduce_results = False  # the low-rank part is partial too: both are summed together
+    layer.__class__ = _adding(type(layer))
+
+
+def _shards(layer: Any, parts: list[_Part]) -> tuple[Tensor, Tensor]:
+    """`down` [I, r] and `up` [r, O] of this rank, with the parts of a fused layer in blocks of r."""
+    ranks = [part.down.shape[0] for part in parts]
+    down = torch.cat([part.down for part in parts])
+    if isinstance(layer, RowParallelLinear):
+        share = _parameter((down.shape[0], layer.input_size_per_partition), down.dtype, input_dim=1)
+        layer.weight_loader(share, down)
+        return share.data.t().contiguous(), parts[0].up.t().contiguous()
+    outputs = getattr(layer, "output_size_per_partition", layer.output_size)
+    up = _parameter((outputs, sum(ranks)), parts[0].up.dtype, output_dim=0)
+    start = 0
+    for part, rank in zip(parts, ranks, strict=True):
+        padded = part.up.new_zeros(part.up.shape[0], sum(ranks))
+        padded[:, start : start + rank] = part.up
+        start += rank
+        fused = isinstance(layer, MergedColumnParallelLinear | QKVParallelLinear)
+        arguments = (part.shard,) if fused else ()
+        layer.weight_loader(up, padded, *arguments)
+    return down.t().contiguous(), up.data.t().contiguous()
+
+
+def _parameter(shape: tuple[int, int], dtype: torch.dtype, **attributes: int) -> nn.Parameter:
+    """Something that vLLM's loaders take for a weight."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"), requires_grad=False)
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+@cache
+def _adding(kind: type[nn.Module]) -> type[nn.Module]:
+    """A linear layer's class that adds each member's low-rank part to its share of the rows."""
+    return type(kind.__name__, (_Adding, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+class _Adding:
+    """Mixed in before a class of linear layers."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        layer: Any = self
+        result = super().forward(x, *args, **options)  # type: ignore[misc]
+        output, bias = result if isinstance(result, tuple) else (result, None)
+        inputs = x.unflatten(0, (layer.lora_copies, -1))
+        outputs = output.unflatten(0, (layer.lora_copies, -1))
+        for i in layer.lora_streams:
+            down_IR, up_RO = getattr(layer, f"lora_down_{i}"), getattr(layer, f"lora_up_{i}")
+            outputs[i] += inputs[i] @ down_IR @ up_RO  # in place: the layer's output is fresh
+        if layer.lora_sums:
+            output = tensor_model_parallel_all_reduce(output)
+        return (output, bias) if isinstance(result, tuple) else output
+

@@ -1,0 +1,132 @@
+"""The guided model inside vLLM: every member's layers in one model, their logits combined before anything samples.
+
+vLLM sees an ordinary causal LM. `forward` runs each trunk once (`streams`) and lays the members' hidden states side
+by side; `compute_logits` turns them into log-probs, member by member, and adds them with the weights of each row's
+request. All else is vLLM's: it finds the attention layers of every member and gives each its own KV cache.
+
+Shapes: N tokens of a step, R rewards, V ids of the base's vocabulary, H sizes of the members' hidden states together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.sequence import IntermediateTensors
+
+from genarm.errors import UnsupportedError
+from genarm.model.combine import combine, log_probs
+from genarm.vllm.config import served_config
+from genarm.vllm.streams import SharedModel
+from genarm.vllm.weights import weight_table
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0})
+class Members(nn.Module):
+    """All trunks, run one after the other on the same tokens; compiled as one."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        trunks = served_config(vllm_config.model_config).trunks
+        self.trunks = nn.ModuleList(SharedModel(trunk, vllm_config, prefix=prefix) for trunk in trunks)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Hidden states [N, H], or those for the next stage of a pipeline."""
+        outputs = [trunk(input_ids, positions, intermediate_tensors) for trunk in self.trunks]
+        if isinstance(outputs[0], dict):
+            return IntermediateTensors({key: value for output in outputs for key, value in output.items()})
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+
+class GuidedForCausalLM(nn.Module, SupportsPP):
+    """π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193) as a model of vLLM, w_i per request."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = served_config(vllm_config.model_config)
+        self.config = config
+        self.vllm_config = vllm_config
+        table = weight_table(vllm_config)
+        if table is None:
+            raise UnsupportedError(
+                "the processor of reward weights is not loaded, without which every request would silently get the "
+                "default weights; start vLLM with the environment variable VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        self._table = table
+        self.members = Members(vllm_config=vllm_config, prefix=prefix)
+        self._alignments = config.alignments()
+        for i, alignment in enumerate(self._alignments):
+            self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
+
+    @property
+    def _trunks(self) -> list[SharedModel]:
+        return list(self.members.trunks)  # type: ignore[arg-type]
+
+    # --- running it -------------------------------------------------------------------------------------------------
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The base's embedding; each reward has its own."""
+        return self._trunks[0].model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Hidden states of all members [N, H]; refuses embeddings, which members do not share."""
+        if input_ids is None or inputs_embeds is not None:
+            raise UnsupportedError("a guided model takes token ids, no embeddings: its members embed them differently")
+        return self.members(input_ids, positions, intermediate_tensors)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Normalised float32 log-probs [N, V] of the combination; None on ranks that do not sample."""
+        weights_NR = self._table.take(hidden_states.shape[0])
+        active = (weights_NR != 0).any(dim=0).tolist()
+        parts: dict[int, Tensor | None] = {}
+        start = 0
+        for trunk in self._trunks:
+            for stream in trunk.streams:
+                hidden = hidden_states[:, start : start + trunk.hidden_size]
+                start += trunk.hidden_size
+                if stream.member == 0 or active[stream.member - 1]:  # the same on every rank
+                    parts[stream.member] = trunk.model.compute_logits(hidden)
+        base = parts.pop(0)
+        if base is None:
+            return None
+        columns = sorted(member - 1 for member in parts)
+        rewards = [self._alignments[i].fit(log_probs(parts[i + 1])[:, None]) for i in columns]  # type: ignore[arg-type]
+        unknown = [getattr(self, f"unknown_{i}") for i in columns]
+        weights = weights_NR[:, columns].to(base.device, non_blocking=True)
+        return combine(log_probs(base)[:, None], rewards, weights, unknown)[:, 0]
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Room for what an earlier stage of a pipeline sends."""
+        parts = [trunk.empty_intermediate_tensors(batch_size, dtype, device) for trunk in self._trunks]
+        return IntermediateTensors({key: value for part in parts for key, value in part.items()})
+
+    # --- loading it -------------------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Each trunk's weights from its own files, by vLLM's own loader; the guided folder itself holds none."""
+        for trunk in self._trunks:
+            loader = get_model_loader(self.vllm_config.load_config)
+            loader.load_weights(trunk.model, trunk.model_config)
+            trunk.load_adapters()
+        return {name for name, _ in self.named_parameters()}

@@ -1,0 +1,192 @@
+"""One model's weights, several members: their tokens go through together, their attention apart.
+
+A LoRA ARM is its base but for low-rank additions, and decoding is bound by reading weights. So the tokens of a step are
+repeated once per member, every linear layer reads its weight once for all of them (`lora` adds each member's part to
+its own share), and only attention, which must see each member's own keys and values, has a layer per member. vLLM
+finds those layers by name and gives each a KV cache, paged and shared by prefix like any other.
+
+Shapes: N tokens of a step, S members of this trunk; between layers rows are [S·N], member by member; outside, and
+between the stages of a pipeline, they are [N] with the members side by side along the last axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.config.utils import replace
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.v1.attention.backend import AttentionType
+
+from genarm.errors import UnsupportedError
+from genarm.model.config import BASE
+from genarm.vllm.lora import add_adapters
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
+
+    from genarm.vllm.config import Trunk
+
+
+class SharedModel(nn.Module):
+    """A model of vLLM and the members that go through it."""
+
+    def __init__(self, trunk: Trunk, vllm_config: VllmConfig, *, prefix: str) -> None:
+        """Make the model, without weights yet.
+
+        Raises:
+            UnsupportedError: its layers cannot be shared between members.
+        """
+        super().__init__()
+        self.trunk = trunk
+        self.streams = trunk.streams
+        # The base keeps its own names, which lists in quantised checkpoints refer to; a second integer in a layer's
+        # name would confuse vLLM, so rewards are told apart by name.
+        self._prefix = prefix if trunk.name == BASE else maybe_prefix(prefix, f"reward_{trunk.name}")
+        own = _own_config(trunk, vllm_config, self._prefix)
+        self.model_config: ModelConfig = own.model_config
+        self.hidden_size: int = own.model_config.get_hidden_size()
+        self._vocab_size = own.model_config.get_vocab_size()
+        self._reads_all_ids = self._vocab_size >= vllm_config.model_config.get_vocab_size()
+        self.model: Any = initialize_model(vllm_config=own, prefix=self._prefix)
+        if len(self.streams) > 1:
+            _refuse_unshareable(self.model, own.model_config, trunk)
+            names = [maybe_prefix(prefix, f"reward_{stream.name}") for stream in self.streams[1:]]
+            _split_attention(self.model, own, self._prefix, names)
+
+    def load_adapters(self) -> None:
+        """Read the adapters and put them on the model, whose own weights are there already.
+
+        Raises:
+            MemberError: an adapter does not fit.
+        """
+        add_adapters(self.model, self.streams, self.trunk.model)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: IntermediateTensors | None
+    ) -> Tensor | dict[str, Tensor]:
+        """Hidden states [N, S·H], or by name those for the next stage of a pipeline."""
+        copies = len(self.streams)
+        if not self._reads_all_ids:  # ids past its end (the base's padding, say) are never produced: any will do
+            input_ids = input_ids.masked_fill(input_ids >= self._vocab_size, 0)
+        if copies > 1:
+            input_ids = input_ids.repeat(copies)
+            positions = positions.repeat(copies)
+        output = self.model(input_ids, positions, self._received(intermediate_tensors))
+        if isinstance(output, Tensor):
+            return _side_by_side(output, copies)
+        return {f"{self.trunk.name}.{key}": _side_by_side(value, copies) for key, value in output.items()}
+
+    def empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Room for what an earlier stage sends, by name."""
+        own = self.model.make_empty_intermediate_tensors(batch_size, dtype, device)
+        copies = len(self.streams)
+        return {f"{self.trunk.name}.{key}": value.repeat(1, copies) for key, value in own.items()}
+
+    def _received(self, tensors: IntermediateTensors | None) -> Any:
+        if tensors is None:
+            return None
+        start = f"{self.trunk.name}."
+        own = {key: value for key, value in tensors.items() if key.startswith(start)}
+        return type(tensors)(
+            {key.removeprefix(start): _below_each_other(value, len(self.streams)) for key, value in own.items()}
+        )
+
+
+def _side_by_side(rows: Tensor, copies: int) -> Tensor:
+    """[S·N, H] as [N, S·H]."""
+    if copies == 1:
+        return rows
+    return torch.cat(rows.unflatten(0, (copies, -1)).unbind(0), dim=-1)
+
+
+def _below_each_other(rows: Tensor, copies: int) -> Tensor:
+    """[N, S·H] as [S·N, H]."""
+    if copies == 1:
+        return rows
+    return torch.cat(rows.unflatten(-1, (copies, -1)).unbind(-2), dim=0)
+
+
+def _own_config(trunk: Trunk, vllm_config: VllmConfig, prefix: str) -> VllmConfig:
+    """vLLM's configuration for this model alone; caches, devices and compilation are the guided model's."""
+    guided = vllm_config.model_config
+    model_config = ModelConfig(
+        model=trunk.model,
+        revision=trunk.revision,
+        tokenizer=guided.tokenizer,
+        skip_tokenizer_init=True,
+        trust_remote_code=guided.trust_remote_code,
+        dtype=guided.dtype,
+        seed=guided.seed,
+        max_model_len=guided.max_model_len,
+        quantization=guided.quantization if trunk.name == BASE else None,
+        enforce_eager=guided.enforce_eager,
+    )
+    own = replace(vllm_config, model_config=model_config, quant_config=None)
+    if own.quant_config is not None and prefix:
+        own.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": f"{prefix}."}))
+    return own
+
+
+def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: Trunk) -> None:
+    names = ", ".join(stream.name for stream in trunk.streams)
+    kinds = {type(module) for module in model.modules() if isinstance(module, AttentionLayerBase)}
+    plain = all(
+        module.attn_type == AttentionType.DECODER and module.kv_sharing_target_layer_name is None
+        for module in model.modules()
+        if isinstance(module, Attention)
+    )
+    if kinds - {Attention} or not plain or model_config.uses_mrope:
+        raise UnsupportedError(
+            f"{names} share the model {trunk.model}, whose layers keep more than keys and values of one causal "
+            "attention; merge each adapter into a full model (peft's merge_and_unload) and compose those instead"
+        )
+
+
+# --- an attention layer per member --------------------------------------------------------------------------------
+
+
+def _split_attention(model: nn.Module, vllm_config: VllmConfig, prefix: str, names: list[str]) -> None:
+    """Give each attention layer a twin for every member but the first."""
+    context = vllm_config.compilation_config.static_forward_context
+    for layer in [module for module in model.modules() if isinstance(module, Attention)]:
+        local = layer.layer_name.removeprefix(f"{prefix}.") if prefix else layer.layer_name
+        twins = nn.ModuleList()
+        for name in names:
+            # Made as a copy: nothing has been loaded, so there is nothing in it but settings.
+            twin = copy.deepcopy(layer, {id(layer.quant_config): layer.quant_config})
+            twin.layer_name = f"{name}.{local}"
+            assert twin.layer_name not in context
+            context[twin.layer_name] = twin
+            twins.append(twin)
+        layer.twins = twins
+        layer.__class__ = _splitting(type(layer))
+
+
+@cache
+def _splitting(kind: type[nn.Module]) -> type[nn.Module]:
+    """An attention class whose first share of rows goes its usual way and each other share to a twin."""
+    return type(kind.__name__, (_Splitting, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+class _Splitting:
+    """Mixed in before a class of attention layers."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args or any(option is not None for option in options.values()):
+            raise UnsupportedError("this model's attention takes options that cannot be shared between members")
+        layer: Any = self
+        copies = len(layer.twins) + 1
+        shares = [tensor.unflatten(0, (copies, -1)).unbind(0) for tensor in (query, key, value)]
+        first, *others = zip(*shares, strict=True)
+        outputs = [super().forward(*first)]  # type: ignore[misc]
+        outputs += [twin(*share) for twin, share in zip(layer.twins, others, strict=True)]
+        return torch.cat(outputs)
