@@ -38,6 +38,15 @@ from genarm.train.loading import load_model, load_tokenizer, resolve
 from genarm.train.output import Checkpoint, RunFolder
 from genarm.train.progress import ProgressDisplay
 from genarm.train.report import RunReport, accuracies, model_card, reward_text, write_log, write_plots
+from genarm.train.sharding import (
+    check_gathered,
+    check_joined,
+    check_launch,
+    parameter_counts,
+    prepare_to_load,
+    save_whole,
+    sum_in_float32,
+)
 from genarm.train.trainer import ArmTrainer
 
 # What an entry of the training's log has beside figures of the weights.
@@ -77,7 +86,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     """
     if config.kind != "arm":
         require_trl()
+    check_launch(config)
     process = _join_processes()
+    check_joined(process)
     console = _console(console, process)
     folder = RunFolder(path=Path(os.path.abspath(config.output)))
     folder.check(resume=resume)
@@ -164,6 +175,7 @@ def _make_trainer(
     set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
     trainer = _trainer_of_kind(config, tokenizer, data, options, callbacks)
     trainer.remove_callback(PrinterCallback)
+    sum_in_float32(trainer)
     return trainer
 
 
@@ -188,9 +200,10 @@ def _trainer_of_kind(
             from genarm.train import rlhf
 
             return rlhf.make_trainer(config, tokenizer, data, options, callbacks)
+    arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
     return ArmTrainer(
         load_model(config, tokenizer),
-        TrainingArguments(**options),
+        arguments,
         beta=config.resolved_beta,
         pad_id=_pad_id(tokenizer),
         train_pairs=list(data.training),
@@ -218,6 +231,7 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None) -> float:
     if checkpoint is not None and checkpoint.finished:
         # The run was cut off while its result was being written. `train` would take one step too many here.
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        prepare_to_load(trainer)
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
         else:
@@ -247,7 +261,7 @@ def _final_metrics(state: TrainerState, seconds: float, *, best: bool) -> dict[s
 
 
 def _write_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport) -> None:
-    """Save through the Trainer, which knows how the weights are spread over processes."""
+    """Gather the weights from the processes, and write them with all that is said about them."""
     process = PartialState()
     if process.is_main_process:
         folder.stage()
@@ -257,10 +271,11 @@ def _write_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: 
 
         save_merged(trainer, folder.staging)
     else:
-        trainer.save_model(str(folder.staging))
+        save_whole(trainer, folder.staging)
     process.wait_for_everyone()
     if process.is_main_process:
         staging = folder.staging
+        check_gathered(staging)
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; train_config.toml says the same
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -273,8 +288,7 @@ def _write_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: 
 def _model_line(config: TrainConfig, trainer: Trainer) -> str:
     model = trainer.model
     assert model is not None
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained, total = parameter_counts(model)
     how = f"LoRA rank {config.lora_rank}" if config.lora else "all weights"
     return f"model {config.model}: {how}, {trained:,} of {total:,} parameters are trained"
 

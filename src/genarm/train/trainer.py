@@ -9,6 +9,7 @@ import inspect
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -158,6 +159,11 @@ class ArmTrainer(PairTrainer):
         metrics = super().evaluate(*args, **kwargs)
         self._clock += time.perf_counter() - start
         return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer takes a step for the best only if its folder is there, and with FSDP makes the folder after that.
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _add_to_sums(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor, tokens: torch.Tensor) -> None:
         pairs = torch.ones_like(chosen_B)
