@@ -144,6 +144,7 @@ def _assert_in_halves(checkpoint: Path) -> None:
         assert [chunk.sizes[0] for chunk in tensor.chunks] == [tensor.size[0] // 2] * 2, name
 
 
+@pytest.mark.slow
 def test_fsdp_lora(settings: dict[str, Any], tmp_path: Path) -> None:
     """Halves of frozen weights as well; what is written is a peft adapter that loads."""
     config = TrainConfig(**{**settings, **HALF, **LORA, "output": tmp_path / "two"})

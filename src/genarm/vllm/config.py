@@ -7,12 +7,10 @@ there are, which members each of them stands for, and how their vocabularies ali
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from genarm.errors import MemberError, UnsupportedError
 from genarm.model.assembly import local_folder
@@ -20,6 +18,8 @@ from genarm.model.config import BASE, GuidedConfig, MemberSpec
 from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate
 from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.vllm import ARCHITECTURE
+
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,7 @@ def install_checks() -> None:
             from genarm.vllm.weights import processor_name
 
             config = served_config(model_config)
+            _choose_runner()
             config.check_members()
             name = processor_name(config.default_weights)
             given = list(model_config.logits_processors or [])
@@ -200,6 +201,10 @@ def install_checks() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = GuidedChecks
 
 
-def to_extra_args(weights: dict[str, float]) -> dict[str, Any]:
-    """`SamplingParams.extra_args` (and, over HTTP, `vllm_xargs`) for these reward weights."""
-    return {"reward_weights": json.dumps(weights)}
+def _choose_runner() -> None:
+    """Have vLLM's first model runner in every process: the second tells a plug-in too late whose rows are whose."""
+    if os.environ.get(_RUNNER, "0").strip().lower() not in ("0", "false"):
+        raise UnsupportedError(
+            f"guided models run on vLLM's model runner V1, and {_RUNNER}={os.environ[_RUNNER]} asks for V2; unset it"
+        )
+    os.environ[_RUNNER] = "0"

@@ -154,7 +154,8 @@ def _attach(layer: Any, parts: Mapping[int, list[_Part]], copies: int) -> None:
     layer.lora_sums = isinstance(layer, RowParallelLinear) and layer.reduce_results and layer.tp_size > 1
     if layer.lora_sums:
         layer.reduce_results = False  # the low-rank part is partial too: both are summed together
-    layer.__class__ = _adding(type(layer))
+    kind: type[nn.Module] = type(layer)
+    layer.__class__ = _adding(kind)
 
 
 def _shards(layer: Any, parts: list[_Part]) -> tuple[Tensor, Tensor]:
@@ -207,4 +208,3 @@ class _Adding:
         if layer.lora_sums:
             output = tensor_model_parallel_all_reduce(output)
         return (output, bias) if isinstance(result, tuple) else output
-

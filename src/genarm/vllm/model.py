@@ -100,11 +100,12 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         parts: dict[int, Tensor | None] = {}
         start = 0
         for trunk in self._trunks:
-            for stream in trunk.streams:
-                hidden = hidden_states[:, start : start + trunk.hidden_size]
-                start += trunk.hidden_size
-                if stream.member == 0 or active[stream.member - 1]:  # the same on every rank
-                    parts[stream.member] = trunk.model.compute_logits(hidden)
+            own = hidden_states[:, start : start + trunk.hidden_size * len(trunk.streams)]
+            start += own.shape[1]
+            wanted = [
+                stream.member == 0 or active[stream.member - 1] for stream in trunk.streams
+            ]  # alike on every rank
+            parts |= trunk.logits(own, wanted)
         base = parts.pop(0)
         if base is None:
             return None

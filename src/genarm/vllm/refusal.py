@@ -12,7 +12,7 @@ class RefusedConfig(GuidedConfig):
     """Cannot be read."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:  # noqa: ARG003 (as transformers calls it)
         """Raises UnsupportedError."""
         check_version()
         raise AssertionError("this vLLM is supported")

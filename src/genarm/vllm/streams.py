@@ -85,7 +85,25 @@ class SharedModel(nn.Module):
             return _side_by_side(output, copies)
         return {f"{self.trunk.name}.{key}": _side_by_side(value, copies) for key, value in output.items()}
 
-    def empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    def logits(self, hidden_states: Tensor, wanted: list[bool]) -> dict[int, Tensor | None]:
+        """{member: logits [N, V]} of the members that are wanted, with one read of the output layer.
+
+        Args:
+            hidden_states: [N, S·H], as `forward` gives them.
+            wanted: for each member whether it counts; the others are left out.
+        """
+        shares = hidden_states.unflatten(-1, (len(self.streams), -1)).unbind(-2)
+        chosen = [i for i, want in enumerate(wanted) if want]
+        if not chosen:
+            return {}
+        rows = torch.cat([shares[i] for i in chosen]) if len(chosen) > 1 else shares[chosen[0]]
+        logits = self.model.compute_logits(rows)
+        parts = [None] * len(chosen) if logits is None else logits.chunk(len(chosen))
+        return {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
+
+    def empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
         """Room for what an earlier stage sends, by name."""
         own = self.model.make_empty_intermediate_tensors(batch_size, dtype, device)
         copies = len(self.streams)
@@ -130,10 +148,19 @@ def _own_config(trunk: Trunk, vllm_config: VllmConfig, prefix: str) -> VllmConfi
         quantization=guided.quantization if trunk.name == BASE else None,
         enforce_eager=guided.enforce_eager,
     )
-    own = replace(vllm_config, model_config=model_config, quant_config=None)
+    cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.sliding_window = _window(model_config)
+    own = replace(vllm_config, model_config=model_config, cache_config=cache_config, quant_config=None)
     if own.quant_config is not None and prefix:
         own.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": f"{prefix}."}))
     return own
+
+
+def _window(model_config: ModelConfig) -> int | None:
+    """The sliding window of a model whose layers all have one; layers of mixed models know their own."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    mixed = kinds is not None and any(kind != "sliding_attention" for kind in kinds)
+    return None if mixed else model_config.get_sliding_window()
 
 
 def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: Trunk) -> None:
@@ -168,7 +195,8 @@ def _split_attention(model: nn.Module, vllm_config: VllmConfig, prefix: str, nam
             context[twin.layer_name] = twin
             twins.append(twin)
         layer.twins = twins
-        layer.__class__ = _splitting(type(layer))
+        kind: type[nn.Module] = type(layer)
+        layer.__class__ = _splitting(kind)
 
 
 @cache

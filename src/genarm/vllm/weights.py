@@ -27,8 +27,9 @@ from genarm.model.weights import parse_weights, weight_row
 from genarm.vllm.config import served_config
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+    from vllm import SamplingParams
 
 FIELD = "reward_weights"
 
@@ -41,7 +42,7 @@ class WeightTable:
     """
 
     def __init__(self, defaults: Mapping[str, float]) -> None:
-        self._defaults = torch.tensor([list(defaults.values())], dtype=torch.float32)
+        self._defaults = list(defaults.values())
         self._rows: dict[int, list[float]] = {}
         self._size: int | None = None
         self._sampling = False
@@ -59,18 +60,15 @@ class WeightTable:
         Raises:
             RuntimeError: there are not as many rows as requests, so that nobody can say whose they are.
         """
-        weights_NR = self._defaults.repeat(rows, 1)
         if not self._sampling:  # positions of prompts, or a rehearsal before the first request
-            return weights_NR
+            return torch.tensor([self._defaults] * rows, dtype=torch.float32)
         self._sampling = False
         if self._size is not None and rows != self._size:
             raise RuntimeError(
                 f"vLLM asks for logits of {rows} rows with {self._size} requests in the batch; guided decoding knows "
                 "one row a request only"
             )
-        for row, weights in self._rows.items():
-            weights_NR[row] = torch.tensor(weights, dtype=torch.float32)
-        return weights_NR
+        return torch.tensor([self._rows.get(row, self._defaults) for row in range(rows)], dtype=torch.float32)
 
 
 _tables: WeakValueDictionary[int, WeightTable] = WeakValueDictionary()
@@ -84,7 +82,7 @@ def weight_table(vllm_config: VllmConfig) -> WeightTable | None:
 class RewardWeightsProcessor(LogitsProcessor):
     """Follows the requests through the batch. Classes for each guided model come from `processor_name`."""
 
-    defaults: Mapping[str, float] = {}  # noqa: RUF012 (never changed; the class of a model has its own)
+    defaults: Mapping[str, float] = {}
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
