@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 TOLERANCE = 1e-4
 # vLLM's attention on CPU takes heads of 32 and more.
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden": 64, "head_dim": 32, "num_key_value_heads": 2},
+    "llama": {"hidden": 64, "head_dim": 32, "num_key_value_heads": 2, "intermediate_size": 64},
     "qwen2": {"hidden": 128, "num_key_value_heads": 2},
     "qwen3": {"hidden": 64, "head_dim": 32, "num_key_value_heads": 2},
     "mistral": {"hidden": 64, "head_dim": 32, "num_key_value_heads": 1, "sliding_window": 8},

@@ -50,7 +50,7 @@ def check_version() -> None:
     found = vllm_version()
     if ".".join((found or "").split(".")[:2]) not in VERSIONS:
         raise UnsupportedError(
-            f"genarm {_own_version()} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {found} is installed: "
+            f"genarm {version('genarm')} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {found} is installed: "
             f"install vllm=={VERSIONS[-1]}.*"
         )
 
@@ -65,9 +65,3 @@ def vllm_version() -> str | None:
         if found != "0":  # an empty stand-in for the CPU build
             return found
     return None
-
-
-def _own_version() -> str:
-    from genarm import __version__
-
-    return __version__

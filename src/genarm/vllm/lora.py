@@ -154,7 +154,7 @@ def _attach(layer: Any, parts: Mapping[int, list[_Part]], copies: int) -> None:
     layer.lora_sums = isinstance(layer, RowParallelLinear) and layer.reduce_results and layer.tp_size > 1
     if layer.lora_sums:
         layer.reduce_results = False  # the low-rank part is partial too: both are summed together
-    kind: type[nn.Module] = type(layer)
+    kind: Any = type(layer)
     layer.__class__ = _adding(kind)
 
 

@@ -195,7 +195,7 @@ def _split_attention(model: nn.Module, vllm_config: VllmConfig, prefix: str, nam
             context[twin.layer_name] = twin
             twins.append(twin)
         layer.twins = twins
-        kind: type[nn.Module] = type(layer)
+        kind: Any = type(layer)
         layer.__class__ = _splitting(kind)
 
 
