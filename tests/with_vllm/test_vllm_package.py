@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -12,8 +13,12 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
 from guided import folder, members
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm.config import ModelConfig
+from vllm.plugins import load_general_plugins
 
 from genarm.vllm import VERSIONS, check_version, register, vllm_version
+from tiny import tiny_lora
 
 
 def test_vllm_finds_the_plug_in() -> None:
@@ -41,6 +46,23 @@ except Exception as error:
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("REFUSED")]
     assert "guides models inside vLLM 0.98 and 0.99; vLLM " in line, run.stdout
     assert "install vllm==0.99.*" in line
+
+
+def test_what_vllm_compiled_for_another_shape_is_not_used_again(tmp_path: Path) -> None:
+    """vLLM names what it compiles by a digest of the configuration; members may change behind the same names."""
+    load_general_plugins()
+    places = members(tmp_path)
+    guided = folder(tmp_path, places, {"helpful": "lora"})
+    digests = []
+    for rank in (4, 2):
+        shutil.rmtree(places["lora"])
+        tiny_lora(load(places["base"]), places["lora"], seed=3, base_path=str(places["base"]), rank=rank)
+        digests += [ModelConfig(str(guided), max_model_len=128, dtype="float32").compute_hash() for _ in range(2)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_other_models_do_not_notice() -> None:

@@ -88,7 +88,8 @@ def test_a_base_in_four_bits(tmp_path: Path, rewards: dict[str, str]) -> None:
         ids = torch.tensor([[*request.prompt, *reply.token_ids]])
         with torch.no_grad():
             expected, other = (
-                m(ids, reward_weights=request.weights).logits[0, len(request.prompt) - 1 :] for m in (model, unquantised)
+                m(ids, reward_weights=request.weights).logits[0, len(request.prompt) - 1 :]
+                for m in (model, unquantised)
             )
         found = [(t, k, e.logprob) for t, entries in enumerate(reply.logprobs) for k, e in entries.items()]
         assert max(abs(value - expected[t, k].item()) for t, k, value in found) < BF16

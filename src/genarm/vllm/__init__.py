@@ -32,9 +32,8 @@ def register() -> None:
     except UnsupportedError:
         AutoConfig.register("guided", RefusedConfig, exist_ok=True)
         return
-    from vllm import ModelRegistry
-
     from genarm.vllm.config import ServedConfig, install_checks
+    from vllm import ModelRegistry
 
     AutoConfig.register("guided", ServedConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
@@ -50,8 +49,8 @@ def check_version() -> None:
     found = vllm_version()
     if ".".join((found or "").split(".")[:2]) not in VERSIONS:
         raise UnsupportedError(
-            f"genarm {version('genarm')} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {found} is installed: "
-            f"install vllm=={VERSIONS[-1]}.*"
+            f"genarm {version('genarm')} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {found} is "
+            f"installed: install vllm=={VERSIONS[-1]}.*"
         )
 
 

@@ -7,6 +7,8 @@ there are, which members each of them stands for, and how their vocabularies ali
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from genarm.errors import MemberError, UnsupportedError
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
-from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate
+from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate, read_adapter_config
 from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.vllm import ARCHITECTURE
 
@@ -62,10 +64,13 @@ class ServedConfig(GuidedConfig):
     Attributes:
         folder: where the guided folder is on this machine.
         base_config: the base's own configuration.
+        shapes: digest of all members' own configurations. vLLM names what it has compiled by its configuration, so
+            this keeps it from taking what it compiled for an ARM of another shape at the same place.
     """
 
     folder: str | None = None
     base_config: Any = None
+    shapes: str | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -78,11 +83,11 @@ class ServedConfig(GuidedConfig):
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         if reference and config.base is not None:
-            config.describe_base(str(reference))
+            config.describe(str(reference))
         return result
 
-    def describe_base(self, reference: str) -> None:
-        """Read the base's configuration and answer vLLM's questions with it."""
+    def describe(self, reference: str) -> None:
+        """Read the members' configurations and answer vLLM's questions with the base's (raises MemberError)."""
         hub = HubOptions()
         folder = local_folder(reference, None, hub)
         self.folder = str(folder)
@@ -91,6 +96,7 @@ class ServedConfig(GuidedConfig):
         if self.max_position_embeddings is not None:  # the smallest among the members
             text.max_position_embeddings = self.max_position_embeddings
         self.base_config = base
+        self.shapes = self._shapes(hub)
         self.architectures = [ARCHITECTURE]
         self.tie_word_embeddings = bool(getattr(base, "tie_word_embeddings", False))
         if (quantization := getattr(base, "quantization_config", None)) is not None:
@@ -144,6 +150,19 @@ class ServedConfig(GuidedConfig):
                     "are: compose the folder without it, with a quantised checkpoint as the member if one is wanted"
                 )
         self.alignments()
+
+    def _shapes(self, hub: HubOptions) -> str:
+        digest = hashlib.sha256()
+        for trunk in self.trunks:
+            spec = MemberSpec(model=trunk.model, revision=trunk.revision)
+            digest.update(load_model_config(spec, None, hub, name=trunk.name).to_json_string().encode())
+            for stream in trunk.streams:
+                if stream.adapter is not None:
+                    settings = read_adapter_config(
+                        stream.adapter, {"revision": stream.adapter_revision}, name=stream.name
+                    )
+                    digest.update(json.dumps(settings.to_dict(), sort_keys=True, default=sorted).encode())
+        return digest.hexdigest()
 
     def _vocabulary(self, name: str, spec: MemberSpec) -> Any:
         host = spec if spec.model is not None else self.base_spec
