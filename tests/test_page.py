@@ -23,6 +23,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from genarm.model.compose import compose
+from serving import running
 from tiny import SPECIAL, save_member, tiny_tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'genarm[dev]'")
@@ -553,6 +554,23 @@ def test_the_popover_stays_while_the_pointer_is_on_it_and_within_the_window(page
     page.locator("#popover").hover()
     page.wait_for_timeout(400)
     expect(page.locator("#popover")).to_be_visible()
+
+
+def test_a_server_that_does_not_explain(open_page: Opener) -> None:
+    """With vLLM nobody knows what each reward made of a token: no colours, and the popover shows what there is."""
+    with running() as server:
+        server.backend.explains = False
+        page = ready(open_page(server.url))
+        expect(page.locator("#tools")).to_be_hidden()
+        expect(page.locator(".welcome").first).to_contain_text("to see how likely it was")
+        asked = send(page, "w1 w2", tokens=8)
+        assert "return_rewards" not in asked
+        expect(page.locator("#banner")).to_be_hidden()
+        page.locator(".token").first.hover()
+        card = page.locator("#popover .token-card").first  # one token has no text, and joins the next one
+        expect(card.locator("dt")).to_have_text(["Guided"])
+        expect(card).to_contain_text("does not say what the base and each reward made of it")
+        expect(card.locator("tbody tr")).to_have_count(5)
 
 
 def test_the_heat_map_shows_what_guidance_added(page: Page, server: Served) -> None:

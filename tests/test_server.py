@@ -418,6 +418,7 @@ def test_rewards(server: Running) -> None:
             for name, weight in (("harmless", 1.0), ("helpful", 0.5))
         ],
         "presets": [{"name": name, "weights": weights} for name, weights in PRESETS.items()],
+        "return_rewards": True,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from genarm.errors import ConfigError, DataError, MemberError, WeightsError
 from genarm.model.config import GuidedConfig, MemberSpec
@@ -57,6 +58,16 @@ class ModelFiles:
     def context(self) -> int | None:
         """The most tokens that a prompt and its response may have together, where the model says."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What its files say of generating; its configuration where there is no generation_config.json."""
+        try:
+            return GenerationConfig.from_pretrained(
+                self.reference, revision=self.revision or "main", **self.hub.common()
+            )
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
 
     @property
     def fingerprint(self) -> str:

@@ -177,7 +177,11 @@ def check_seed(seed: int) -> int:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a reply, by the model's files or by its tokenizer."""
-    config = model.generation_config
+    return end_ids(model.generation_config, tokenizer)
+
+
+def end_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a reply, by a model's generation config or by its tokenizer."""
     named = None if config is None else config.eos_token_id
     return sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
 

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING
 from genarm.cli.options import add_engine_options, add_model_options, draft_files, open_engine, quiet_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from genarm.opening import ModelFiles
     from genarm.server.backend import Backend
     from genarm.server.job import Service
     from genarm.server.names import Names
+
+_STREAMS = 8
+"""Of our own engine, which reserves the memory for all of them at its start."""
 
 SUMMARY = "serve a model to OpenAI's clients, weights per request, with a page to play with"
 
@@ -28,12 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 0.0.0.0 is every network")
     parser.add_argument("--port", type=int, metavar="N", default=8000, help="0 takes a free one, which is printed")
     parser.add_argument("--served-name", metavar="NAME", help="the model's name for clients; by default its folder's")
-    parser.add_argument("--streams", type=int, metavar="N", default=8, help="replies that are drawn at once")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "genarm", "vllm"),
+        default="auto",
+        help="what decodes: genarm's own engine or vLLM; auto is vLLM where it is installed and there is a GPU",
+    )
+    parser.add_argument(
+        "--vllm-options",
+        metavar="JSON",
+        help='engine options of vLLM\'s own, as in {"tensor_parallel_size": 2}',
+    )
+    parser.add_argument(
+        "--streams",
+        type=int,
+        metavar="N",
+        help="replies that are drawn at once; by default 8, with vLLM its own number",
+    )
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="the most tokens of a prompt and its reply; by default what the members have, but no more than 2048",
+        help="the most tokens of a prompt and its reply; by default what the members have, but no more than 2048, with "
+        "vLLM than its memory holds",
     )
     parser.add_argument("--queue", type=int, metavar="N", default=64, help="replies that may wait for their turn")
     parser.add_argument(
@@ -76,8 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
         names = _names(arguments, files)
         draft = draft_files(arguments)
         _check(arguments)
+        start = _backend(arguments, files, draft)
         with bind(arguments.host, arguments.port) as listener:
-            backend = _backend(arguments, files, draft)
+            backend = start()
             service = _service(arguments, files, names, backend)
             url = url_of(arguments.host, listener)
 
@@ -111,8 +134,9 @@ def _check(arguments: argparse.Namespace) -> None:
     from genarm.errors import ConfigError
     from genarm.server.admission import Admission
 
-    EngineOptions(streams=arguments.streams, context=arguments.context, speculate=arguments.speculate)
-    Admission(streams=arguments.streams, queue=arguments.queue)
+    streams = _STREAMS if arguments.streams is None else arguments.streams
+    EngineOptions(streams=streams, context=arguments.context, speculate=arguments.speculate)
+    Admission(streams=streams, queue=arguments.queue)
     if not arguments.timeout > 0:
         raise ConfigError(f"--timeout is {arguments.timeout:g}; it must be above 0 seconds")
     for origin in arguments.cors:
@@ -132,12 +156,56 @@ def _names(arguments: argparse.Namespace, files: ModelFiles) -> Names:
     )
 
 
-def _backend(arguments: argparse.Namespace, files: ModelFiles, draft: ModelFiles | None) -> Backend:
-    from genarm.server.backend import EngineBackend
+def _backend(arguments: argparse.Namespace, files: ModelFiles, draft: ModelFiles | None) -> Callable[[], Backend]:
+    """What starts the engine that was asked for, or that suits this machine; it is started later.
 
-    return EngineBackend(
-        lambda: open_engine(arguments, files, draft, streams=arguments.streams, context=arguments.context)
+    Raises:
+        ConfigError: options of the other engine.
+        MissingExtraError, UnsupportedError: there is no vLLM, or another version of it.
+    """
+    from genarm.errors import ConfigError
+    from genarm.server.backend import EngineBackend
+    from genarm.server.vllm_backend import VllmBackend, VllmOptions, need_vllm, read_options
+
+    more = None if arguments.vllm_options is None else read_options(arguments.vllm_options)
+    if _takes_vllm(arguments):
+        if option := _of_own_engine(arguments):
+            raise ConfigError(f"{option} belongs to genarm's own engine; leave it out, or give --engine genarm")
+        need_vllm()
+        options = VllmOptions(
+            streams=arguments.streams,
+            context=arguments.context,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+            more=more,
+        )
+        return lambda: VllmBackend(files, options)
+    if more is not None:
+        raise ConfigError("--vllm-options needs vLLM, and genarm's own engine serves here; give --engine vllm as well")
+    streams = _STREAMS if arguments.streams is None else arguments.streams
+    return lambda: EngineBackend(
+        lambda: open_engine(arguments, files, draft, streams=streams, context=arguments.context)
     )
+
+
+def _takes_vllm(arguments: argparse.Namespace) -> bool:
+    """Whether vLLM serves; `auto` takes it where it runs on a GPU and nothing is asked that only our engine has."""
+    from genarm.server.vllm_backend import why_not
+
+    if arguments.engine != "auto":
+        return bool(arguments.engine == "vllm")
+    return _of_own_engine(arguments) is None and arguments.device in (None, "cuda") and why_not() is None
+
+
+def _of_own_engine(arguments: argparse.Namespace) -> str | None:
+    """An option that was given and that vLLM has no use for."""
+    from genarm.engine import EngineOptions
+
+    if arguments.draft is not None:
+        return "--draft"
+    # 0 never drafts, and so does vLLM.
+    return None if arguments.speculate in (EngineOptions().speculate, 0) else "--speculate"
 
 
 def _service(arguments: argparse.Namespace, files: ModelFiles, names: Names, backend: Backend) -> Service:

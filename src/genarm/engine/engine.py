@@ -22,6 +22,7 @@ from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
 from genarm.engine.text import TextStream
+from genarm.engine.writing import TEXT_BEFORE
 from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
@@ -173,6 +174,11 @@ class Engine:
         threading.Thread(target=_make_and_work, args=(make, made), name="genarm-engine", daemon=True).start()
         return made.result()
 
+    @property
+    def streams(self) -> int:
+        """How many requests run at once."""
+        return self.options.streams
+
     def describe(self) -> str:
         """What was chosen at the start: devices, dtypes, memory, who drafts."""
         names = ["base", *self._built.layout.reward_names, "draft model"]
@@ -227,7 +233,7 @@ class Engine:
             members=[BASE_MEMBER, *rewards, *others],
             guessers=guessers,
             stops=frozenset() if request.ignore_eos else self._stops,
-            text=TextStream(self.tokenizer, request.stop, ids[-_TEXT_BEFORE:] if request.continues else ()),
+            text=TextStream(self.tokenizer, request.stop, ids[-TEXT_BEFORE:] if request.continues else ()),
             length=DraftLength(
                 most=self.options.speculate,
                 cost=sum(self._guess_costs[member] for member in guessers),
@@ -389,8 +395,6 @@ class Statistics:
     cache_bytes: int
 
 
-_TEXT_BEFORE = 8
-"""Tokens of the prompt that a continuation's text is decoded after: more than one character ever takes."""
 _WORTH_DRAFTING = 0.5
 """A member that costs more than this share of the base cannot save time by drafting for it."""
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from genarm.engine.arena import Row
 from genarm.engine.noise import Purpose, key
-from genarm.engine.request import Completion, Ending, Request, ScoredPrompt, Token
+from genarm.engine.request import Ending, ScoredPrompt, Token
 from genarm.engine.sampler import Place
 from genarm.engine.speculation import DraftLength
-from genarm.engine.stream import Event
-from genarm.engine.text import TextStream
+from genarm.engine.writing import Writing
 
 BASE_MEMBER = 0
 
 
-def _nobody(event: Event) -> None:
-    """Nobody listens yet."""
-
-
-@dataclass(eq=False)
-class Live:
+@dataclass(eq=False, kw_only=True)
+class Live(Writing):
     """A request that waits or runs.
 
     Attributes:
@@ -30,34 +25,21 @@ class Live:
         weights: one number per reward.
         members: members that run for it, the base (0) first; rewards count from 1.
         guessers: {member: power} of those that draft for it.
-        stops: ids that end the reply.
-        deliver: called with each token, and at last with the completion, or with the error that ended it.
         rows: {member: row} once it is admitted.
         cancelled: set from outside; it ends at the next step.
         scored: numbers of the prompt's tokens so far, where they are asked for.
     """
 
-    request: Request
     ids: list[int]
     weights: Sequence[float]
     members: Sequence[int]
     guessers: Mapping[int, float]
-    stops: frozenset[int]
-    text: TextStream
     length: DraftLength
-    limit: int
-    deliver: Callable[[Event], None] = _nobody
     rows: dict[int, Row] = field(default_factory=dict)
     cancelled: bool = False
     decoding: bool = False
-    reused: int = 0
-    drafted: int = 0
-    accepted: int = 0
     scored: list[Token] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
-    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
@@ -110,35 +92,7 @@ class Live:
         return None if self.request.reply else "length"
 
     def append(self, token: Token) -> Ending | None:
-        """Take in the next token, deliver it, and say whether the reply ends with it, and why."""
+        """As any reply does; and the next forward reads the token."""
         self.ids.append(token.id)
         self.counts[token.id] += 1
-        ending: Ending | None = None
-        if token.id in self.stops:
-            text, ending = self.text.finish(), "stop"
-        else:
-            text = self.text.add(token.id)
-            if self.text.stopped:
-                ending = "stop"
-            elif len(self.tokens) + 1 == self.limit:
-                text, ending = text + self.text.finish(), "length"
-                ending = "stop" if self.text.stopped else ending
-        token = Token(
-            id=token.id, text=text, log_prob=token.log_prob, base=token.base, rewards=token.rewards, top=token.top
-        )
-        self.tokens.append(token)
-        self.pieces.append(text)
-        self.deliver(token)
-        return ending
-
-    def completion(self, ending: Ending) -> Completion:
-        """What came of it."""
-        return Completion(
-            text="".join(self.pieces),
-            tokens=tuple(self.tokens),
-            ending=ending,
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.reused,
-            drafted=self.drafted,
-            accepted=self.accepted,
-        )
+        return super().append(token)

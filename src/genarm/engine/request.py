@@ -61,7 +61,7 @@ class Token:
         id: of the base's vocabulary.
         text: what became final with it; may be empty, and may hold text of earlier tokens.
         log_prob: log π(token), of the combined distribution before penalties and temperature.
-        base: log π_base(token).
+        base: log π_base(token); None where what decodes does not say.
         rewards: {reward: log π_i(token)} of the rewards that ran; w_i times it is that reward's contribution.
         top: (id, log_prob) of the likeliest tokens, best first, as many as were asked for.
     """
@@ -69,7 +69,7 @@ class Token:
     id: int
     text: str
     log_prob: float
-    base: float
+    base: float | None
     rewards: Mapping[str, float]
     top: tuple[tuple[int, float], ...] = ()
 

@@ -74,7 +74,13 @@ def _listing_routes(service: Service) -> APIRouter:
             for reward in names.rewards
         ]
         presets = [Preset(name=name, weights=names.preset(name)) for name in names.presets]
-        return Rewards(object="list", model=names.model, data=data, presets=presets)
+        return Rewards(
+            object="list",
+            model=names.model,
+            data=data,
+            presets=presets,
+            return_rewards=service.backend.explains,
+        )
 
     return router
 

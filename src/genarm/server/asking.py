@@ -22,6 +22,18 @@ _SEEDS = 2**64
 _log = logging.getLogger("genarm.server")
 
 
+def check_explained(service: Service, asked: ChatRequest | CompletionRequest) -> None:
+    """Refuse `return_rewards` where nobody knows them (raises ApiError)."""
+    if asked.return_rewards and not service.backend.explains:
+        raise ApiError(
+            400,
+            "return_rewards is not available: this server decodes with vLLM, which reports the guided log-probability "
+            "of a token only. Leave return_rewards out, or start the server with --engine genarm.",
+            param="return_rewards",
+            code="unsupported_parameter",
+        )
+
+
 def weights_of(service: Service, asked: ChatRequest | CompletionRequest) -> dict[str, float]:
     """All weights of a request (raises what `Names.resolve` raises)."""
     return service.names.resolve(asked.model, asked.reward_weights)

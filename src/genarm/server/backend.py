@@ -1,4 +1,4 @@
-"""What the server needs of whatever decodes, and the engine in that role."""
+"""What the server needs of whatever decodes, the restart after a failure, and our own engine in that role."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from genarm.engine import Completion, Engine, Request, ScoredPrompt, Stream, Token
 from genarm.errors import EngineFailure
@@ -46,10 +46,12 @@ class Backend(Protocol):
     Attributes:
         streams: how many run at once; others wait.
         context: the most tokens of a prompt and its reply together.
+        explains: tokens come with what the base and each reward say of them.
     """
 
     streams: int
     context: int
+    explains: bool
 
     def describe(self) -> str:
         """What runs, for the log."""
@@ -77,23 +79,60 @@ class Backend(Protocol):
         """End everything."""
 
 
-class EngineBackend:
-    """`genarm.engine` in a thread of its own, started again once after a failure.
+class _Counts(Protocol):
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+
+class Decoder(Protocol):
+    """An engine that runs until it fails; requests are `stream`s."""
+
+    @property
+    def streams(self) -> int:
+        """How many requests run at once."""
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its reply together."""
+
+    def describe(self) -> str:
+        """What runs, for the log."""
+
+    def stream(self, request: Request) -> Stream:
+        """Begin a request."""
+
+    def statistics(self) -> _Counts:
+        """Requests that run and wait."""
+
+    def close(self) -> None:
+        """Stop; what still runs ends with an EngineFailure."""
+
+
+Running = TypeVar("Running", bound=Decoder)
+
+
+class RestartingBackend(Generic[Running]):
+    """An engine, started again once after a failure.
 
     A step that fails may leave anything behind, so everything is made anew, from the files on.
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Running], *, explains: bool) -> None:
         """Make the engine now; raises what `make` raises.
 
         Args:
             make: loads the model and makes the engine; called again after a failure.
+            explains: see `Backend`.
         """
         self._make = make
-        engine = Engine.in_own_thread(make)
-        self.streams = engine.options.streams
+        self.explains = explains
+        engine = make()
+        self.streams = engine.streams
         self.context = engine.context
-        self._engine: Engine | None = engine
+        self._engine: Running | None = engine
         self._state: State = "ok"
         self._why = ""
         self._restarts = 0
@@ -138,7 +177,7 @@ class EngineBackend:
         if engine is not None:
             engine.close()
 
-    def _failed(self, engine: Engine, error: EngineFailure) -> None:
+    def _failed(self, engine: Running, error: EngineFailure) -> None:
         """Called for every request that a failure ends; the first one has an effect."""
         with self._guard:
             if self._closed or engine is not self._engine:
@@ -150,7 +189,7 @@ class EngineBackend:
         _log.error("the engine failed: %s", error, exc_info=error.__cause__)
         threading.Thread(target=self._replace, args=(engine, again), name="genarm-restart", daemon=True).start()
 
-    def _replace(self, engine: Engine, again: bool) -> None:
+    def _replace(self, engine: Running, again: bool) -> None:
         engine.close()
         del engine
         gc.collect()  # models refer to themselves, and the next one may need their memory
@@ -158,7 +197,7 @@ class EngineBackend:
             _log.error("the engine failed a second time and stays down; restart the server")
             return
         try:
-            new = Engine.in_own_thread(self._make)
+            new = self._make()
         except Exception as error:
             self._state, self._why = "failed", f"the engine could not be started again: {error}"
             _log.exception("the engine could not be started again; restart the server")
@@ -169,6 +208,14 @@ class EngineBackend:
                 _log.warning("the engine was started again")
                 return
         new.close()
+
+
+class EngineBackend(RestartingBackend[Engine]):
+    """`genarm.engine` in a thread of its own."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """Make the engine now; `make` is called again after a failure."""
+        super().__init__(lambda: Engine.in_own_thread(make), explains=True)
 
 
 class _EngineReply:

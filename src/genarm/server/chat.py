@@ -15,7 +15,16 @@ from starlette.responses import JSONResponse, Response
 
 from genarm.engine import Completion, Request, Token
 from genarm.prompts import Message
-from genarm.server.asking import check_room, log_text, request_id, sampling_of, seeds_of, usage_of, weights_of
+from genarm.server.asking import (
+    check_explained,
+    check_room,
+    log_text,
+    request_id,
+    sampling_of,
+    seeds_of,
+    usage_of,
+    weights_of,
+)
 from genarm.server.errors import ERRORS, as_api_error
 from genarm.server.job import EventStream, Job, Service, unless_gone
 from genarm.server.labels import Labels, joined_chat
@@ -69,6 +78,7 @@ class _Chat:
 
     @classmethod
     async def begin(cls, service: Service, asked: ChatRequest, http: HttpRequest) -> _Chat:
+        check_explained(service, asked)
         weights = weights_of(service, asked)
         messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
         log_text(service, http, "messages", messages, weights)

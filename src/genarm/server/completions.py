@@ -12,7 +12,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from genarm.engine import Completion, Request, ScoredPrompt, Token
-from genarm.server.asking import check_room, log_text, request_id, sampling_of, seeds_of, usage_of, weights_of
+from genarm.server.asking import (
+    check_explained,
+    check_room,
+    log_text,
+    request_id,
+    sampling_of,
+    seeds_of,
+    usage_of,
+    weights_of,
+)
 from genarm.server.backend import Event
 from genarm.server.chat import DONE, answer_whole, error_event, finish_reason
 from genarm.server.errors import ERRORS
@@ -139,6 +148,7 @@ class _Completion:
 
     @classmethod
     async def begin(cls, service: Service, asked: CompletionRequest, http: HttpRequest) -> _Completion:
+        check_explained(service, asked)
         weights = weights_of(service, asked)
         log_text(service, http, "prompt", asked.prompt, weights)
         prompts = [await _prompt(service, prompt) for prompt in asked.prompts]

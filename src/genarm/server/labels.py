@@ -80,7 +80,7 @@ class Labels:
             token=text.text,
             bytes=list(text.data),
             logprob=_finite(token.log_prob),
-            base_logprob=_finite(token.base),
+            base_logprob=None if token.base is None else _finite(token.base),
             rewards=shares,
         )
 

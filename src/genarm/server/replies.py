@@ -185,12 +185,13 @@ class Preset(_Reply):
 
 
 class Rewards(_Reply):
-    """The answer of /v1/rewards."""
+    """The answer of /v1/rewards; `return_rewards` says whether requests may ask for what the rewards say."""
 
     object: Literal["list"]
     model: str
     data: list[Reward]
     presets: list[Preset]
+    return_rewards: bool
 
 
 class Health(_Reply):

@@ -37,6 +37,7 @@ class Page {
     this.popover = new Popover(byId("popover"), byId("main"));
     const writer = new Writer(
       api,
+      description.return_rewards,
       (span) => this.heat.paint(span),
       () => this.again(),
     );
@@ -45,6 +46,7 @@ class Page {
     byId("model").textContent = description.model;
     document.title = `${description.model} · genarm`;
     byId("steering").hidden = description.data.length === 0; // a base alone is served as well
+    if (!description.return_rewards) showUnexplained();
     buildPresets(byId("presets"), this.store, description);
     buildWeights(byId("weights"), this.store, description);
     if (description.data.length > 1) {
@@ -162,6 +164,12 @@ function showBusy({ busy }) {
   byId("stop").hidden = !busy;
   byId("main").setAttribute("aria-busy", String(busy));
   if (had) byId("message").focus();
+}
+
+/** Without the models' own numbers there is nothing to colour, and less to see behind a token. */
+function showUnexplained() {
+  byId("tools").hidden = true;
+  byId("inspect").textContent = "to see how likely it was.";
 }
 
 /** On a phone the settings lie over the conversation. */

@@ -11,6 +11,7 @@ const GAP = 8;
 const GRACE_MS = 150;
 /** What OpenAI's format writes for the logarithm of nothing. */
 const NOTHING = -9999;
+const UNEXPLAINED = "With vLLM, this server does not say what the base and each reward made of it.";
 
 export class Popover {
   /** @type {HTMLElement | null} */
@@ -153,31 +154,38 @@ function describe(token) {
 
 /** @param {Token} token */
 function probabilities({ logprob, base }) {
+  const known = explained({ base }) ? [probability("Base", base)] : [];
+  return element("dl", { class: "pair" }, ...known, probability("Guided", logprob));
+}
+
+/**
+ * @param {string} name
+ * @param {number} logprob
+ */
+function probability(name, logprob) {
   return element(
-    "dl",
-    { class: "pair" },
-    element(
-      "div",
-      {},
-      element("dt", {}, "Base"),
-      element("dd", {}, percent(base)),
-      element("dd", { class: "faint" }, nats(base)),
-    ),
-    element(
-      "div",
-      {},
-      element("dt", {}, "Guided"),
-      element("dd", {}, percent(logprob)),
-      element("dd", { class: "faint" }, nats(logprob)),
-    ),
+    "div",
+    {},
+    element("dt", {}, name),
+    element("dd", {}, percent(logprob)),
+    element("dd", { class: "faint" }, nats(logprob)),
   );
+}
+
+/**
+ * Whether the server said what the base and the rewards make of a token; with vLLM behind it, it cannot.
+ * @param {Pick<Token, "base">} token
+ */
+function explained({ base }) {
+  return !Number.isNaN(base);
 }
 
 /**
  * One row per reward: its weight times its log-probability is what it adds to the token's score.
  * @param {Token} token
  */
-function contributions({ rewards }) {
+function contributions({ rewards, base }) {
+  if (!explained({ base })) return [element("p", { class: "faint" }, UNEXPLAINED)];
   const parts = Object.entries(rewards);
   if (!parts.length) return [element("p", { class: "faint" }, "No reward took part.")];
   const rows = parts.map(([name, { logprob, weight, contribution }]) =>

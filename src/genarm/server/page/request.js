@@ -42,15 +42,16 @@ export function opening(system) {
 /**
  * The request as it is sent: streamed, with all that the page shows about each token.
  * @param {Request} request
+ * @param {boolean} explained whether the server can say what the base and each reward make of a token
  */
-export function streamed(request) {
+export function streamed(request, explained) {
   return {
     ...request,
     stream: true,
     stream_options: { include_usage: true },
     logprobs: true,
     top_logprobs: RUNNERS_UP,
-    return_rewards: true,
+    ...(explained ? { return_rewards: true } : {}),
   };
 }
 

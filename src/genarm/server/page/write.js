@@ -17,11 +17,13 @@ import { tokensOf } from "./tokens.js";
 export class Writer {
   /**
    * @param {Api} api
+   * @param {boolean} explained whether the server can say what the base and each reward make of a token
    * @param {(span: HTMLElement) => void} paint colours a new token
    * @param {() => void} again writes the last reply of the conversation again
    */
-  constructor(api, paint, again) {
+  constructor(api, explained, paint, again) {
     this.api = api;
+    this.explained = explained;
     this.paint = paint;
     this.again = again;
   }
@@ -59,7 +61,7 @@ export class Writer {
   async #pump(reply, signal, announcer) {
     /** @type {Ending} */
     let ending = "stop";
-    for await (const chunk of this.api.chat(streamed(reply.request), signal)) {
+    for await (const chunk of this.api.chat(streamed(reply.request, this.explained), signal)) {
       for (const choice of chunk.choices) {
         const text = choice.delta?.content ?? "";
         reply.add(text, tokensOf(choice));

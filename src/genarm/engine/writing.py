@@ -1,0 +1,75 @@
+"""A reply while it is being written: tokens go in, text and the ending come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from genarm.engine.request import Completion, Ending, Request, Token
+from genarm.engine.stream import Event
+from genarm.engine.text import TextStream
+
+TEXT_BEFORE = 8
+"""Tokens of the prompt that a continuation's text is decoded after: more than one character ever takes."""
+
+
+def _nobody(event: Event) -> None:
+    """Nobody listens yet."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Writing:
+    """A reply so far.
+
+    Attributes:
+        request: what was asked.
+        stops: ids that end the reply.
+        text: decodes it.
+        limit: the most tokens of the reply.
+        prompt_tokens: how many tokens the prompt has.
+        deliver: called with each token, and at last with the completion, or with the error that ended it.
+    """
+
+    request: Request
+    stops: frozenset[int]
+    text: TextStream
+    limit: int
+    prompt_tokens: int = 0
+    deliver: Callable[[Event], None] = _nobody
+    reused: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    tokens: list[Token] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    def append(self, token: Token) -> Ending | None:
+        """Take in the next token, deliver it with its text, and say whether the reply ends with it, and why."""
+        ending: Ending | None = None
+        if token.id in self.stops:
+            text, ending = self.text.finish(), "stop"
+        else:
+            text = self.text.add(token.id)
+            if self.text.stopped:
+                ending = "stop"
+            elif len(self.tokens) + 1 == self.limit:
+                text, ending = text + self.text.finish(), "length"
+                ending = "stop" if self.text.stopped else ending
+        token = Token(
+            id=token.id, text=text, log_prob=token.log_prob, base=token.base, rewards=token.rewards, top=token.top
+        )
+        self.tokens.append(token)
+        self.pieces.append(text)
+        self.deliver(token)
+        return ending
+
+    def completion(self, ending: Ending) -> Completion:
+        """What came of it."""
+        return Completion(
+            text="".join(self.pieces),
+            tokens=tuple(self.tokens),
+            ending=ending,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
