@@ -1,4 +1,4 @@
-"""The figures of `genarm bench decode`: ratios, and what was aimed at."""
+"""The figures of `genarm bench decode` and `genarm bench vllm`: ratios, and what was aimed at."""
 
 from __future__ import annotations
 
@@ -127,3 +127,50 @@ def timed_ratios(
         },
         OVER_TRANSFORMERS: ratios(seconds[TRANSFORMERS], unguided),
     }
+
+
+# --- inside vLLM ------------------------------------------------------------------------------------------------------
+
+VLLM_PLAIN = "plain vLLM"
+VLLM_FULL = "full ARM of 1/8"
+VLLM_LORA = "one LoRA ARM, trunk shared"
+VLLM_TWO_LORAS = "two LoRA ARMs, trunk shared"
+VLLM_MERGED = "one LoRA ARM, merged into a model of its own"
+VLLM_CONTESTANTS = (VLLM_PLAIN, VLLM_FULL, VLLM_LORA, VLLM_TWO_LORAS, VLLM_MERGED)
+
+
+def over_plain(contestant: str, streams: int) -> str:
+    """The figure of a contestant's tokens per second over plain vLLM's with the base."""
+    return f"{contestant}, {_so_many(streams)}: tokens/s over plain vLLM"
+
+
+def shared_over_merged(streams: int) -> str:
+    """The figure of what sharing the trunk gains."""
+    return f"one LoRA ARM, {_so_many(streams)}: tokens/s with the trunk shared over merged"
+
+
+def _so_many(streams: int) -> str:
+    return "1 stream" if streams == 1 else f"{streams} streams"
+
+
+def vllm_targets(base_shape: str) -> Targets:
+    """For models that have a size, wherever they run."""
+    if base_shape == "tiny":
+        return {}
+    loras = {VLLM_LORA: 0.85, VLLM_MERGED: 0.45}
+    return {
+        over_plain(VLLM_FULL, 1): _least(0.80),
+        over_plain(VLLM_FULL, 16): _least(0.75),
+        **{over_plain(name, n): _least(limit) for name, limit in loras.items() for n in (1, 16)},
+    }
+
+
+def vllm_ratios(rates: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """{figure: ratio in each round}, from {streams: {contestant: tokens per second in each round}}."""
+    found = {
+        over_plain(name, streams): ratios(rows[name], rows[VLLM_PLAIN])
+        for name in VLLM_CONTESTANTS[1:]
+        for streams, rows in rates.items()
+    }
+    gains = {shared_over_merged(n): ratios(rows[VLLM_LORA], rows[VLLM_MERGED]) for n, rows in rates.items()}
+    return found | gains

@@ -14,7 +14,7 @@ from genarm.bench.counting import DRAFTS
 from genarm.bench.decode import DecodeResult
 from genarm.bench.field import Speculated
 from genarm.bench.figures import Figure
-from genarm.bench.settings import DecodeSettings
+from genarm.bench.settings import DecodeSettings, VllmSettings
 from genarm.bench.timing import spread
 from genarm.files import write_text
 from genarm.machine import Machine
@@ -44,18 +44,23 @@ def as_json(result: DecodeResult, circumstances: Circumstances) -> dict[str, Any
         "command": command(result.settings),
         "machine": asdict(circumstances.machine),
         **asdict(result),
-        "figures": [{**asdict(figure), **asdict(figure.spread), "met": figure.met} for figure in result.figures],
+        "figures": figures_as_json(result.figures),
     }
     record["settings"]["prompts"] = None if result.settings.prompts is None else str(result.settings.prompts)
     return record
 
 
-def command(settings: DecodeSettings) -> str:
+def figures_as_json(figures: Iterable[Figure]) -> list[dict[str, Any]]:
+    """With their spread, and whether targets are met."""
+    return [{**asdict(figure), **asdict(figure.spread), "met": figure.met} for figure in figures]
+
+
+def command(settings: DecodeSettings | VllmSettings) -> str:
     """A command line that measures the same, every option said."""
-    words = ["genarm", "bench", "decode"]
+    words = ["genarm", "bench", "decode" if isinstance(settings, DecodeSettings) else "vllm"]
     for name, value in asdict(settings).items():
-        if value is not None:
-            values = value if isinstance(value, list | tuple) else [value]
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list | tuple) else [value]
             words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     return shlex.join(words)
 
@@ -64,7 +69,7 @@ def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
     """The table of figures, what they are made of, and what they were measured on."""
     timed = result.timed
     parts = [
-        table(("figure", "measured", "target", "met"), map(_figure_row, result.figures)),
+        figures_table(result.figures),
         f"A figure is the median [smallest to largest] of its ratios in {result.settings.rounds} rounds; in every "
         "round each contestant runs once.",
         table(("batch 1", "ms per token"), ((name, spread_of(row, scale=1e3)) for name, row in timed.seconds.items())),
@@ -81,6 +86,11 @@ def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
         _circumstances(result, circumstances),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def figures_table(figures: Iterable[Figure]) -> str:
+    """The figures beside their targets."""
+    return table(("figure", "measured", "target", "met"), map(_figure_row, figures))
 
 
 def _figure_row(figure: Figure) -> Sequence[str]:

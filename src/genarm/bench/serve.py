@@ -215,7 +215,8 @@ def _ends(files: ModelFiles) -> list[int]:
 @contextmanager
 def _server(settings: ServeSettings, streams: int) -> Iterator[tuple[str, list[str]]]:
     """A server's URL, and what it printed before that."""
-    command = [sys.executable, "-m", "genarm", "serve", settings.folder, "--port", "0", "--streams", str(streams)]
+    command = [sys.executable, "-m", "genarm", "serve", settings.folder, "--engine", "genarm"]
+    command += ["--port", "0", "--streams", str(streams)]
     command += ["--context", str(PROMPT_TOKENS + settings.tokens), "--speculate", str(settings.speculate)]
     command += ["--dtype", settings.dtype, *(["--trust-remote-code"] if settings.trust_remote_code else [])]
     for name in ("device", "draft"):

@@ -18,6 +18,14 @@ Models have random weights at a chosen shape, so nothing is downloaded. Contesta
 ratios within a round. The results are printed as Markdown; progress goes to standard error."""
 
 
+_VLLM = """Measure guided decoding inside vLLM over plain vLLM: with a full ARM of an eighth of the base's size, with
+one and two LoRA ARMs that share the base's forward, and with a LoRA ARM merged into a model of its own.
+
+Models have random weights at a chosen shape, so nothing is downloaded. Every contestant has an engine of vLLM in a
+process of its own, and they take turns; all figures are ratios within a round. vLLM chooses the device, and compiles
+each contestant first, about a minute each. The results are printed as Markdown; progress goes to standard error."""
+
+
 _SERVE = """Measure what clients of `genarm serve` see: the time to the first token, the time between tokens, and the
 throughput, at so many replies at once.
 
@@ -32,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.formatter_class = parser.formatter_class
     _add_decode_arguments(decode)
     decode.set_defaults(measure=_decode)
+    vllm = subjects.add_parser("vllm", help="guided folders inside vLLM, over plain vLLM", description=_VLLM)
+    vllm.formatter_class = parser.formatter_class
+    _add_vllm_arguments(vllm)
+    vllm.set_defaults(measure=_vllm)
     serve = subjects.add_parser("serve", help="a model's server, as its clients see it", description=_SERVE)
     serve.formatter_class = parser.formatter_class
     _add_serve_arguments(serve)
@@ -44,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-shape",
         choices=tuple(SHAPES),
@@ -56,6 +68,20 @@ def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights; by default bfloat16 where the device has it, and float32 elsewhere",
     )
+
+
+def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_shape_arguments(parser)
+    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
+    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="in which every contestant runs once")
+    parser.add_argument("--streams", type=int, nargs="+", metavar="N", default=[1, 4, 16], help="replies at once")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write vllm.json and vllm.md into")
+    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
+
+
+def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_shape_arguments(parser)
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, …; by default the first GPU, if any")
     parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
     parser.add_argument("--rounds", type=int, metavar="N", default=7, help="in which every contestant runs once")
@@ -171,6 +197,42 @@ def _decode(arguments: argparse.Namespace) -> int:
             )
             if folder is not None:
                 write_report(folder, result, circumstances)
+    print(as_markdown(result, circumstances), end="")
+    if arguments.output is not None:
+        print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _vllm(arguments: argparse.Namespace) -> int:
+    with quiet_libraries():
+        import datetime
+        from contextlib import nullcontext
+
+        from rich.console import Console
+
+        from genarm.bench.report import Circumstances
+        from genarm.bench.settings import VllmSettings
+        from genarm.bench.vllm import run_vllm
+        from genarm.bench.vllm_report import as_markdown, write_vllm_report
+        from genarm.files import new_folder
+        from genarm.machine import code_version, this_machine
+
+        settings = VllmSettings(
+            base_shape=arguments.base_shape,
+            dtype=arguments.dtype,
+            tokens=arguments.tokens,
+            rounds=arguments.rounds,
+            streams=tuple(arguments.streams),
+            eager=arguments.eager,
+            seed=arguments.seed,
+        )
+        with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
+            result = run_vllm(settings, Console(stderr=True, highlight=False))
+            circumstances = Circumstances(
+                machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
+            )
+            if folder is not None:
+                write_vllm_report(folder, result, circumstances)
     print(as_markdown(result, circumstances), end="")
     if arguments.output is not None:
         print(f"wrote {arguments.output}", file=sys.stderr)
