@@ -144,7 +144,8 @@ def _is_elsewhere(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 def _attach(layer: Any, parts: Mapping[int, list[_Part]], copies: int) -> None:
     like = next(layer.parameters())
-    dtype = torch.get_default_dtype()
+    # On CPUs small products are several times faster in float32 than in bfloat16.
+    dtype = torch.float32 if like.device.type == "cpu" else torch.get_default_dtype()
     for index, own in parts.items():
         down_IR, up_RO = _shards(layer, own)
         layer.register_buffer(f"lora_down_{index}", down_IR.to(like.device, dtype), persistent=False)
@@ -204,7 +205,7 @@ class _Adding:
         outputs = output.unflatten(0, (layer.lora_copies, -1))
         for i in layer.lora_streams:
             down_IR, up_RO = getattr(layer, f"lora_down_{i}"), getattr(layer, f"lora_up_{i}")
-            outputs[i] += inputs[i] @ down_IR @ up_RO  # in place: the layer's output is fresh
+            outputs[i] += inputs[i].to(down_IR.dtype) @ down_IR @ up_RO  # in place: the layer's output is fresh
         if layer.lora_sums:
             output = tensor_model_parallel_all_reduce(output)
         return (output, bias) if isinstance(result, tuple) else output
