@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import LLM, SamplingParams
 
 from genarm import GuidedForCausalLM, compose
 from tiny import save_member, tiny_lora, tiny_model
-from vllm import LLM, SamplingParams
 
 TOLERANCE = 1e-4
 # vLLM's attention on CPU takes heads of 32 and more.

@@ -13,11 +13,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm ins
 
 import torch
 from guided import TOLERANCE, Asked, agree, ask, engine, folder, inner_model, members, oracle
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from genarm import compose
 from tiny import VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
-from vllm import SamplingParams
 
 FAMILIES = {
     "llama": [

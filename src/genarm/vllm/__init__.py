@@ -32,8 +32,9 @@ def register() -> None:
     except UnsupportedError:
         AutoConfig.register("guided", RefusedConfig, exist_ok=True)
         return
-    from genarm.vllm.config import ServedConfig, install_checks
     from vllm import ModelRegistry
+
+    from genarm.vllm.config import ServedConfig, install_checks
 
     AutoConfig.register("guided", ServedConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

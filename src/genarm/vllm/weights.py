@@ -27,9 +27,8 @@ from genarm.model.weights import parse_weights, weight_row
 from genarm.vllm.config import served_config
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from vllm import SamplingParams
+    from vllm.config import VllmConfig
 
 FIELD = "reward_weights"
 
