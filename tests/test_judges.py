@@ -192,7 +192,7 @@ MISDEEDS: dict[str, Act] = {
     "deep JSON": Act(body=b"[" * 100_000),
     "empty": Act(body=b""),
     "reset": Act(reset=True),
-    "slow": says("[[A]]", wait=0.8),
+    "slow": says("[[A]]", wait=2.0),
 }
 
 
@@ -208,7 +208,8 @@ def test_a_misdeed_is_tried_again_and_then_counted(tmp_path: Path, name: str) ->
         return misdeed if "prompt 1" in seen.question and tried[seen.question] <= 2 else longer(seen, number)
 
     with JudgeServer(behave) as server:
-        verdicts = judge(server, tmp_path, pairs(3), timeout=0.4, retries=2)
+        # Only where slowness is the misdeed may it count: a busy machine is slow as well.
+        verdicts = judge(server, tmp_path, pairs(3), timeout=1.0 if name == "slow" else 30.0, retries=2)
     assert [verdict.outcome for verdict in verdicts] == [None, "lose", "tie"]
     assert [verdict.failed for verdict in verdicts] == [True, False, False]
     assert sorted(tried.values()) == [1, 1, 3, 3, 3, 3]
