@@ -95,7 +95,7 @@ def run_decode(settings: DecodeSettings, console: Console) -> DecodeResult:
         ConfigError: no such device, an agreement that models of these shapes cannot have, too few tokens.
         GenarmError: what `count_real_pair` raises.
     """
-    where = _where(settings)
+    where = choose_where(settings.device, settings.dtype)
     shapes = SHAPES[settings.base_shape]
     real = _real(settings, where, console)
     gc.collect()  # models refer to themselves; the next ones may need their memory
@@ -114,12 +114,17 @@ def run_decode(settings: DecodeSettings, console: Console) -> DecodeResult:
     )
 
 
-def _where(settings: DecodeSettings) -> Where:
-    device = find_device(settings.device)
-    if device == "auto":
+def choose_where(device: str | None, dtype: str | None) -> Where:
+    """The device that was asked for, or the first GPU if any, and the dtype, or bfloat16 where the device has it.
+
+    Raises:
+        ConfigError: there is no such device, or it is not one.
+    """
+    found = find_device(device)
+    if found == "auto":
         raise ConfigError("--device is auto; everything is measured on one device: give cpu, cuda or cuda:1")
-    usual = "bfloat16" if device != "cpu" or has_bfloat16() else "float32"
-    return Where(device=device, dtype=settings.dtype or usual)
+    usual = "bfloat16" if found != "cpu" or has_bfloat16() else "float32"
+    return Where(device=found, dtype=dtype or usual)
 
 
 def _time(settings: DecodeSettings, where: Where, console: Console) -> Timed:

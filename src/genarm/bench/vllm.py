@@ -18,16 +18,14 @@ from rich.console import Console
 
 from genarm.bench import figures
 from genarm.bench.contestants import Task, make_task
-from genarm.bench.decode import PROMPT_TOKENS, Where
+from genarm.bench.decode import PROMPT_TOKENS, Where, choose_where
 from genarm.bench.figures import Figure, vllm_ratios
 from genarm.bench.settings import VllmSettings
 from genarm.bench.shapes import SHAPES
 from genarm.bench.timing import Contestant, take_turns
 from genarm.bench.vllm_engine import EngineFacts, EngineSettings, RemoteEngine, Steps, remote_engine
 from genarm.bench.vllm_models import Entry, write_entries
-from genarm.engine.device import has_bfloat16
 from genarm.errors import ConfigError, EngineFailure, MissingExtraError
-from genarm.opening import find_device
 from genarm.vllm import check_version, vllm_version
 
 _PAGE = 128
@@ -64,7 +62,7 @@ def run_vllm(settings: VllmSettings, console: Console) -> VllmResult:
     if vllm_version() is None:
         raise MissingExtraError("vllm", "vllm")
     check_version()
-    where = _where(settings)
+    where = choose_where(None, settings.dtype)
     shapes = SHAPES[settings.base_shape]
     try:
         with tempfile.TemporaryDirectory(prefix="genarm-bench-") as root:
@@ -80,12 +78,6 @@ def run_vllm(settings: VllmSettings, console: Console) -> VllmResult:
         tokens_per_second=rates,
         figures=[Figure(name=n, values=row, target=targets.get(n)) for n, row in vllm_ratios(rates).items()],
     )
-
-
-def _where(settings: VllmSettings) -> Where:
-    device = find_device(None)
-    usual = "bfloat16" if device != "cpu" or has_bfloat16() else "float32"
-    return Where(device=device, dtype=settings.dtype or usual)
 
 
 def _time(
