@@ -36,11 +36,26 @@ def combine(
     """
     if not rewards:
         return base_BTV
+    guided_B11 = (weights_BR != 0).any(dim=1)[:, None, None]
+    total_BTV = weighted_sum(base_BTV, rewards, weights_BR, unknown)
+    return torch.where(guided_B11, torch.log_softmax(total_BTV, dim=-1), base_BTV)
+
+
+def weighted_sum(
+    base_BTV: Tensor,
+    rewards: Sequence[Tensor],
+    weights_BR: Tensor,
+    unknown: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """As `combine`, before it is normalised.
+
+    Where nobody asks for the members' own log-probs, float32 logits will do: what a member's log-softmax takes from
+    all ids of a row alike, the last one takes anyway.
+    """
     total_BTV = base_BTV.clone()
     for i, reward_BTV in enumerate(rewards):
         total_BTV.addcmul_(weights_BR[:, i, None, None], reward_BTV)
     for i, mask_V in enumerate(unknown):
         if mask_V is not None:
             total_BTV.masked_fill_(mask_V & (weights_BR[:, i, None, None] != 0), -torch.inf)
-    guided_B11 = (weights_BR != 0).any(dim=1)[:, None, None]
-    return torch.where(guided_B11, torch.log_softmax(total_BTV, dim=-1), base_BTV)
+    return total_BTV

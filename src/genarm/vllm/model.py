@@ -1,8 +1,8 @@
 """The guided model inside vLLM: every member's layers in one model, their logits combined before anything samples.
 
 vLLM sees an ordinary causal LM. `forward` runs each trunk once (`streams`) and lays the members' hidden states side
-by side; `compute_logits` turns them into log-probs, member by member, and adds them with the weights of each row's
-request. All else is vLLM's: it finds the attention layers of every member and gives each its own KV cache.
+by side; `compute_logits` turns them into logits, member by member, and adds them with the weights of each row's
+request. All else is vLLM's: it finds the attention layers of all trunks and gives each its own KV cache.
 
 Shapes: N tokens of a step, R rewards, V ids of the base's vocabulary, H sizes of the members' hidden states together.
 """
@@ -20,7 +20,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.sequence import IntermediateTensors
 
 from genarm.errors import UnsupportedError
-from genarm.model.combine import combine, log_probs
+from genarm.model.combine import log_probs, weighted_sum
 from genarm.vllm.config import served_config
 from genarm.vllm.streams import SharedModel
 from genarm.vllm.weights import weight_table
@@ -110,10 +110,10 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         if base is None:
             return None
         columns = sorted(member - 1 for member in parts)
-        rewards = [self._alignments[i].fit(log_probs(parts[i + 1])[:, None]) for i in columns]  # type: ignore[arg-type]
+        rewards = [self._alignments[i].fit(parts[i + 1].float()[:, None]) for i in columns]  # type: ignore[union-attr]
         unknown = [getattr(self, f"unknown_{i}") for i in columns]
         weights = weights_NR[:, columns].to(base.device, non_blocking=True)
-        return combine(log_probs(base)[:, None], rewards, weights, unknown)[:, 0]
+        return log_probs(weighted_sum(base.float()[:, None], rewards, weights, unknown)[:, 0])
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
