@@ -1,11 +1,11 @@
-"""One model's weights, several members: their tokens go through together, their attention apart.
+"""One model's weights, several members: their tokens go through together, side by side.
 
-A LoRA ARM is its base but for low-rank additions, and decoding is bound by reading weights. So the tokens of a step are
+A LoRA ARM is its base but for low-rank additions, and decoding is bound by reading weights. So each token of a step is
 repeated once per member, every linear layer reads its weight once for all of them (`lora` adds each member's part to
-its own share), and only attention, which must see each member's own keys and values, has a layer per member. vLLM
-finds those layers by name and gives each a KV cache, paged and shared by prefix like any other.
+its own rows), and to attention the members are further heads: a layer has those of all of them, and vLLM keeps their
+keys and values like any others, in one KV cache per layer, paged and shared by prefix.
 
-Shapes: N tokens of a step, S members of this trunk; between layers rows are [S·N], member by member; outside, and
+Shapes: N tokens of a step, S members of this trunk; between layers rows are [N·S], token by token; outside, and
 between the stages of a pipeline, they are [N] with the members side by side along the last axis.
 """
 
@@ -50,17 +50,16 @@ class SharedModel(nn.Module):
         self.streams = trunk.streams
         # The base keeps its own names, which lists in quantised checkpoints refer to; a second integer in a layer's
         # name would confuse vLLM, so rewards are told apart by name.
-        self._prefix = prefix if trunk.name == BASE else maybe_prefix(prefix, f"reward_{trunk.name}")
-        own = _own_config(trunk, vllm_config, self._prefix)
+        own_prefix = prefix if trunk.name == BASE else maybe_prefix(prefix, f"reward_{trunk.name}")
+        own = _own_config(trunk, vllm_config, own_prefix)
         self.model_config: ModelConfig = own.model_config
         self.hidden_size: int = own.model_config.get_hidden_size()
         self._vocab_size = own.model_config.get_vocab_size()
         self._reads_all_ids = self._vocab_size >= vllm_config.model_config.get_vocab_size()
-        self.model: Any = initialize_model(vllm_config=own, prefix=self._prefix)
+        self.model: Any = initialize_model(vllm_config=own, prefix=own_prefix)
         if len(self.streams) > 1:
             _refuse_unshareable(self.model, own.model_config, trunk)
-            names = [maybe_prefix(prefix, f"reward_{stream.name}") for stream in self.streams[1:]]
-            _split_attention(self.model, own, self._prefix, names)
+            _widen_attention(self.model, len(self.streams))
 
     def load_adapters(self) -> None:
         """Read the adapters and put them on the model, whose own weights are there already.
@@ -78,8 +77,8 @@ class SharedModel(nn.Module):
         if not self._reads_all_ids:  # ids past its end (the base's padding, say) are never produced: any will do
             input_ids = input_ids.masked_fill(input_ids >= self._vocab_size, 0)
         if copies > 1:
-            input_ids = input_ids.repeat(copies)
-            positions = positions.repeat(copies)
+            input_ids = input_ids.repeat_interleave(copies)
+            positions = positions.repeat_interleave(copies)
         output = self.model(input_ids, positions, self._received(intermediate_tensors))
         if isinstance(output, Tensor):
             return _side_by_side(output, copies)
@@ -92,13 +91,14 @@ class SharedModel(nn.Module):
             hidden_states: [N, S·H], as `forward` gives them.
             wanted: for each member whether it counts; the others are left out.
         """
-        shares = hidden_states.unflatten(-1, (len(self.streams), -1)).unbind(-2)
         chosen = [i for i, want in enumerate(wanted) if want]
         if not chosen:
             return {}
-        rows = torch.cat([shares[i] for i in chosen]) if len(chosen) > 1 else shares[chosen[0]]
-        logits = self.model.compute_logits(rows)
-        parts = [None] * len(chosen) if logits is None else logits.chunk(len(chosen))
+        states_NSH = hidden_states.unflatten(-1, (len(self.streams), -1))
+        if len(chosen) < len(self.streams):
+            states_NSH = states_NSH[:, chosen]
+        logits = self.model.compute_logits(states_NSH.flatten(0, 1))
+        parts = [None] * len(chosen) if logits is None else logits.unflatten(0, (-1, len(chosen))).unbind(1)
         return {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
 
     def empty_intermediate_tensors(
@@ -120,17 +120,13 @@ class SharedModel(nn.Module):
 
 
 def _side_by_side(rows: Tensor, copies: int) -> Tensor:
-    """[S·N, H] as [N, S·H]."""
-    if copies == 1:
-        return rows
-    return torch.cat(rows.unflatten(0, (copies, -1)).unbind(0), dim=-1)
+    """[N·S, H] as [N, S·H]."""
+    return rows.reshape(-1, copies * rows.shape[1])
 
 
 def _below_each_other(rows: Tensor, copies: int) -> Tensor:
-    """[N, S·H] as [S·N, H]."""
-    if copies == 1:
-        return rows
-    return torch.cat(rows.unflatten(-1, (copies, -1)).unbind(-2), dim=0)
+    """[N, S·H] as [N·S, H]."""
+    return rows.reshape(-1, rows.shape[1] // copies)
 
 
 def _own_config(trunk: Trunk, vllm_config: VllmConfig, prefix: str) -> VllmConfig:
@@ -167,7 +163,9 @@ def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: Trun
     names = ", ".join(stream.name for stream in trunk.streams)
     kinds = {type(module) for module in model.modules() if isinstance(module, AttentionLayerBase)}
     plain = all(
-        module.attn_type == AttentionType.DECODER and module.kv_sharing_target_layer_name is None
+        module.attn_type == AttentionType.DECODER
+        and module.kv_sharing_target_layer_name is None
+        and getattr(module.impl, "sinks", None) is None
         for module in model.modules()
         if isinstance(module, Attention)
     )
@@ -178,43 +176,35 @@ def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: Trun
         )
 
 
-# --- an attention layer per member --------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 
-def _split_attention(model: nn.Module, vllm_config: VllmConfig, prefix: str, names: list[str]) -> None:
-    """Give each attention layer a twin for every member but the first."""
-    context = vllm_config.compilation_config.static_forward_context
+def _widen_attention(model: nn.Module, copies: int) -> None:
+    """Give each attention layer the heads of all members, the first member's first."""
     for layer in [module for module in model.modules() if isinstance(module, Attention)]:
-        local = layer.layer_name.removeprefix(f"{prefix}.") if prefix else layer.layer_name
-        twins = nn.ModuleList()
-        for name in names:
-            # Made as a copy: nothing has been loaded, so there is nothing in it but settings.
-            twin = copy.deepcopy(layer, {id(layer.quant_config): layer.quant_config})
-            twin.layer_name = f"{name}.{local}"
-            assert twin.layer_name not in context
-            context[twin.layer_name] = twin
-            twins.append(twin)
-        layer.twins = twins
+        impl: Any = layer.impl
+        for part in (layer, impl):
+            part.num_heads *= copies
+            part.num_kv_heads *= copies
+        if getattr(impl, "alibi_slopes", None) is not None:
+            impl.alibi_slopes = impl.alibi_slopes.repeat(copies)
+        layer.copies = copies
         kind: Any = type(layer)
-        layer.__class__ = _splitting(kind)
+        layer.__class__ = _wide(kind)
 
 
 @cache
-def _splitting(kind: type[nn.Module]) -> type[nn.Module]:
-    """An attention class whose first share of rows goes its usual way and each other share to a twin."""
-    return type(kind.__name__, (_Splitting, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+def _wide(kind: type[nn.Module]) -> type[nn.Module]:
+    """An attention class that takes the rows of a token's members for one row of more heads."""
+    return type(kind.__name__, (_Wide, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-class _Splitting:
+class _Wide:
     """Mixed in before a class of attention layers."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         if args or any(option is not None for option in options.values()):
             raise UnsupportedError("this model's attention takes options that cannot be shared between members")
-        layer: Any = self
-        copies = len(layer.twins) + 1
-        shares = [tensor.unflatten(0, (copies, -1)).unbind(0) for tensor in (query, key, value)]
-        first, *others = zip(*shares, strict=True)
-        outputs = [super().forward(*first)]  # type: ignore[misc]
-        outputs += [twin(*share) for twin, share in zip(layer.twins, others, strict=True)]
-        return torch.cat(outputs)
+        copies: int = self.copies  # type: ignore[attr-defined]
+        wide = [_side_by_side(rows, copies) for rows in (query, key, value)]
+        return _below_each_other(super().forward(*wide), copies)  # type: ignore[misc]
