@@ -9,20 +9,24 @@ Shapes: N tokens of a step, R rewards, V ids of the base's vocabulary, H sizes o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.compilation.decorators import support_torch_compile
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from genarm.errors import UnsupportedError
 from genarm.model.combine import log_probs, weighted_sum
 from genarm.vllm.config import served_config
-from genarm.vllm.streams import SharedModel
+from genarm.vllm.streams import SharedModel, is_slow
 from genarm.vllm.weights import weight_table
 
 if TYPE_CHECKING:
@@ -67,6 +71,7 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
             )
         self._table = table
         self.members = Members(vllm_config=vllm_config, prefix=prefix)
+        self._whole = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._alignments = config.alignments()
         for i, alignment in enumerate(self._alignments):
             self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
@@ -91,6 +96,11 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         """Hidden states of all members [N, H]; refuses embeddings, which members do not share."""
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("a guided model takes token ids, no embeddings: its members embed them differently")
+        tokens = input_ids.shape[0]
+        if self._whole and is_slow(tokens * len(self._trunks[0].streams), input_ids.device):
+            with _spare_rows(tokens):
+                twice = (torch.cat([part, part], dim=-1) for part in (input_ids, positions))
+                return self.members(*twice)[:tokens]
         return self.members(input_ids, positions, intermediate_tensors)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
@@ -131,3 +141,18 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
             loader.load_weights(trunk.model, trunk.model_config)
             trunk.load_adapters()
         return {name for name, _ in self.named_parameters()}
+
+
+@contextmanager
+def _spare_rows(count: int) -> Iterator[None]:
+    """For a step with rows behind those that vLLM knows of: nothing of them goes into a KV cache."""
+    context = get_forward_context()
+    slots = context.slot_mapping
+    if isinstance(slots, dict):  # layer: its slots, the same tensor for many layers
+        kinds = {id(own): own for own in slots.values()}
+        longer = {key: functional.pad(own, (0, count), value=PAD_SLOT_ID) for key, own in kinds.items()}
+        context.slot_mapping = {layer: longer[id(own)] for layer, own in slots.items()}
+    try:
+        yield
+    finally:
+        context.slot_mapping = slots

@@ -97,9 +97,15 @@ class SharedModel(nn.Module):
         states_NSH = hidden_states.unflatten(-1, (len(self.streams), -1))
         if len(chosen) < len(self.streams):
             states_NSH = states_NSH[:, chosen]
-        logits = self.model.compute_logits(states_NSH.flatten(0, 1))
+        logits = self._output_layer(states_NSH.flatten(0, 1))
         parts = [None] * len(chosen) if logits is None else logits.unflatten(0, (-1, len(chosen))).unbind(1)
         return {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
+
+    def _output_layer(self, rows: Tensor) -> Tensor | None:
+        if is_slow(rows.shape[0], rows.device):
+            logits = self.model.compute_logits(rows.repeat(2, 1))
+            return None if logits is None else logits[: rows.shape[0]]
+        return self.model.compute_logits(rows)
 
     def empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -117,6 +123,14 @@ class SharedModel(nn.Module):
         return type(tensors)(
             {key.removeprefix(start): _below_each_other(value, len(self.streams)) for key, value in own.items()}
         )
+
+
+def is_slow(rows: int, device: torch.device) -> bool:
+    """Whether a product with that many rows takes longer than one with twice as many.
+
+    On CPUs vLLM's products (oneDNN) of two rows do, the only such number; `benchmarks/RESULTS.md` has the times.
+    """
+    return rows == 2 and device.type == "cpu"
 
 
 def _side_by_side(rows: Tensor, copies: int) -> Tensor:
