@@ -562,6 +562,9 @@ def test_a_server_that_does_not_explain(open_page: Opener) -> None:
         server.backend.explains = False
         page = ready(open_page(server.url))
         expect(page.locator("#tools")).to_be_hidden()
+        composer = page.locator("#composer").bounding_box()
+        assert composer["height"] < 110  # the conversation has the room that the tools leave
+        assert composer["y"] + composer["height"] == pytest.approx(900, abs=1)
         expect(page.locator(".welcome").first).to_contain_text("to see how likely it was")
         asked = send(page, "w1 w2", tokens=8)
         assert "return_rewards" not in asked
