@@ -42,6 +42,18 @@ OPTIONS = {
         *("--base-shape", "--dtype", "--device", "--tokens", "--rounds", "--streams", "--agreement"),
         *("--real", "--prompts", "--output", "--seed"),
     },
+    "bench vllm": {"--base-shape", "--dtype", "--tokens", "--rounds", "--streams", "--eager", "--output", "--seed"},
+    "bench serve": {
+        *("folder", "--dtype", "--device", "--trust-remote-code", "--concurrency", "--tokens", "--requests"),
+        *("--rounds", "--output", "--seed"),
+        *ENGINE,
+    },
+    "serve": {
+        *("folder", "--dtype", "--device", "--trust-remote-code", "--host", "--port", "--served-name"),
+        *("--engine", "--vllm-options", "--streams", "--context", "--queue", "--timeout", "--presets"),
+        *("--max-weight", "--api-keys", "--cors", "--log-prompts"),
+        *ENGINE,
+    },
 }
 
 
