@@ -15,6 +15,7 @@ import torch
 from guided import TOLERANCE, Asked, agree, ask, engine, folder, inner_model, members, oracle
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.attention import Attention
 
 from genarm import compose
 from tiny import VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
@@ -86,8 +87,23 @@ def test_members_that_do_not_count_have_no_logits(places: Any) -> None:
         assert calls == [("base", 1)] * 2
         calls.clear()
         ask(llm, [Asked(prompt=[7, 8], weights={"arm": 0, "brief": 1}, tokens=2)])
-        # One read of the base's output layer for its two members; two rows are slow, and go through twice.
+        # One read of the base's output layer for its two members; two rows are quicker twice.
         assert calls == [("base", 4), ("arm", 1)] * 2
+
+
+def test_a_token_that_goes_through_twice_is_kept_once(places: Any) -> None:
+    guided = folder(*places["llama"], {"helpful": "lora"})  # its two members make two rows of a token
+    prompt, tokens = [7, 8, 9, 10], 12
+    with engine(guided) as llm:
+        model = inner_model(llm).members.trunks[0].model
+        cache = next(layer for layer in model.modules() if isinstance(layer, Attention)).kv_cache.zero_()
+        rows: list[int] = []
+        model.model.embed_tokens.register_forward_hook(lambda *call: rows.append(call[2].shape[0]))
+        ask(llm, [Asked(prompt=prompt, tokens=tokens)])
+        values = cache.unflatten(3, (2, -1)).flatten(2, 3).chunk(2, dim=2)[1]  # [blocks, heads, positions, head size]
+        kept = values.ne(0).any(dim=3).any(dim=1)
+    assert rows == [2 * len(prompt)] + [4] * (tokens - 1)
+    assert kept.sum() == len(prompt) + tokens - 1
 
 
 def test_weights_of_zero_give_the_base(places: Any) -> None:

@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from genarm.errors import UnsupportedError
 from genarm.model.combine import log_probs, weighted_sum
 from genarm.vllm.config import served_config
-from genarm.vllm.streams import SharedModel, is_slow
+from genarm.vllm.streams import SharedModel, quicker_twice
 from genarm.vllm.weights import weight_table
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
             )
         self._table = table
         self.members = Members(vllm_config=vllm_config, prefix=prefix)
-        self._whole = vllm_config.parallel_config.pipeline_parallel_size == 1
+        self._one_stage = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._alignments = config.alignments()
         for i, alignment in enumerate(self._alignments):
             self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
@@ -97,7 +97,7 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("a guided model takes token ids, no embeddings: its members embed them differently")
         tokens = input_ids.shape[0]
-        if self._whole and is_slow(tokens * len(self._trunks[0].streams), input_ids.device):
+        if self._one_stage and quicker_twice(tokens * len(self._trunks[0].streams), input_ids.device):
             with _spare_rows(tokens):
                 twice = (torch.cat([part, part], dim=-1) for part in (input_ids, positions))
                 return self.members(*twice)[:tokens]

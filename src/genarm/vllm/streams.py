@@ -102,7 +102,7 @@ class SharedModel(nn.Module):
         return {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
 
     def _output_layer(self, rows: Tensor) -> Tensor | None:
-        if is_slow(rows.shape[0], rows.device):
+        if quicker_twice(rows.shape[0], rows.device):
             logits = self.model.compute_logits(rows.repeat(2, 1))
             return None if logits is None else logits[: rows.shape[0]]
         return self.model.compute_logits(rows)
@@ -125,10 +125,10 @@ class SharedModel(nn.Module):
         )
 
 
-def is_slow(rows: int, device: torch.device) -> bool:
-    """Whether a product with that many rows takes longer than one with twice as many.
+def quicker_twice(rows: int, device: torch.device) -> bool:
+    """Whether a product with twice as many rows takes less time.
 
-    On CPUs vLLM's products (oneDNN) of two rows do, the only such number; `benchmarks/RESULTS.md` has the times.
+    On CPUs, with vLLM's products (oneDNN), it does for two rows; `benchmarks/vllm_step.py` shows it.
     """
     return rows == 2 and device.type == "cpu"
 
