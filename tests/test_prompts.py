@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from genarm.errors import ConversationError, DataError
-from genarm.prompts import as_conversation, encode_pair, encode_prompt, token_texts
+from genarm.errors import ConfigError, ConversationError, DataError
+from genarm.prompts import (
+    OWN_ARGUMENTS,
+    Reading,
+    as_conversation,
+    encode_pair,
+    encode_prompt,
+    read_template_args,
+    token_texts,
+)
 from tiny import SHARED, tiny_tokenizer
 
 
@@ -80,3 +89,54 @@ def test_pieces_join_to_the_text(text: str, tmp_path: Path) -> None:
         assert len(pieces) == len(ids)
         assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+# --- template arguments ---------------------------------------------------------------------------------------------
+
+THINKING = (
+    "{% macro turn(m) %}<{{ m['role'] }}> {{ m['content'] }} {{ '<end> ' if closed is not defined else closed }}"
+    "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> "
+    "{% if enable_thinking is defined and not enable_thinking %}w0 {% endif %}"
+    "{% endif %}"
+)
+
+
+def test_template_arguments_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    chat = as_conversation("w1")
+    reading = Reading(template_args=read_template_args(["enable_thinking=false"]))
+    expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+    assert encode_prompt(tokenizer, chat, reading) == expected
+    assert encode_prompt(tokenizer, chat, reading) == [*encode_prompt(tokenizer, chat), 6]
+    assert encode_prompt(tokenizer, "w1", reading) == [7]
+
+
+def test_template_arguments_are_json_or_text() -> None:
+    found = read_template_args(["a=false", "b=2", 'c=["x", null]', "d=today", "e=a=b", "f=NaN", "g=", 'h="false"'])
+    assert found == {"a": False, "b": 2, "c": ["x", None], "d": "today", "e": "a=b", "f": "NaN", "g": "", "h": "false"}
+
+
+def test_template_arguments_that_would_do_nothing_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    chat = as_conversation("w1")
+    with pytest.raises(ConfigError, match=r"no argument 'enable_thinkin'; did you mean enable_thinking\?"):
+        encode_prompt(tokenizer, chat, Reading(template_args={"enable_thinkin": True}))
+    with pytest.raises(ConfigError, match=r"no argument 'documents'; those it reads are: closed, enable_thinking"):
+        encode_prompt(tokenizer, chat, Reading(template_args={"documents": []}))
+    with pytest.raises(ConfigError, match="'tokenize' is decided here"):
+        Reading(template_args={"tokenize": True})
+    with pytest.raises(ConfigError, match="cannot be the name"):
+        Reading(template_args={"a b": True})
+    for wrong in ("enable_thinking", "=false"):
+        with pytest.raises(ConfigError, match="write NAME=VALUE"):
+            read_template_args([wrong])
+    with pytest.raises(ConfigError, match="gives a twice"):
+        read_template_args(["a=1", "a=2"])
+
+
+def test_names_that_are_not_the_users_are_all_of_the_librarys() -> None:
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(own) - {"self", "kwargs", "documents"} <= OWN_ARGUMENTS

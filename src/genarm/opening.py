@@ -21,7 +21,7 @@ from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.loading import ADAPTER_FILE, HubOptions, load_model, load_model_config, load_tokenizer
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
-from genarm.prompts import Prompt, as_conversation, encode_pair, encode_prompt
+from genarm.prompts import USUAL, Prompt, Reading, as_conversation, check_reading, encode_pair, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ class ModelFiles:
         config: its configuration, a `GuidedConfig` for a guided folder.
         tokenizer: its tokenizer; of a guided folder, the base's.
         hub: how to reach the hub.
+        reading: how prompts become token ids.
     """
 
     reference: str
@@ -43,6 +44,7 @@ class ModelFiles:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     hub: HubOptions
+    reading: Reading = USUAL
 
     @property
     def guided(self) -> bool:
@@ -116,11 +118,11 @@ class ModelFiles:
         Raises:
             DataError: no tokens, no chat template, or a chat template that refuses the conversation.
         """
-        return encode_prompt(self.tokenizer, prompt)
+        return encode_prompt(self.tokenizer, prompt, self.reading)
 
     def encode_pair(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
         """Ids of `prompt` and of `response`, its end of turn included (raises DataError, as `encode`)."""
-        return encode_pair(self.tokenizer, prompt, response)
+        return encode_pair(self.tokenizer, prompt, response, self.reading)
 
     def load(self, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
         """The model itself, in inference mode.
@@ -145,15 +147,17 @@ class ModelFiles:
         )
 
 
-def open_files(reference: str, *, trust_remote_code: bool = False) -> ModelFiles:
+def open_files(reference: str, *, trust_remote_code: bool = False, reading: Reading = USUAL) -> ModelFiles:
     """Read a model's configuration and tokenizer.
 
     Args:
         reference: a guided folder, another causal LM's folder, or a hub id (ID@REVISION).
         trust_remote_code: allow models with code of their own.
+        reading: how prompts become token ids.
 
     Raises:
         MemberError: there is no such model, or it lacks a tokenizer.
+        ConfigError: template arguments that the chat template does not have.
     """
     hub = HubOptions(trust_remote_code=trust_remote_code)
     where, revision = _find(reference)
@@ -167,7 +171,8 @@ def open_files(reference: str, *, trust_remote_code: bool = False) -> ModelFiles
     tokenizer = load_tokenizer(where, None, hub, revision)
     if tokenizer is None:
         raise MemberError(f"{reference} has no tokenizer files; put the tokenizer beside the model")
-    return ModelFiles(reference=where, revision=revision, config=config, tokenizer=tokenizer, hub=hub)
+    check_reading(tokenizer, reading)
+    return ModelFiles(reference=where, revision=revision, config=config, tokenizer=tokenizer, hub=hub, reading=reading)
 
 
 def _find(reference: str) -> tuple[str, str | None]:

@@ -7,18 +7,102 @@ is the one decoding sees: the prompt's ids are those of the prompt alone, and th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 
-from genarm.errors import ConversationError, DataError
+from genarm.errors import ConfigError, ConversationError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
+
+OWN_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("tools", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What `apply_chat_template` is given by us or has for itself, so no template argument can be called so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How prompts become token ids, beyond what the tokenizer's own files say.
+
+    Attributes:
+        template_args: further arguments of the chat template, such as {"enable_thinking": False}; text that is no
+            conversation has no template, so they have no part in it.
+
+    Raises:
+        ConfigError: a name that no argument can have.
+    """
+
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.template_args:
+            if name in OWN_ARGUMENTS:
+                raise ConfigError(f"the template argument {name!r} is decided here already; leave it out")
+            if not (isinstance(name, str) and name.isidentifier()):
+                raise ConfigError(f"{name!r:.80} cannot be the name of a template argument; it must be an identifier")
+
+
+USUAL = Reading()
+"""As the tokenizer's files say."""
+
+
+def read_template_args(given: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of arguments in the form NAME=VALUE; a value is JSON where it can be read so, else text.
+
+    Raises:
+        ConfigError: one without a name or an equals sign, or a name that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--template-arg is {text!r:.80}; write NAME=VALUE, as in enable_thinking=false")
+        if name.strip() in found:
+            raise ConfigError(f"--template-arg gives {name.strip()} twice; give it once")
+        try:
+            found[name.strip()] = json.loads(value, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            found[name.strip()] = value
+    return found
+
+
+def check_reading(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
+    """Refuse template arguments that nothing would read: they would do nothing, and nobody would be told.
+
+    Raises:
+        ConfigError: there is no chat template, or it has no such argument.
+    """
+    if not reading.template_args:
+        return
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it takes no template arguments; leave "
+            f"out {', '.join(reading.template_args)}"
+        )
+    names = _variables(tokenizer.get_chat_template()) - _GIVEN
+    unknown = [name for name in reading.template_args if name not in names]
+    if unknown:
+        close = get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"those it reads are: {', '.join(sorted(names)) or 'none'}"
+        raise ConfigError(f"the chat template has no argument {unknown[0]!r}; {hint}")
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def as_conversation(prompt: str, system: str | None = None) -> list[Message]:
@@ -27,7 +111,7 @@ def as_conversation(prompt: str, system: str | None = None) -> list[Message]:
     return [*turns, {"role": "user", "content": prompt}]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: Reading = USUAL) -> list[int]:
     """Ids of `prompt`, ready for a response to follow.
 
     A conversation ends with the template's generation prompt; plain text begins with the tokenizer's own
@@ -35,6 +119,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
     Raises:
         DataError: a conversation for a tokenizer without a chat template, or a prompt of no tokens.
+        ConfigError: an argument that the template does not have.
         ConversationError: the chat template refuses the conversation.
     """
     if isinstance(prompt, str):
@@ -42,14 +127,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
             ids.pop()  # some tokenizers close every text with EOS; a response must be able to follow
     else:
-        text = _render(tokenizer, prompt, add_generation_prompt=True)
+        text = _render(tokenizer, prompt, reading, add_generation_prompt=True)
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     if not ids:
         raise DataError("the prompt is empty: it has no tokens; give at least one character")
     return ids
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, reading: Reading = USUAL
+) -> tuple[list[int], list[int]]:
     """Ids of `prompt` and of `response` after it, the end-of-turn (EOS) token included.
 
     Both are encoded together where the prompt's own ids come out unchanged, as SentencePiece needs; otherwise
@@ -58,13 +145,13 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: st
     Raises:
         DataError: as `encode_prompt`, or a chat template that changes the prompt when a response follows.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    prompt_ids = encode_prompt(tokenizer, prompt, reading)
     if isinstance(prompt, str):
         response_ids = _continuation(tokenizer, prompt_ids, prompt, response, special=True)
         return prompt_ids, _close(tokenizer, response_ids)
-    before = _render(tokenizer, prompt, add_generation_prompt=True)
+    before = _render(tokenizer, prompt, reading, add_generation_prompt=True)
     reply: Message = {"role": "assistant", "content": response}
-    whole = _render(tokenizer, [*prompt, reply], add_generation_prompt=False)
+    whole = _render(tokenizer, [*prompt, reply], reading, add_generation_prompt=False)
     if not whole.startswith(before):
         raise DataError(
             "the chat template changes the prompt once a response follows: the text with the response does not "
@@ -91,16 +178,35 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     return tuple(pieces)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, **options: Any) -> str:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot format a conversation; "
             "use plain-text prompts, or a tokenizer with a chat template (training: --chat-template FILE)"
         )
+    check_reading(tokenizer, reading)
+    options = {**options, **reading.template_args}
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
     except TemplateError as error:
         raise ConversationError(f"the chat template does not take this conversation: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    """Names that a chat template takes from outside."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+_GIVEN = OWN_ARGUMENTS | {
+    *("raise_exception", "strftime_now", "range", "dict", "namespace", "cycler", "joiner", "lipsum"),
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    "additional_special_tokens",
+}
+"""Names in templates that are no arguments of a user's."""
 
 
 def _continuation(
