@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.loading import ADAPTER_FILE, HubOptions, load_model, load_model_config, load_tokenizer
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
-from genarm.prompts import USUAL, Prompt, Reading, as_conversation, check_reading, encode_pair, encode_prompt
+from genarm.prompts import USUAL, Prompt, Reading, as_conversation, check_reading, encode_pair, encode_prompt, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,12 +65,12 @@ class ModelFiles:
     @property
     def generation_config(self) -> GenerationConfig:
         """What its files say of generating; its configuration where there is no generation_config.json."""
-        try:
-            return GenerationConfig.from_pretrained(
-                self.reference, revision=self.revision or "main", **self.hub.common()
-            )
-        except OSError:
-            return GenerationConfig.from_model_config(self.config)
+        return read_generation_config(self.reference, self.revision, self.config, self.hub)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply."""
+        return tuple(end_ids(self.generation_config, self.tokenizer))
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +123,7 @@ class ModelFiles:
 
     def encode_pair(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
         """Ids of `prompt` and of `response`, its end of turn included (raises DataError, as `encode`)."""
-        return encode_pair(self.tokenizer, prompt, response, self.reading)
+        return encode_pair(self.tokenizer, prompt, response, self.reading, ends=self.end_ids)
 
     def load(self, *, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
         """The model itself, in inference mode.
@@ -173,6 +174,16 @@ def open_files(reference: str, *, trust_remote_code: bool = False, reading: Read
         raise MemberError(f"{reference} has no tokenizer files; put the tokenizer beside the model")
     check_reading(tokenizer, reading)
     return ModelFiles(reference=where, revision=revision, config=config, tokenizer=tokenizer, hub=hub, reading=reading)
+
+
+def read_generation_config(
+    reference: str, revision: str | None, config: PreTrainedConfig, hub: HubOptions
+) -> GenerationConfig:
+    """What a model's files say of generating; `config`, its configuration, where they have nothing on it."""
+    try:
+        return GenerationConfig.from_pretrained(reference, revision=revision or "main", **hub.common())
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def _find(reference: str) -> tuple[str, str | None]:

@@ -2,13 +2,15 @@
 
 A prompt is plain text, or a conversation: a list of messages {"role": …, "content": …}. A conversation goes
 through the tokenizer's chat template; plain text is encoded as it is. The split between prompt and response
-is the one decoding sees: the prompt's ids are those of the prompt alone, and the response's ids follow them.
+is the one decoding sees: the prompt's ids are those of the prompt alone, and the response's ids follow them, up to
+the first that ends decoding.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -16,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError, meta
 
-from genarm.errors import ConfigError, ConversationError, DataError
+from genarm.errors import ConfigError, ConversationError, DataError, GenarmError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -134,21 +136,42 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: R
     return ids
 
 
+def end_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a reply: those of a model's generation config, the tokenizer's EOS, the template's turn end."""
+    named = None if config is None else config.eos_token_id
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, _turn_end(tokenizer)}
+    return sorted(ids - {None})
+
+
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, reading: Reading = USUAL
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    response: str,
+    reading: Reading = USUAL,
+    *,
+    ends: Collection[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids of `prompt` and of `response` after it, the end-of-turn (EOS) token included.
+    """Ids of `prompt` and of `response` after it, up to the first of `ends`, which is included.
 
     Both are encoded together where the prompt's own ids come out unchanged, as SentencePiece needs; otherwise
     (a token would straddle the boundary, which decoding can never produce) the response is encoded alone.
 
+    Args:
+        tokenizer: the model's.
+        prompt: text or messages.
+        response: its text.
+        reading: how prompts are read.
+        ends: the ids that end decoding, by `end_ids`; None for those that the tokenizer alone tells.
+
     Raises:
         DataError: as `encode_prompt`, or a chat template that changes the prompt when a response follows.
+        ConversationError: as `encode_prompt`, or a response that goes on after a token that ends it.
     """
+    ends = end_ids(None, tokenizer) if ends is None else ends
     prompt_ids = encode_prompt(tokenizer, prompt, reading)
     if isinstance(prompt, str):
         response_ids = _continuation(tokenizer, prompt_ids, prompt, response, special=True)
-        return prompt_ids, _close(tokenizer, response_ids)
+        return prompt_ids, _close(tokenizer, response, response_ids, ends)
     before = _render(tokenizer, prompt, reading, add_generation_prompt=True)
     reply: Message = {"role": "assistant", "content": response}
     whole = _render(tokenizer, [*prompt, reply], reading, add_generation_prompt=False)
@@ -159,7 +182,7 @@ def encode_pair(
             "use a template whose generation prompt is a prefix of the assistant turn"
         )
     response_ids = _continuation(tokenizer, prompt_ids, before, whole[len(before) :], special=False)
-    return prompt_ids, _close(tokenizer, response_ids)
+    return prompt_ids, _close(tokenizer, response, response_ids, ends)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
@@ -218,16 +241,37 @@ def _continuation(
     return list(tokenizer(after, add_special_tokens=False).input_ids)
 
 
-def _close(tokenizer: PreTrainedTokenizerBase, response_ids: list[int]) -> list[int]:
-    """`response_ids` up to its last EOS, or with an EOS added where it has none.
+def _close(
+    tokenizer: PreTrainedTokenizerBase, response: str, response_ids: list[int], ends: Collection[int]
+) -> list[int]:
+    """`response_ids` up to the first of `ends`, or with EOS added where it has none.
 
-    Templates differ in what they put after the end-of-turn token (a newline, nothing); decoding stops at EOS,
-    so nothing after it belongs to the response.
+    Decoding stops there, so nothing that the template puts after it (a newline, EOS) belongs to the response.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return response_ids
-    if eos in response_ids:
-        last = len(response_ids) - response_ids[::-1].index(eos)
-        return response_ids[:last]
-    return [*response_ids, eos]
+    place = next((i for i, token in enumerate(response_ids) if token in ends), None)
+    if place is None:
+        closing = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends, default=None)
+        return response_ids if closing is None else [*response_ids, closing]
+    texts = [str(tokenizer.convert_ids_to_tokens(token)) for token in ends]
+    first, *others = re.split("|".join(map(re.escape, texts)), response)
+    if any(other.strip() for other in others) or (place == 0 and first.strip()):
+        name = tokenizer.convert_ids_to_tokens(response_ids[place])
+        where = "at its beginning" if place == 0 else "inside it"
+        raise ConversationError(f"decoding would end at {name} {where}, before the response is over")
+    return response_ids[: place + 1]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts after what an assistant says, where there is one."""
+    if not tokenizer.chat_template:
+        return None
+    said = "genarm"
+    try:
+        text = _render(tokenizer, [*as_conversation("?"), {"role": "assistant", "content": said}], USUAL)
+    except GenarmError:  # it takes no such conversation; those that it takes are tried when they come
+        return None
+    _, found, after = text.rpartition(said)
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    ids = tokenizer(after, add_special_tokens=False).input_ids if found else []
+    return next((i for i in ids if i in special), None)

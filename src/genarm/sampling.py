@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from genarm.errors import ConfigError, UnsupportedError
+from genarm.prompts import end_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,14 +177,8 @@ def check_seed(seed: int) -> int:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a reply, by the model's files or by its tokenizer."""
+    """The ids that end a reply, by the model's files, its tokenizer or its chat template."""
     return end_ids(model.generation_config, tokenizer)
-
-
-def end_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a reply, by a model's generation config or by its tokenizer."""
-    named = None if config is None else config.eos_token_id
-    return sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.loading import ADAPTER_FILE, HubOptions, add_adapter, load_model, load_tokenizer, read_adapter_config
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.opening import ModelFiles, find_device, open_files
+from genarm.prompts import end_ids
 from genarm.train.baseline import sequence_log_probs
 from genarm.trajectory import TrajectoryReward
 
@@ -57,6 +58,7 @@ class RewardFiles:
         reference: as the caller named it.
         spec: the model, and the adapter on it; `folder` is where relative paths in it start.
         tokenizer: what pairs are encoded with.
+        ends: the ids that end a response.
         context: the most tokens that a prompt and its response may have together, where the model says.
     """
 
@@ -66,6 +68,7 @@ class RewardFiles:
     spec: MemberSpec
     folder: Path | None
     tokenizer: PreTrainedTokenizerBase
+    ends: Sequence[int]
     context: int | None
     hub: HubOptions
 
@@ -183,13 +186,15 @@ def _files(
     folder: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RewardFiles:
+    tokenizer = tokenizer or files.tokenizer
     return RewardFiles(
         name=name,
         kind=kind,
         reference=reference,
         spec=spec,
         folder=folder,
-        tokenizer=tokenizer or files.tokenizer,
+        tokenizer=tokenizer,
+        ends=end_ids(files.generation_config, tokenizer),
         context=files.context,
         hub=files.hub,
     )

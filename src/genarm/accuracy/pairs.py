@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,8 +74,8 @@ def limits(settings: AccuracySettings, context: int | None, *, model: str) -> Li
     return Limits(prompt=prompt, response=response)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits) -> EncodedPairs:
-    """The pairs of `data` in tokens, cut and dropped as in training.
+def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, ends: Sequence[int]) -> EncodedPairs:
+    """The pairs of `data` in tokens, cut and dropped as in training; `ends` as for `genarm.prompts.encode_pair`.
 
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.
@@ -90,7 +91,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits) ->
         except ValueError as error:
             dropped[str(error)] += 1
             continue
-        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, cuts)
+        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, cuts, ends)
         if isinstance(outcome, TokenPair):
             rows.append(number)
             pairs.append(outcome)

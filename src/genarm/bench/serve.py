@@ -159,7 +159,7 @@ class _Clients:
         self._url = url
         special = set(files.tokenizer.all_special_ids)
         self._ids = [i for i in range(len(files.tokenizer)) if i not in special]
-        self._ends = _ends(files)
+        self._ends = list(files.end_ids)
         self._model = ""
 
     async def round(self, level: int, number: int) -> Round:
@@ -203,13 +203,6 @@ class _Clients:
             )
         gaps = [later - earlier for earlier, later in pairwise(stamps)]
         return Reply(first=stamps[0] - began, gaps=gaps, tokens=tokens, seconds=stamps[-1] - began)
-
-
-def _ends(files: ModelFiles) -> list[int]:
-    """Ids that end a reply, as far as the configuration and the tokenizer tell."""
-    named = getattr(files.config.get_text_config(), "eos_token_id", None)
-    ids = {*(named if isinstance(named, list) else [named]), files.tokenizer.eos_token_id}
-    return sorted(ids - {None})
 
 
 @contextmanager

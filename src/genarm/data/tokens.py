@@ -1,7 +1,7 @@
 """From preference pairs to token ids, with an account of everything that was dropped or cut.
 
 Lengths are in tokens. A prompt is cut from the left, so that what is nearest to the response stays; a response is
-cut from the right and then has no end-of-turn token, since the cut is not where its author stopped.
+cut from the right and then has no token that ends it, since the cut is not where its author stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from genarm.data.preferences import Preference, PreferenceSet
 from genarm.errors import ConfigError, ConversationError, DataError
-from genarm.prompts import encode_pair
+from genarm.prompts import encode_pair, end_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def fit_lengths(prompt: int | None, response: int | None, context: int | None, *
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPair:
-    """Token ids of one pair; responses include the end-of-turn token unless they were cut."""
+    """Token ids of one pair; responses include the token that ends them unless they were cut."""
 
     prompt_ids: array[int]
     chosen_ids: array[int]
@@ -111,8 +111,11 @@ def tokenize(
     max_prompt_tokens: int,
     max_response_tokens: int,
     malformed: Mapping[str, int] | None = None,
+    ends: Sequence[int] | None = None,
 ) -> TokenSet:
     """Token ids of each pair that is worth training on; `malformed` rows join the report's dropped ones.
+
+    `ends` are the ids that end a response, as for `genarm.prompts.encode_pair`.
 
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.
@@ -120,8 +123,9 @@ def tokenize(
     counts: Counter[str] = Counter(malformed or {})
     cuts: Counter[str] = Counter()
     kept: list[TokenPair] = []
+    ends = end_ids(None, tokenizer) if ends is None else ends
     for preference in preferences:
-        outcome = encode_preference(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts)
+        outcome = encode_preference(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts, ends)
         if isinstance(outcome, TokenPair):
             kept.append(outcome)
         else:
@@ -191,6 +195,7 @@ def encode_preference(
     max_prompt_tokens: int,
     max_response_tokens: int,
     cuts: Counter[str],
+    ends: Sequence[int] | None = None,
 ) -> TokenPair | str:
     """The pair in tokens, or the reason to drop it. Only pairs that are kept count as cut."""
     if not preference.chosen.strip() or not preference.rejected.strip():
@@ -200,8 +205,8 @@ def encode_preference(
     if preference.chosen == preference.rejected:
         return IDENTICAL
     try:
-        prompt_ids, chosen_ids = encode_pair(tokenizer, preference.prompt, preference.chosen)
-        _, rejected_ids = encode_pair(tokenizer, preference.prompt, preference.rejected)
+        prompt_ids, chosen_ids = encode_pair(tokenizer, preference.prompt, preference.chosen, ends=ends)
+        _, rejected_ids = encode_pair(tokenizer, preference.prompt, preference.rejected, ends=ends)
     except ConversationError as error:  # such as: roles must alternate
         return str(error)
     if chosen_ids[:max_response_tokens] == rejected_ids[:max_response_tokens]:

@@ -29,6 +29,7 @@ from genarm.model.loading import (
 )
 from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
 from genarm.model.weights import weight_row
+from genarm.prompts import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -255,5 +256,7 @@ def _write(folder: Path, config: GuidedConfig, base: MemberSpec, described: _Des
         )
     except OSError:  # the base has no generation_config.json: its config.json says what there is
         generation = GenerationConfig.from_model_config(described.config)
+    if described.tokenizer is not None:  # so that transformers' own `generate` stops where all else does
+        generation.eos_token_id = end_ids(generation, described.tokenizer) or None
     generation.save_pretrained(folder)
     config.save_pretrained(folder)

@@ -33,7 +33,7 @@ from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
-from genarm.prompts import Prompt, encode_pair, token_texts
+from genarm.prompts import Prompt, encode_pair, end_ids, token_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -367,7 +367,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         tokenizer = tokenizer or self._own_tokenizer()
         weights_1R = resolve_weights(dict(reward_weights or {}), self.default_weights, 1)
-        prompt_ids, response_ids = encode_pair(tokenizer, prompt, response)
+        ends = end_ids(self.generation_config, tokenizer)
+        prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, ends=ends)
         ids_1T = torch.tensor([prompt_ids + response_ids], device=self.device)
         members = [
             self._member_log_probs(

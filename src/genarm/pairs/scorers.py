@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from genarm.errors import ConfigError, DataError, MemberError
-from genarm.prompts import Prompt, encode_pair
+from genarm.prompts import Prompt, encode_pair, end_ids
 from genarm.tasks.code import Problem, passed, problem_of, run_tests
 from genarm.tasks.mathematics import gold_number, last_number
 from genarm.tasks.sandbox import Limits
@@ -242,7 +242,9 @@ class RewardScorer(Scorer):
 
     def score(self, items: Sequence[Item]) -> list[float | None]:
         """Raises DataError where the model's chat template refuses a conversation."""
-        encoded = [encode_pair(self._model.tokenizer, item.prompt, item.response) for item in items]
+        tokenizer = self._model.tokenizer
+        ends = end_ids(None, tokenizer)
+        encoded = [encode_pair(tokenizer, item.prompt, item.response, ends=ends) for item in items]
         prompts, replies = [ids for ids, _ in encoded], [ids for _, ids in encoded]
         return list(self._model.score(prompts, replies))
 

@@ -34,7 +34,6 @@ from genarm.engine.text import TextStream
 from genarm.engine.writing import TEXT_BEFORE, Writing
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
 from genarm.prompts import encode_prompt
-from genarm.sampling import end_ids
 from genarm.server.backend import Load, RestartingBackend, State
 from genarm.vllm import check_version, vllm_version
 
@@ -168,7 +167,7 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         self._files = files
         self._tokenizer = copy.deepcopy(files.tokenizer)
-        self._stops = frozenset(end_ids(files.generation_config, files.tokenizer))
+        self._stops = frozenset(files.end_ids)
         self._defaults = files.default_weights
         self._ids = count()
         self._replies: set[asyncio.Task[Any]] = set()  # those that have begun and not ended; of the loop's thread

@@ -18,6 +18,7 @@ from genarm.data.tokens import TokenPair, TokenReport, split_by_prompt, tokenize
 from genarm.errors import ConversationError, DataError
 from genarm.prompts import Prompt, encode_prompt
 from genarm.train.config import TrainConfig
+from genarm.train.loading import decoding_ends
 
 Item = TypeVar("Item")
 Ids: TypeAlias = list[int]
@@ -63,10 +64,12 @@ def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Train
         sources[HELD_OUT] = (dataclasses.replace(training, malformed={}), split_off)
     assert config.max_prompt_tokens is not None
     assert config.max_response_tokens is not None
+    ends = decoding_ends(config, tokenizer)
     sets = {
         name: tokenize(
             tokenizer,
             pairs,
+            ends=ends,
             max_prompt_tokens=config.max_prompt_tokens,
             max_response_tokens=config.max_response_tokens,
             malformed=source.malformed,

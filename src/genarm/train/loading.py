@@ -21,6 +21,9 @@ from transformers import (
 
 from genarm.data.tokens import fit_lengths
 from genarm.errors import ConfigError, MemberError, MissingExtraError
+from genarm.model.loading import HubOptions
+from genarm.opening import read_generation_config
+from genarm.prompts import end_ids
 from genarm.train.config import TrainConfig
 from genarm.train.kinds import absolute_rewards
 
@@ -75,6 +78,13 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def decoding_ends(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response when the model decodes (raises MemberError where its files cannot be read)."""
+    hub = HubOptions(trust_remote_code=config.trust_remote_code)
+    generation = read_generation_config(config.model, config.revision, _model_config(config), hub)
+    return end_ids(generation, tokenizer)
+
+
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model to train as an ARM: a `PreTrainedModel`, or a `peft.PeftModel` around one.
 
@@ -115,6 +125,8 @@ def load_weights(
             f"the tokenizer of {config.model} has {len(tokenizer)} tokens and its model embeddings for {rows} only; "
             "use the tokenizer that the model was trained with"
         )
+    if model.can_generate():  # its own `generate`, and that of what is saved, shall end where training ends responses
+        model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer) or None
     return _ready_for_adapter(model, config) if config.load_in_4bit else model
 
 
