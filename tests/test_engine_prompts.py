@@ -210,7 +210,7 @@ def test_an_exception_in_one_request_ends_that_one_alone(monkeypatch: pytest.Mon
         usual = TextStream.add
 
         def add(self: TextStream, token: int) -> str:
-            if self._stop == ("victim",) and len(self._ids) == 3:
+            if [search._stop for search in self._stops] == ["victim"] and self._shown._length:
                 raise ArithmeticError("cannot be decoded")
             return usual(self, token)
 

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from genarm.detokenizer import token_texts
 from genarm.errors import ConfigError, ConversationError, DataError
 from genarm.prompts import (
     OWN_ARGUMENTS,
@@ -17,7 +18,6 @@ from genarm.prompts import (
     encode_pair,
     encode_prompt,
     read_template_args,
-    token_texts,
 )
 from tiny import SHARED, tiny_tokenizer
 

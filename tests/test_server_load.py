@@ -278,7 +278,7 @@ def test_an_exception_in_one_request_ends_that_one_alone(server: Running, monkey
     usual = TextStream.add
 
     def add(self: TextStream, token: int) -> str:
-        if self._stop == ("victim",) and len(self._ids) > 5:
+        if [search._stop for search in self._stops] == ["victim"] and self._shown._length > 9:
             raise ArithmeticError("a secret of the server")
         return usual(self, token)
 

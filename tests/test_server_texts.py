@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -98,3 +99,28 @@ def test_encoding() -> None:
     with pytest.raises(DataError, match="no chat template"):
         asyncio.run(silent.encode(chat))
     silent.close()
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_where_tokens_begin_in_their_text(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    """A token within a character begins with it; what the tokenizer puts before a text takes no room in it."""
+    tokenizer = make()
+    texts = Texts(tokenizer)
+    text = "I 😀 you time"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    offsets = asyncio.run(texts.offsets(text, ids))
+    assert len(offsets) == len(ids)
+    assert {at for at in offsets if text[at] == "😀"} == {2}
+    ends = [*offsets[1:], len(text)]
+    pieces = [text[start:end] for start, end in zip(offsets, ends, strict=True)]
+    assert "".join(pieces) == text
+    last = texts.token(ids[-1]).text
+    assert text.endswith(last)
+    assert offsets[-1] == len(text) - len(last)
+    assert asyncio.run(texts.offsets(text, [tokenizer.eos_token_id, *ids])) == [0, *offsets]
+    assert asyncio.run(texts.offsets(f"<end>{text}", [tokenizer.eos_token_id, *ids]))[1] == len("<end>")
+    following = texts.begin(ids[:-1])
+    assert following.position == 0
+    following.add(ids[-1])
+    assert following.position == len(last)
+    texts.close()

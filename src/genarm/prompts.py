@@ -185,22 +185,6 @@ def encode_pair(
     return prompt_ids, _close(tokenizer, response, response_ids, ends)
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """What each token adds to the text of `ids`: joined, the pieces are the text.
-
-    Decoding token by token would lose the spaces before words (SentencePiece) and break characters that take
-    several tokens; of such a character the last token has the text and the others have none.
-    """
-    pieces: list[str] = []
-    shown = ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-        whole = not text.endswith("\ufffd") or end == len(ids)
-        pieces.append(text[len(shown) :] if whole else "")
-        shown = text if whole else shown
-    return tuple(pieces)
-
-
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, **options: Any) -> str:
     if not tokenizer.chat_template:
         raise DataError(

@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from genarm.detokenizer import decode
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.prompts import end_ids
 
@@ -200,5 +201,5 @@ def make_reply(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Se
     """A reply of drawn ids; what comes after the first of `stops` is cut off."""
     ends = [i for i, token in enumerate(ids) if token in stops]
     kept = list(ids[: ends[0] + 1] if ends else ids)
-    text = tokenizer.decode(kept[:-1] if ends else kept, skip_special_tokens=True)
-    return Reply(text=str(text), token_ids=tuple(kept), finish_reason="stop" if ends else "length")
+    text = decode(tokenizer, kept[:-1] if ends else kept, special=False)
+    return Reply(text=text, token_ids=tuple(kept), finish_reason="stop" if ends else "length")

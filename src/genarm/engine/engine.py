@@ -22,7 +22,6 @@ from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
 from genarm.engine.text import TextStream
-from genarm.engine.writing import TEXT_BEFORE
 from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
@@ -233,7 +232,7 @@ class Engine:
             members=[BASE_MEMBER, *rewards, *others],
             guessers=guessers,
             stops=frozenset() if request.ignore_eos else self._stops,
-            text=TextStream(self.tokenizer, request.stop, ids[-TEXT_BEFORE:] if request.continues else ()),
+            text=TextStream(self.tokenizer, request.stop, ids if request.continues else ()),
             length=DraftLength(
                 most=self.options.speculate,
                 cost=sum(self._guess_costs[member] for member in guessers),

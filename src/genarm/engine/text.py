@@ -1,9 +1,13 @@
-"""Text from tokens as they come: whole characters only, and nothing that a stop string may still take back."""
+"""A reply's text as its tokens come: final characters only, and nothing that a stop string may still take back."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from genarm.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -11,6 +15,9 @@ if TYPE_CHECKING:
 
 class TextStream:
     """Turns token ids into pieces of text whose sum is the reply.
+
+    The reply has no special tokens in it. Stop strings are looked for in the text that has them, so that a special
+    token can be one, or be part of one; the earliest one ends the reply.
 
     Attributes:
         stopped: a stop string has come; the text ends before it.
@@ -24,58 +31,98 @@ class TextStream:
         Args:
             tokenizer: of the ids.
             stop: strings that end the text, none of them empty; they are looked for in the reply alone.
-            before: the last tokens of a text that the reply continues.
+            before: the tokens of a text that the reply continues.
         """
         self.stopped = False
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._ids: list[int] = list(before)
-        self._anchor = 0  # tokens from here on are decoded again, for the spaces and characters across tokens
-        self._shown = len(before)  # tokens up to here have become text
-        self._held = ""
+        self._shown = Detokenizer(tokenizer, before, special=False)
+        self._searched = Detokenizer(tokenizer, before, special=True) if stop else None
+        self._stops = [_Search(text) for text in stop]
+        self._held: deque[_Piece] = deque()
 
     def add(self, token: int) -> str:
         """The text that is final with this token, often empty."""
-        self._ids.append(token)
-        before = self._decode(self._anchor, self._shown)
-        now = self._decode(self._anchor, len(self._ids))
-        if now.endswith("\ufffd"):  # a character of several tokens is not complete
-            return ""
-        if now != before:  # a special token has no text, and by itself no space before its successor either
-            self._anchor = self._shown
-        self._shown = len(self._ids)
-        return self._pass_on(now[len(before) :])
+        shown = self._shown.add(token)
+        if self._searched is None:
+            return shown
+        searched = self._searched.add(token)
+        if self._shown.sees(token):
+            return self._pass_on(_Piece(searched, shown))
+        hidden = str(self._tokenizer.convert_ids_to_tokens(token) or "")
+        return self._pass_on(_Piece(searched.removesuffix(hidden), shown), _Piece(searched and hidden, ""))
 
     def finish(self) -> str:
         """What is still held back; the reply has ended."""
         if self.stopped:
             return ""
-        before = self._decode(self._anchor, self._shown)
-        rest = self._decode(self._anchor, len(self._ids))[len(before) :]
-        self._shown = len(self._ids)
-        text = self._pass_on(rest)
-        held, self._held = self._held, ""
-        return text + held
+        shown = self._shown.finish()
+        if self._searched is None:
+            return shown
+        text = self._pass_on(_Piece(self._searched.finish(), shown))
+        rest = "".join(piece.shown for piece in self._held)
+        self._held.clear()
+        return text + rest
 
-    def _decode(self, first: int, last: int) -> str:
-        return str(self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True))
+    def _pass_on(self, piece: _Piece, hidden: _Piece | None = None) -> str:
+        """What is out of reach of every stop string, now that this text has come."""
+        self._held.extend([piece] if hidden is None else [piece, hidden])
+        new = piece.searched if hidden is None else piece.searched + hidden.searched
+        found = [keep for keep in (stop.feed(new) for stop in self._stops) if keep is not None]
+        if not found:
+            return self._take(max(stop.begun for stop in self._stops))
+        self.stopped = True
+        piece.shown += self._shown.finish()  # bytes that another token would have decided about
+        text = self._take(max(found))
+        self._held.clear()
+        return text
 
-    def _pass_on(self, text: str) -> str:
-        if not self._stop:
-            return text
-        text = self._held + text
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    def _take(self, keep: int) -> str:
+        """Take out what is shown of the held text but for its last `keep` characters, as they are searched."""
+        count = sum(len(piece.searched) for piece in self._held) - keep
+        taken = ""
+        while self._held and count >= len(self._held[0].searched):
+            piece = self._held.popleft()
+            taken += piece.shown
+            count -= len(piece.searched)
+        if self._held and count > 0:
+            piece = self._held[0]
+            cut = max(0, len(piece.shown) - (len(piece.searched) - count))  # they differ at the beginning, by a space
+            taken += piece.shown[:cut]
+            piece.searched, piece.shown = piece.searched[count:], piece.shown[cut:]
+        return taken
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+@dataclass
+class _Piece:
+    """Some text as stop strings are looked for in it, and as it is shown."""
+
+    searched: str
+    shown: str
+
+
+class _Search:
+    """Looks for one stop string in a text that comes in pieces, each character once (Knuth, Morris and Pratt).
+
+    Attributes:
+        begun: how many characters of the stop string the text ends with.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.begun = 0
+        self._stop = stop
+        self._back = [0]  # of each beginning, the longest shorter one that it ends with
+        for end in range(1, len(stop)):
+            self._back.append(self._next(self._back[-1], stop[end]))
+
+    def feed(self, piece: str) -> int | None:
+        """How many characters before the end of `piece` the stop string begins, if it comes to its end in it."""
+        for i, character in enumerate(piece):
+            self.begun = self._next(self.begun, character)
+            if self.begun == len(self._stop):
+                return len(piece) - (i + 1 - len(self._stop))
+        return None
+
+    def _next(self, begun: int, character: str) -> int:
+        while begun and self._stop[begun] != character:
+            begun = self._back[begun - 1]
+        return begun + (self._stop[begun] == character)

@@ -9,9 +9,6 @@ from genarm.engine.request import Completion, Ending, Request, Token
 from genarm.engine.stream import Event
 from genarm.engine.text import TextStream
 
-TEXT_BEFORE = 8
-"""Tokens of the prompt that a continuation's text is decoded after: more than one character ever takes."""
-
 
 def _nobody(event: Event) -> None:
     """Nobody listens yet."""

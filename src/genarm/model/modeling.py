@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from genarm.detokenizer import token_texts
 from genarm.errors import MemberError, UnsupportedError
 from genarm.model.adapters import adapter_layers, switch, switched
 from genarm.model.assembly import gather_guided, load_guided
@@ -33,7 +34,7 @@ from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
-from genarm.prompts import Prompt, encode_pair, end_ids, token_texts
+from genarm.prompts import Prompt, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -73,7 +73,8 @@ class _Choice:
         self._asked = asked
         self._prompt = prompt
         self._labels = Labels(service.texts, weights, fresh=bool(asked.echo))
-        self._offset = 0
+        self._before = len(prompt.text) if asked.echo else 0
+        self._following = service.texts.begin(prompt.ids) if asked.logprobs is not None else None
         self.completion: Completion | None = None
 
     def begin(self) -> _Piece:
@@ -87,7 +88,7 @@ class _Choice:
         if isinstance(event, ScoredPrompt):
             return self._echoed(event)
         if isinstance(event, Token):
-            return self._labelled(event, text=event.text)
+            return self._drawn(event)
         self.completion = event
         return _Piece(finish=finish_reason(event))
 
@@ -100,32 +101,37 @@ class _Choice:
             parts.append(self._labels.first(first))
         if self._asked.return_rewards:
             piece.rewards = [self._labels.first_rewards(first)]
-        self._offset = self._labels.width(first)
         self._labels.begun()
-        for token in scored.tokens:
-            added = self._labelled(token, text="")
+        for token, offset in zip(scored.tokens, self._prompt.offsets[1:], strict=True):
+            added = self._labelled(token, offset, text="")
             parts += [added.logprobs] if added.logprobs else []
             piece.rewards = [*piece.rewards, *added.rewards] if piece.rewards and added.rewards else piece.rewards
         piece.logprobs = joined_text(parts) if parts else None
         return piece
 
-    def _labelled(self, token: Token, *, text: str) -> _Piece:
+    def _drawn(self, token: Token) -> _Piece:
+        if self._following is None:
+            return self._labelled(token, 0, text=token.text)
+        offset = self._before + self._following.position
+        self._following.add(token.id)
+        return self._labelled(token, offset, text=token.text)
+
+    def _labelled(self, token: Token, offset: int, *, text: str) -> _Piece:
         piece = _Piece(text=text)
         if self._asked.logprobs is not None:
-            piece.logprobs = self._labels.completion(token, self._offset)
+            piece.logprobs = self._labels.completion(token, offset)
         if self._asked.return_rewards:
             piece.rewards = [self._labels.rewards(token)]
-        if wants_numbers(self._asked):
-            self._offset += self._labels.width(token.id)
         return piece
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
-    """A prompt as text and as ids."""
+    """A prompt as text and as ids, with the place in the text of each of them where it is to be echoed."""
 
     text: str
     ids: list[int]
+    offsets: list[int]
 
 
 def wants_numbers(asked: CompletionRequest) -> bool:
@@ -151,7 +157,7 @@ class _Completion:
         check_explained(service, asked)
         weights = weights_of(service, asked)
         log_text(service, http, "prompt", asked.prompt, weights)
-        prompts = [await _prompt(service, prompt) for prompt in asked.prompts]
+        prompts = [await _prompt(service, asked, prompt) for prompt in asked.prompts]
         limit = _USUAL_LIMIT if asked.max_tokens is None else asked.max_tokens
         for prompt in prompts:
             check_room(service, len(prompt.ids), limit, param="prompt")
@@ -240,10 +246,11 @@ class _Completion:
                 log_text(self.service, self.http, "reply", choice.completion.text, self.weights)
 
 
-async def _prompt(service: Service, prompt: str | list[int]) -> _Prompt:
-    if isinstance(prompt, str):
-        return _Prompt(text=prompt, ids=await service.texts.encode(prompt))
-    return _Prompt(text=service.texts.decode(prompt), ids=prompt)
+async def _prompt(service: Service, asked: CompletionRequest, prompt: str | list[int]) -> _Prompt:
+    texts = service.texts
+    text, ids = (prompt, await texts.encode(prompt)) if isinstance(prompt, str) else (texts.decode(prompt), prompt)
+    offsets = await texts.offsets(text, ids) if asked.echo and wants_numbers(asked) else []
+    return _Prompt(text=text, ids=ids, offsets=offsets)
 
 
 def _joined(pieces: list[_Piece]) -> _Piece:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from genarm.detokenizer import TokenText
 from genarm.engine import Token
 from genarm.server.replies import ChatLogprobs, RewardShare, TextLogprobs, TokenLogprob, TokenRewards, TopLogprob
-from genarm.server.texts import Texts, TokenText
+from genarm.server.texts import Texts
 
 _LOWEST = -9999.0
 """In the place of minus infinity, which JSON does not have; OpenAI's number."""
@@ -56,10 +57,6 @@ class Labels:
         return TextLogprobs(
             tokens=[text], token_logprobs=[_finite(token.log_prob)], top_logprobs=[top], text_offset=[offset]
         )
-
-    def width(self, token_id: int) -> int:
-        """Characters that the next token has; a part of a character has none."""
-        return len(self.text(token_id).data.decode(errors="ignore"))
 
     def first(self, token_id: int) -> TextLogprobs:
         """For the first token of a prompt, which nothing predicts."""

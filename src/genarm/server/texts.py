@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+from genarm.detokenizer import Detokenizer, TokenText, TokenTexts, decode, token_texts
 from genarm.errors import DataError
 from genarm.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
-_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
-_ANCHORS = 2000
-
-
-@dataclass(frozen=True)
-class TokenText:
-    """A token by itself: its bytes, and those as text, or as hexadecimal numbers where they are no whole characters."""
-
-    text: str
-    data: bytes
 
 
 class Texts:
@@ -42,9 +28,7 @@ class Texts:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genarm-tokenizer")
         self._decoder = copy.deepcopy(tokenizer)
-        self._special = set(self._decoder.all_special_ids) | set(self._decoder.added_tokens_decoder)
-        self._anchor = self._find_anchor()
-        self._known: dict[tuple[int, bool], TokenText] = {}
+        self._tokens = TokenTexts(self._decoder)
 
     @property
     def chats(self) -> bool:
@@ -63,45 +47,30 @@ class Texts:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt given as token ids."""
-        return str(self._decoder.decode(list(ids), clean_up_tokenization_spaces=False))
+        return decode(self._decoder, ids, special=True)
 
     def token(self, token_id: int, *, first: bool = False) -> TokenText:
         """One token as it stands in a text; at the beginning of a text it has no space before it."""
-        key = (token_id, first)
-        if key not in self._known:
-            data = self._bytes(token_id, first)
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-            self._known[key] = TokenText(text, data)
-        return self._known[key]
+        return self._tokens.of(token_id, first=first)
+
+    def begin(self, before: Sequence[int]) -> Detokenizer:
+        """What follows `before`, to be told where its tokens stand in its text."""
+        return Detokenizer(self._decoder, before, special=False)
+
+    async def offsets(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where in `text` each of its tokens begins.
+
+        One within a character begins with that; what the tokenizer puts before a text (BOS) begins with the text.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._offsets, text, tuple(ids))
+
+    def _offsets(self, text: str, ids: Sequence[int]) -> list[int]:
+        put = 0  # before the text, as BOS is
+        while put < len(ids) and self._tokens.is_special(ids[put]) and not text.startswith(self.token(ids[put]).text):
+            put += 1
+        ends = list(accumulate(len(piece) for piece in token_texts(self._tokenizer, ids[put:])))
+        return [min(at, len(text)) for at in [*[0] * put, 0, *ends][: len(ids)]]
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _bytes(self, token_id: int, first: bool) -> bytes:
-        raw = self._decoder.convert_ids_to_tokens(token_id)
-        if raw is None:  # a row that pads the output layer
-            return b""
-        raw = str(raw)
-        if token_id in self._special:
-            return raw.encode()
-        before = [] if first or self._anchor is None else [self._anchor]
-        text = self.decode([*before, token_id])[len(self.decode(before)) :] if before else self.decode([token_id])
-        if "\ufffd" not in text:
-            return text.encode()
-        fallback = _FALLBACK.fullmatch(raw)  # part of a character: decoding alone cannot show it
-        if fallback:
-            return bytes([int(fallback[1], 16)])
-        if all(character in _BYTE_LEVEL for character in raw):
-            return bytes(_BYTE_LEVEL[character] for character in raw)
-        return text.encode()
-
-    def _find_anchor(self) -> int | None:
-        """A word after which other tokens keep the spaces before them."""
-        for token_id in range(min(_ANCHORS, len(self._decoder))):
-            if token_id not in self._special and self.decode([token_id]).strip().isalpha():
-                return token_id
-        return next((i for i in range(len(self._decoder)) if i not in self._special), None)

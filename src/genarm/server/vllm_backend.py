@@ -31,7 +31,7 @@ import torch
 from genarm.engine import Request, ScoredPrompt, Stream, Token
 from genarm.engine.request import Ending
 from genarm.engine.text import TextStream
-from genarm.engine.writing import TEXT_BEFORE, Writing
+from genarm.engine.writing import Writing
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
 from genarm.prompts import encode_prompt
 from genarm.server.backend import Load, RestartingBackend, State
@@ -225,7 +225,7 @@ class VllmEngine:
         writing = Writing(
             request=request,
             stops=frozenset() if request.ignore_eos else self._stops,
-            text=TextStream(self._tokenizer, request.stop, ids[-TEXT_BEFORE:] if request.continues else ()),
+            text=TextStream(self._tokenizer, request.stop, ids if request.continues else ()),
             limit=request.sampling.max_new_tokens,
             prompt_tokens=len(ids),
         )
