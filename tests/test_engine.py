@@ -645,10 +645,15 @@ def test_penalties_against_a_loop_by_hand(model: GuidedForCausalLM) -> None:
             lambda: greedy([7], {"kind": 1}),
         ),
         (WeightsError, "must be a finite number", lambda: greedy([7], {"one": float("nan")})),
-        (DataError, "must have some", lambda: Request(prompt=[])),
+        (DataError, "give at least one", lambda: Request(prompt=[])),
         (DataError, "empty", lambda: Request(prompt="")),
-        (DataError, f"from 0 to {VOCAB_SIZE - 1}", lambda: Request(prompt=[7, VOCAB_SIZE])),
-        (DataError, f"from 0 to {VOCAB_SIZE - 1}", lambda: Request(prompt=[-1])),
+        (DataError, f"id {VOCAB_SIZE}; .* from 0 to {VOCAB_SIZE - 1}", lambda: Request(prompt=[7, VOCAB_SIZE])),
+        (DataError, f"id -1; .* from 0 to {VOCAB_SIZE - 1}", lambda: Request(prompt=[-1])),
+        (
+            ConfigError,
+            f"stop_token_ids names the token id {VOCAB_SIZE}; ids",
+            lambda: greedy([7], stop_token_ids=[VOCAB_SIZE]),
+        ),
         (
             DataError,
             r"30 prompt tokens and up to 40 new ones are more than the 64 .* lower max_new_tokens to 34",

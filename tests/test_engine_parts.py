@@ -23,7 +23,11 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.logits_process import MinPLogitsWarper
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from genarm.engine.arena import Arena, LayerShape, Row
 from genarm.engine.noise import Purpose, key, log_exponentials, uniform
@@ -45,11 +49,24 @@ def random_log_probs(rows: int, size: int, seed: int = 0, spread: float = 2.0) -
 # --- sampler: the shaped distribution -------------------------------------------------------------------------------
 
 
-def shaped_by_transformers(log_probs_V: torch.Tensor, sampling: Sampling, counts: Counter[int]) -> torch.Tensor:
-    """One position, by OpenAI's formula for penalties and transformers' own processors for the rest."""
+def shaped_by_transformers(
+    log_probs_V: torch.Tensor,
+    sampling: Sampling,
+    counts: Counter[int],
+    prompt: Sequence[int] = (),
+    ends: Sequence[int] = (),
+) -> torch.Tensor:
+    """One position, by OpenAI's formula for its penalties and transformers' own processors for the rest."""
     scores = log_probs_V.clone()
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
+    ids = torch.tensor([[*prompt, *counts.elements()]], dtype=torch.long)
+    if sampling.repetition_penalty != 1:
+        scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores[None])[0]
+    if sampling.min_new_tokens and ends:
+        banned = MinNewTokensLengthLogitsProcessor(len(prompt), sampling.min_new_tokens, list(ends))
+        scores = banned(ids, scores[None])[0]
     for token in range(len(scores)):
-        scores[token] += sampling.logit_bias.get(token, 0.0)
         scores[token] -= counts[token] * sampling.frequency_penalty
         scores[token] -= float(counts[token] > 0) * sampling.presence_penalty
     if sampling.temperature == 0:
@@ -84,8 +101,17 @@ SETTINGS = [
     Sampling(logit_bias={3: -100, 5: 4.5}, temperature=0.9),
     Sampling(logit_bias={4: 100}, temperature=0),
     Sampling(logit_bias={7: 100, 8: 100}, frequency_penalty=1.0, top_k=2),
+    Sampling(repetition_penalty=1.4),
+    Sampling(repetition_penalty=0.5, temperature=0),
+    Sampling(repetition_penalty=2.0, logit_bias={3: 30, 9: 20}, presence_penalty=0.5, temperature=1.5, top_k=7),
+    Sampling(min_new_tokens=12),
+    Sampling(min_new_tokens=12, temperature=0, logit_bias={5: 100}),
+    Sampling(min_new_tokens=11, top_p=0.8, min_p=0.1),
 ]
 COUNTS = Counter({0: 1, 3: 2, 4: 7, 11: 1})
+SEEN = [4, 9, 9, 12, 41]
+"""A prompt; the last of its ids is read and never said."""
+ENDS = [5, 6]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -93,14 +119,27 @@ def test_shape_is_what_transformers_processors_give(seed: int) -> None:
     """All settings side by side in one call, each against its own lone reference."""
     log_probs_PV = random_log_probs(len(SETTINGS), 40, seed)
     before = log_probs_PV.clone()
-    shaped_PV = shape(log_probs_PV, [Place(sampling=s, counts=COUNTS) for s in SETTINGS])
+    places = [
+        Place(sampling=s, counts=COUNTS, prompt=SEEN, banned=ENDS if COUNTS.total() < s.min_new_tokens else ())
+        for s in SETTINGS
+    ]
+    shaped_PV = shape(log_probs_PV, places)
     assert torch.equal(log_probs_PV, before)  # the members' words are reported later and must stay
     for row, sampling in enumerate(SETTINGS):
-        expected = shaped_by_transformers(log_probs_PV[row], sampling, COUNTS)
+        expected = shaped_by_transformers(log_probs_PV[row], sampling, COUNTS, SEEN, ENDS)
         assert torch.equal(shaped_PV[row].isneginf(), expected.isneginf()), sampling
         torch.testing.assert_close(shaped_PV[row], expected, atol=2e-5, rtol=1e-5)
-        alone = shape(log_probs_PV[row : row + 1], [Place(sampling=sampling, counts=COUNTS)])
+        alone = shape(log_probs_PV[row : row + 1], places[row : row + 1])
         torch.testing.assert_close(alone[0], shaped_PV[row], atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_as_likely_as_the_last_one_are_kept() -> None:
+    """As with transformers; half precision has many of them."""
+    log_probs = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]).log_softmax(-1)
+    for k in (1, 2, 4, 5):
+        sampling = Sampling(top_k=k)
+        found = shape(log_probs, [Place(sampling=sampling)])[0]
+        assert torch.equal(found.isneginf(), shaped_by_transformers(log_probs[0], sampling, Counter()).isneginf())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -114,6 +153,7 @@ def test_shape_is_what_transformers_processors_give(seed: int) -> None:
             min_p=st.sampled_from([0.0, 0.05, 0.5]),
             presence_penalty=st.floats(-2, 2),
             frequency_penalty=st.sampled_from([0.0, 0.25]),
+            repetition_penalty=st.sampled_from([1.0, 0.01, 100.0]),
             logit_bias=st.dictionaries(st.integers(0, 9), st.floats(-100, 100), max_size=2),
         ),
         min_size=1,
@@ -128,7 +168,7 @@ def test_shaped_rows_are_distributions_that_keep_the_order(several: list[Samplin
     for row, sampling in enumerate(several):
         kept = shaped_PV[row].isfinite()
         if sampling.top_k:
-            assert kept.sum() <= sampling.top_k
+            assert len(shaped_PV[row][kept].unique()) <= sampling.top_k
         if not sampling.penalises:
             order = log_probs_PV[row].argsort(descending=True)
             assert kept[order].int().diff().le(0).all()  # the kept ones are the likeliest

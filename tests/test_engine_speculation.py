@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def _enumerate(model: PreTrainedModel, weights: Mapping[str, float], sampling: S
         log_probs = model(ids, use_cache=False, **options).logits[:, -1].float().log_softmax(-1)
         longer: dict[Reply, float] = {}
         for (reply, probability), row in zip(growing.items(), log_probs, strict=True):
-            shaped = shaped_by_transformers(row, sampling, Counter(reply)).double().softmax(-1)
+            shaped = shaped_by_transformers(row, sampling, Counter(reply), PROMPT, [END]).double().softmax(-1)
             for token, share in enumerate(shaped.tolist()):
                 if share:
                     ended = token == END or length == sampling.max_new_tokens
@@ -121,6 +122,7 @@ WEIGHTS = [{"one": 1.0}, {"one": 0.0}, {"one": 2.5}, {"one": -0.6}]
 PLAIN = Sampling(max_new_tokens=3)
 SHAPED = Sampling(max_new_tokens=3, temperature=0.7, top_p=0.8)
 PENALISED = Sampling(max_new_tokens=4, presence_penalty=1.2, frequency_penalty=0.4, top_k=4, logit_bias={6: 1.0})
+LASTING = Sampling(max_new_tokens=4, min_new_tokens=2, repetition_penalty=1.8, min_p=0.03, logit_bias={END: 1.5})
 
 
 def check(model: PreTrainedModel, n: int, sampling: Sampling, **options: Any) -> None:
@@ -146,14 +148,15 @@ def test_drafts_of_an_arm_that_does_not_know_every_id() -> None:
         assert p_value(ids(found), enumerate_replies(model, weights, sampling)) > ENOUGH
 
 
-@pytest.mark.parametrize("sampling", [PLAIN, SHAPED, PENALISED], ids=["plain", "shaped", "penalised"])
-@pytest.mark.parametrize("speculate", [0, 1, 2, 3])
+@pytest.mark.parametrize(("speculate", "sampling"), [*product([0, 1, 2, 3], [PLAIN, SHAPED, PENALISED]), (3, LASTING)])
 def test_replies_are_distributed_as_without_speculation(speculate: int, sampling: Sampling) -> None:
     check(guided("one"), 250, sampling, speculate=speculate, adapt=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [PLAIN, SHAPED, PENALISED], ids=["plain", "shaped", "penalised"])
+@pytest.mark.parametrize(
+    "sampling", [PLAIN, SHAPED, PENALISED, LASTING], ids=["plain", "shaped", "penalised", "lasting"]
+)
 @pytest.mark.parametrize("speculate", [0, 1, 2, 3])
 def test_replies_are_distributed_as_without_speculation_many(speculate: int, sampling: Sampling) -> None:
     check(guided("one"), 5000, sampling, speculate=speculate, adapt=False)
@@ -175,7 +178,7 @@ def test_adaptive_lengths(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [200, pytest.param(4000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sampling", [PLAIN, PENALISED], ids=["plain", "penalised"])
+@pytest.mark.parametrize("sampling", [PLAIN, LASTING], ids=["plain", "lasting"])
 def test_a_named_draft_model(n: int, sampling: Sampling) -> None:
     check(guided("one"), n, sampling, speculate=2, adapt=False, draft=members()["draft"])
 

@@ -258,6 +258,8 @@ def test_refusals() -> None:
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(top_k=5))),
         (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(logit_bias={3: 1.0}))),
+        (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(repetition_penalty=1.1))),
+        (UnsupportedError, "min_new_tokens", lambda: Sample(a, tokenizer, Sampling(min_new_tokens=2))),
         (WeightsError, "LlamaForCausalLM has no rewards", lambda: Sample(a, tokenizer, Sampling(), weights={"x": 1})),
         (WeightsError, "no reward is named 'x'", lambda: Sample(model, tokenizer, Sampling(), weights={"x": 1})),
         (WeightsError, "the policies are a", lambda: mod({"a": a}, {"b": 1.0}, tokenizer, Sampling())),

@@ -136,6 +136,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: R
     return ids
 
 
+def check_prompt_ids(ids: Sequence[int], size: int) -> None:
+    """Refuse a prompt without ids, or with one that a model of `size` ids does not have (raises DataError)."""
+    if not ids:
+        raise DataError("the prompt has no token ids; give at least one")
+    wrong = next((i for i in ids if not 0 <= i < size), None)
+    if wrong is not None:
+        raise DataError(f"the prompt has the token id {wrong}; this model's ids go from 0 to {size - 1}")
+
+
 def end_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a reply: those of a model's generation config, the tokenizer's EOS, the template's turn end."""
     named = None if config is None else config.eos_token_id

@@ -39,12 +39,15 @@ class Sampling:
     Attributes:
         max_new_tokens: the most tokens of a reply.
         temperature: divides the combined log-probabilities; 0 is greedy.
-        top_k: how many of the likeliest tokens are kept; 0 keeps all.
+        top_k: how many of the likeliest tokens are kept, and with them those as likely as the last; 0 keeps all.
         top_p: the smallest set of tokens with this much probability is kept; 1 keeps all.
         min_p: tokens less likely than this share of the likeliest one are cut; 0 keeps all.
+        repetition_penalty: multiplies the log-probability (divides it where a bias made it positive) of every token
+            that the prompt or the reply already has; 1 changes nothing.
         presence_penalty: subtracted from the log-probability of every token that the reply already has.
         frequency_penalty: subtracted once for every time the reply has it.
         logit_bias: {token id: number} added to log-probabilities.
+        min_new_tokens: up to so many tokens, ids that end the reply are not drawn and stop texts do not end it.
     """
 
     max_new_tokens: int = 128
@@ -52,13 +55,19 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {self.min_new_tokens}; it must be from 0 to max_new_tokens, {self.max_new_tokens}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature is {self.temperature:g}; it must be 0 (greedy) or more")
         if self.top_k < 0:
@@ -67,6 +76,10 @@ class Sampling:
             raise ConfigError(f"top_p is {self.top_p:g}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p is {self.min_p:g}; it must be from 0 to 1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty:g}; it must be from 0.01 to 100, and 1 has no effect"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not -2 <= value <= 2:
@@ -88,12 +101,29 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether log-probabilities of single tokens change."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        return bool(self.counts or self.logit_bias)
+
+    @property
+    def counts(self) -> bool:
+        """Whether earlier tokens change later ones' probabilities beyond what the models see."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     def generation_config(self, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
-        """The same in transformers' words."""
+        """The same in transformers' words.
+
+        Raises:
+            UnsupportedError: presence and frequency penalties, which transformers does not have.
+        """
+        if self.presence_penalty or self.frequency_penalty:
+            raise UnsupportedError(
+                "presence_penalty and frequency_penalty are unknown to transformers' generate; leave them out, use "
+                "repetition_penalty, or decode with genarm's engine"
+            )
         shared: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens or None,
+            "repetition_penalty": self.repetition_penalty if self.repetition_penalty != 1 else None,
+            "sequence_bias": {(token,): float(bias) for token, bias in self.logit_bias.items()} or None,
             "eos_token_id": list(stop_ids) or None,
             "pad_token_id": pad_id,
         }

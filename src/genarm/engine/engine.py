@@ -27,7 +27,7 @@ from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.model.weights import weight_row
-from genarm.prompts import encode_prompt
+from genarm.prompts import check_prompt_ids, encode_prompt
 from genarm.sampling import check_seed, stop_ids
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class Engine:
         self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
         self._built = built
         self._guess_costs = _guessers(built.guess_costs, self.options)
-        self._stops = frozenset(stop_ids(model, tokenizer))
         self._vocabulary_size = output_rows(model.base if isinstance(model, GuidedForCausalLM) else model)
+        self._stops = frozenset(i for i in stop_ids(model, tokenizer) if i < self._vocabulary_size)
         self._stepper = Stepper(built.layout, chunk=self.options.chunk)
         self._arrivals: list[Live] = []
         self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
@@ -194,7 +194,7 @@ class Engine:
         Raises:
             DataError: the prompt is empty or leaves no room for the reply.
             WeightsError: an unknown reward, or a weight that is not finite.
-            ConfigError: a logit bias for an id that the base does not have, a negative seed.
+            ConfigError: a logit bias or a stop id that the model never says, a negative seed.
             EngineFailure: the engine is closed.
         """
         live, stream = self._prepare(request)
@@ -217,7 +217,7 @@ class Engine:
         ids = self._encode(request)
         layout = self._built.layout
         weights = weight_row(request.weights, self.default_weights)
-        self._check_bias(request)
+        request.check_ids(self._vocabulary_size)
         rewards = {i + 1: w for i, w in enumerate(weights) if w != 0}
         guessers: dict[int, float] = {}
         drafts = next((m for m in self._guess_costs if layout.is_draft_model(m)), None)
@@ -231,7 +231,7 @@ class Engine:
             weights=weights,
             members=[BASE_MEMBER, *rewards, *others],
             guessers=guessers,
-            stops=frozenset() if request.ignore_eos else self._stops,
+            stops=request.ends(self._stops),
             text=TextStream(self.tokenizer, request.stop, ids if request.continues else ()),
             length=DraftLength(
                 most=self.options.speculate,
@@ -251,8 +251,7 @@ class Engine:
         else:
             ids = [int(item) for item in prompt]
         size = self._built.layout.trunks[0].embedding_size
-        if not ids or not all(0 <= i < size for i in ids):
-            raise DataError(f"a prompt of {len(ids)} token ids; it must have some, each from 0 to {size - 1}")
+        check_prompt_ids(ids, size)
         if request.prompt_log_probs is not None and max(ids) >= self._vocabulary_size:
             raise DataError(f"the model never says the token id {max(ids)}, so a prompt with it has no log-probs")
         room = self.context - len(ids)
@@ -264,12 +263,6 @@ class Engine:
                 f"{f' to {room}' if room > 0 else ''}, or start it with a larger context"
             )
         return ids
-
-    def _check_bias(self, request: Request) -> None:
-        size = self._built.layout.trunks[0].embedding_size
-        wrong = [i for i in request.sampling.logit_bias if not 0 <= i < size]
-        if wrong:
-            raise ConfigError(f"logit_bias names the token id {wrong[0]}; ids go from 0 to {size - 1}")
 
     # --- making steps -------------------------------------------------------------------------------------------
 

@@ -43,17 +43,12 @@ class Live(Writing):
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
+        self._prompt = frozenset(self.ids) if self.request.sampling.repetition_penalty != 1 else frozenset()
 
     @property
     def scores_prompt(self) -> bool:
         """Whether log-probs are wanted at every token of the prompt."""
         return self.request.prompt_log_probs is not None
-
-    @property
-    def sampling_counts(self) -> bool:
-        """Whether earlier tokens change later ones' probabilities beyond what the models see."""
-        sampling = self.request.sampling
-        return bool(sampling.presence_penalty or sampling.frequency_penalty)
 
     def missing(self, member: int) -> list[int]:
         """Tokens that the member's row does not hold yet."""
@@ -61,10 +56,11 @@ class Live(Writing):
 
     def place(self, drafts: Sequence[int] = ()) -> Place:
         """Where the token after `drafts` is sampled."""
-        counts = self.counts
-        if drafts and self.sampling_counts:
+        sampling, counts = self.request.sampling, self.counts
+        if drafts and sampling.counts:
             counts = counts + Counter(drafts)
-        return Place(sampling=self.request.sampling, counts=counts)
+        early = len(self.tokens) + len(drafts) < sampling.min_new_tokens
+        return Place(sampling=sampling, counts=counts, prompt=self._prompt, banned=self.stops if early else ())
 
     def key(self, ahead: int, purpose: Purpose) -> int:
         """Names the random numbers for the token `ahead` places after the next one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 from genarm.errors import ConfigError
@@ -25,7 +26,8 @@ class Request:
         sampling: how tokens are drawn.
         seed: of everything random in this request; the same request gives the same reply in any company.
         stop: texts that end the reply, which then ends before them.
-        ignore_eos: go on to `max_new_tokens` whatever the model says (for measurements).
+        stop_token_ids: ids that end the reply, beside the model's own; the last one is a token of it, without text.
+        ignore_eos: the model's own ids do not end the reply.
         top_log_probs: how many of the likeliest tokens to report with each token.
         prompt_log_probs: how many of the likeliest tokens to report with each token of the prompt; None leaves the
             prompt's numbers out. With them nothing of the prompt is taken over from earlier requests.
@@ -38,6 +40,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     top_log_probs: int = 0
     prompt_log_probs: int | None = None
@@ -51,6 +54,17 @@ class Request:
             count = getattr(self, name) or 0
             if not 0 <= count <= _MOST_TOP:
                 raise ConfigError(f"{name} is {count}; it must be from 0 to {_MOST_TOP}")
+
+    def ends(self, usual: frozenset[int]) -> frozenset[int]:
+        """The ids that end this reply, where those of the model are `usual`."""
+        return (frozenset() if self.ignore_eos else usual) | frozenset(self.stop_token_ids)
+
+    def check_ids(self, size: int) -> None:
+        """Raise ConfigError where an id is named that no reply can have: ids go from 0 to `size` - 1."""
+        for name, ids in (("logit_bias", self.sampling.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if not isinstance(token, Integral) or not 0 <= token < size:
+                    raise ConfigError(f"{name} names the token id {token!r}; ids go from 0 to {size - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """From combined log-probabilities to tokens: pure functions of tensors, settings and keys.
 
-Order, the same everywhere: (1) combination, (2) logit bias, presence and frequency penalties, (3) temperature,
-(4) top-k, (5) top-p, (6) min-p, (7) the draw. Steps 2 to 6 are `shape`, step 7 is `draw`; `acceptance` and
-`residual` are what speculation adds, after Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
+Order, the same everywhere, and transformers' own: (1) combination, (2) logit bias, repetition, presence and frequency
+penalties, ids that must not end the reply yet, (3) temperature, (4) top-k, (5) top-p, (6) min-p, (7) the draw. Steps 2
+to 6 are `shape`, step 7 is `draw`; `acceptance` and `residual` are what speculation adds, after Leviathan et al. 2023
+(arXiv 2211.17192), algorithm 1.
 
 Shapes: P positions (of several requests together), V ids of the base's vocabulary.
 """
@@ -10,7 +11,7 @@ Shapes: P positions (of several requests together), V ids of the base's vocabula
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +23,19 @@ from genarm.sampling import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One position to sample at: the request's settings, and how often it has produced each token so far."""
+    """One position to sample at.
+
+    Attributes:
+        sampling: the request's settings.
+        counts: how often the reply has each token so far.
+        prompt: the tokens of its prompt, where there is a repetition penalty.
+        banned: tokens that must not come here.
+    """
 
     sampling: Sampling
     counts: Mapping[int, int] = field(default_factory=Counter)
+    prompt: Collection[int] = ()
+    banned: Collection[int] = ()
 
 
 def shape(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
@@ -40,7 +50,7 @@ def shape(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
         has everything.
     """
     settings = [place.sampling for place in places]
-    if all(s.plain for s in settings):
+    if all(place.sampling.plain and not place.banned for place in places):
         return log_probs_PV
     device = log_probs_PV.device
     shaped_PV = _penalised(log_probs_PV, places)
@@ -86,26 +96,49 @@ def residual(target_PV: Tensor, draft_PV: Tensor) -> Tensor:
 
 
 def _penalised(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
-    """Step 2, as OpenAI defines it: log-prob + bias − presence·[seen] − frequency·count, of generated tokens."""
-    rows: list[int] = []
-    ids: list[int] = []
-    changes: list[float] = []
-    for row, place in enumerate(places):
-        sampling = place.sampling
-        for token, bias in sampling.logit_bias.items():
-            rows.append(row)
-            ids.append(token)
-            changes.append(bias)
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            for token, count in place.counts.items():
-                rows.append(row)
-                ids.append(token)
-                changes.append(-sampling.presence_penalty - sampling.frequency_penalty * count)
+    """Step 2: biases, then the repetition penalty of transformers, OpenAI's penalties, and what is banned."""
+    penalised_PV = _added(log_probs_PV, [place.sampling.logit_bias for place in places])
+    penalised_PV = _repeated(penalised_PV, places)
+    penalised_PV = _added(penalised_PV, [_openai_penalties(place) for place in places])
+    return _added(penalised_PV, [dict.fromkeys(place.banned, -torch.inf) for place in places])
+
+
+def _openai_penalties(place: Place) -> Mapping[int, float]:
+    """−presence·[seen] − frequency·count, of generated tokens."""
+    presence, frequency = place.sampling.presence_penalty, place.sampling.frequency_penalty
+    if not (presence or frequency):
+        return {}
+    return {token: -presence - frequency * count for token, count in place.counts.items()}
+
+
+def _added(log_probs_PV: Tensor, changes: Sequence[Mapping[int, float]]) -> Tensor:
+    """A mapping of changes for each position, added."""
+    rows = [row for row, change in enumerate(changes) for _ in change]
     if not rows:
         return log_probs_PV
     device = log_probs_PV.device
+    ids = torch.tensor([token for change in changes for token in change], device=device)
+    values = torch.tensor([value for change in changes for value in change.values()], device=device)
+    where = (torch.tensor(rows, device=device), ids)
+    return log_probs_PV.index_put(where, values.float(), accumulate=True)
+
+
+def _repeated(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
+    """The repetition penalty, of tokens of prompt and reply; a prompt may have ids that are never said."""
+    size, device = log_probs_PV.shape[-1], log_probs_PV.device
+    rows: list[int] = []
+    ids: list[int] = []
+    for row, place in enumerate(places):
+        if place.sampling.repetition_penalty != 1:
+            seen = [token for token in {*place.prompt, *place.counts} if token < size]
+            rows += [row] * len(seen)
+            ids += seen
+    if not rows:
+        return log_probs_PV
     where = (torch.tensor(rows, device=device), torch.tensor(ids, device=device))
-    return log_probs_PV.index_put(where, torch.tensor(changes, dtype=torch.float32, device=device), accumulate=True)
+    penalties = torch.tensor([place.sampling.repetition_penalty for place in places], device=device)[where[0]]
+    found = log_probs_PV[where]
+    return log_probs_PV.index_put(where, torch.where(found < 0, found * penalties, found / penalties))
 
 
 def _truncated(logits_PV: Tensor, settings: Sequence[Sampling]) -> Tensor:
@@ -116,7 +149,8 @@ def _truncated(logits_PV: Tensor, settings: Sequence[Sampling]) -> Tensor:
     top_k_P1 = torch.tensor([[s.top_k or size] for s in settings]).to(device)
     top_p_P1 = torch.tensor([[s.top_p] for s in settings], dtype=torch.float32).to(device)
     min_p_P1 = torch.tensor([[s.min_p] for s in settings], dtype=torch.float32).to(device)
-    sorted_PV = sorted_PV.masked_fill(torch.arange(size, device=device)[None, :] >= top_k_P1, -torch.inf)
+    last_P1 = sorted_PV.gather(-1, top_k_P1.clamp(max=size) - 1)
+    sorted_PV = sorted_PV.masked_fill(sorted_PV < last_P1, -torch.inf)
     probs_PV = torch.softmax(sorted_PV, dim=-1)
     before_PV = probs_PV.cumsum(dim=-1) - probs_PV
     beyond_PV = (before_PV >= top_p_P1) & (top_p_P1 < 1)

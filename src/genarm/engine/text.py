@@ -40,16 +40,16 @@ class TextStream:
         self._stops = [_Search(text) for text in stop]
         self._held: deque[_Piece] = deque()
 
-    def add(self, token: int) -> str:
-        """The text that is final with this token, often empty."""
+    def add(self, token: int, *, early: bool = False) -> str:
+        """The text that is final with this token, often empty; a stop string that ends in an `early` one is none."""
         shown = self._shown.add(token)
         if self._searched is None:
             return shown
         searched = self._searched.add(token)
         if self._shown.sees(token):
-            return self._pass_on(_Piece(searched, shown))
+            return self._pass_on(_Piece(searched, shown), early=early)
         hidden = str(self._tokenizer.convert_ids_to_tokens(token) or "")
-        return self._pass_on(_Piece(searched.removesuffix(hidden), shown), _Piece(searched and hidden, ""))
+        return self._pass_on(_Piece(searched.removesuffix(hidden), shown), _Piece(searched and hidden, ""), early=early)
 
     def finish(self) -> str:
         """What is still held back; the reply has ended."""
@@ -63,11 +63,11 @@ class TextStream:
         self._held.clear()
         return text + rest
 
-    def _pass_on(self, piece: _Piece, hidden: _Piece | None = None) -> str:
+    def _pass_on(self, piece: _Piece, hidden: _Piece | None = None, *, early: bool = False) -> str:
         """What is out of reach of every stop string, now that this text has come."""
         self._held.extend([piece] if hidden is None else [piece, hidden])
         new = piece.searched if hidden is None else piece.searched + hidden.searched
-        found = [keep for keep in (stop.feed(new) for stop in self._stops) if keep is not None]
+        found = [keep for keep in (stop.feed(new, early=early) for stop in self._stops) if keep is not None]
         if not found:
             return self._take(max(stop.begun for stop in self._stops))
         self.stopped = True
@@ -114,11 +114,13 @@ class _Search:
         for end in range(1, len(stop)):
             self._back.append(self._next(self._back[-1], stop[end]))
 
-    def feed(self, piece: str) -> int | None:
+    def feed(self, piece: str, *, early: bool) -> int | None:
         """How many characters before the end of `piece` the stop string begins, if it comes to its end in it."""
         for i, character in enumerate(piece):
             self.begun = self._next(self.begun, character)
-            if self.begun == len(self._stop):
+            if self.begun == len(self._stop) and early:
+                self.begun = self._back[-1]
+            elif self.begun == len(self._stop):
                 return len(piece) - (i + 1 - len(self._stop))
         return None
 

@@ -45,7 +45,8 @@ class Writing:
         if token.id in self.stops:
             text, ending = self.text.finish(), "stop"
         else:
-            text = self.text.add(token.id)
+            early = len(self.tokens) < self.request.sampling.min_new_tokens
+            text = self.text.add(token.id, early=early)
             if self.text.stopped:
                 ending = "stop"
             elif len(self.tokens) + 1 == self.limit:

@@ -144,8 +144,10 @@ def enough_memory(prompts: int) -> Iterator[None]:
 
 def check_sampling(sampling: Sampling, method: str, *, greedy: bool = True) -> None:
     """Refuse settings of `sampling` that mean nothing for a method (raises UnsupportedError)."""
-    if sampling.cuts or sampling.penalises:
-        raise UnsupportedError(f"{method} draws with a temperature alone; leave out cuts, penalties and biases")
+    if sampling.cuts or sampling.penalises or sampling.min_new_tokens:
+        raise UnsupportedError(
+            f"{method} draws with a temperature alone; leave out cuts, penalties, biases and min_new_tokens"
+        )
     if sampling.temperature == 0 and not greedy:
         raise UnsupportedError(f"{method} chooses among different draws; give a temperature above 0")
 

@@ -33,7 +33,7 @@ from genarm.engine.request import Ending
 from genarm.engine.text import TextStream
 from genarm.engine.writing import Writing
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
-from genarm.prompts import encode_prompt
+from genarm.prompts import check_prompt_ids, encode_prompt
 from genarm.server.backend import Load, RestartingBackend, State
 from genarm.vllm import check_version, vllm_version
 
@@ -167,7 +167,6 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         self._files = files
         self._tokenizer = copy.deepcopy(files.tokenizer)
-        self._stops = frozenset(files.end_ids)
         self._defaults = files.default_weights
         self._ids = count()
         self._replies: set[asyncio.Task[Any]] = set()  # those that have begun and not ended; of the loop's thread
@@ -185,6 +184,7 @@ class VllmEngine:
         self.streams: int = config.scheduler_config.max_num_seqs
         self.context: int = config.model_config.max_model_len
         self._vocabulary: int = config.model_config.get_vocab_size()
+        self._stops = frozenset(i for i in files.end_ids if i < self._vocabulary)
 
     @property
     def dead(self) -> bool:
@@ -216,7 +216,7 @@ class VllmEngine:
         Raises:
             DataError: the prompt is empty or leaves no room for the reply.
             WeightsError: an unknown reward, or a weight that is not finite.
-            ConfigError: a logit bias for an id that the base does not have.
+            ConfigError: a logit bias or a stop id that the model never says.
             UnsupportedError: something that vLLM does not do.
             EngineFailure: the engine is closed.
         """
@@ -224,7 +224,7 @@ class VllmEngine:
         params = self._params(request)
         writing = Writing(
             request=request,
-            stops=frozenset() if request.ignore_eos else self._stops,
+            stops=request.ends(self._stops),
             text=TextStream(self._tokenizer, request.stop, ids if request.continues else ()),
             limit=request.sampling.max_new_tokens,
             prompt_tokens=len(ids),
@@ -251,10 +251,7 @@ class VllmEngine:
             ids = encode_prompt(self._files.tokenizer, prompt)
         else:
             ids = [int(item) for item in prompt]
-        if not ids or not all(0 <= i < self._vocabulary for i in ids):
-            raise DataError(
-                f"a prompt of {len(ids)} token ids; it must have some, each from 0 to {self._vocabulary - 1}"
-            )
+        check_prompt_ids(ids, self._vocabulary)
         wanted = request.sampling.max_new_tokens if request.reply else 1
         if len(ids) + wanted > self.context:
             raise DataError(
@@ -270,9 +267,8 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = request.sampling
-        wrong = [i for i in sampling.logit_bias if not 0 <= i < self._vocabulary]
-        if wrong:
-            raise ConfigError(f"logit_bias names the token id {wrong[0]}; ids go from 0 to {self._vocabulary - 1}")
+        request.check_ids(self._vocabulary)
+        ends = request.ends(self._stops)
         self._files.weights(request.weights)
         try:
             params = SamplingParams(
@@ -281,13 +277,15 @@ class VllmEngine:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                min_tokens=sampling.min_new_tokens if request.reply and ends else 0,
                 presence_penalty=sampling.presence_penalty,
                 frequency_penalty=sampling.frequency_penalty,
                 logit_bias=dict(sampling.logit_bias) or None,
                 seed=request.seed,
                 # Which ids end a reply is ours to say, from the same files as with our own engine.
                 ignore_eos=True,
-                stop_token_ids=[] if request.ignore_eos else sorted(self._stops),
+                stop_token_ids=sorted(ends),
                 logprobs=request.top_log_probs,
                 prompt_logprobs=request.prompt_log_probs,
                 extra_args={"reward_weights": dict(request.weights)} if request.weights else None,
