@@ -320,7 +320,8 @@ def test_seeds_and_n(server: Running) -> None:
 
 def test_sampling_parameters_reach_the_engine(server: Running) -> None:
     """Each against the engine's own reply with that setting."""
-    usual: dict[str, Any] = {"max_new_tokens": 20, "logit_bias": {int(k): v for k, v in BAN.items()}}
+    usual_bias = {int(k): v for k, v in BAN.items()}
+    usual: dict[str, Any] = {"max_new_tokens": 20, "logit_bias": usual_bias}
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
         ({"temperature": 0.5}, {"temperature": 0.5}),
@@ -329,7 +330,15 @@ def test_sampling_parameters_reach_the_engine(server: Running) -> None:
         ({"top_p": 0}, {"top_p": 1e-9}),
         ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
         ({"frequency_penalty": -1}, {"frequency_penalty": -1.0}),
-        ({"logit_bias": {**BAN, "9": 100}}, {"logit_bias": {**usual["logit_bias"], 9: 100.0}}),
+        ({"top_k": 2}, {"top_k": 2}),
+        ({"top_k": -1}, {}),
+        ({"min_p": 0.3}, {"min_p": 0.3}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        (
+            {"min_tokens": 8, "logit_bias": {**BAN, "1": 20}},
+            {"logit_bias": {**usual_bias, 1: 20.0}, "min_new_tokens": 8},
+        ),
+        ({"logit_bias": {**BAN, "9": 100}}, {"logit_bias": {**usual_bias, 9: 100.0}}),
     ]
     seen = set()
     for asked, sampling in cases:
@@ -337,7 +346,7 @@ def test_sampling_parameters_reach_the_engine(server: Running) -> None:
         expected = server.engine.generate([request])[0].text
         assert text(ask(server, max_tokens=20, **asked)) == expected
         seen.add(expected)
-    assert len(seen) == 7  # top_p of 0 is greedy
+    assert len(seen) == 11  # top_p of 0 is greedy, top_k of -1 keeps all
     assert text(ask(server, max_tokens=20, temperature=0)) == text(ask(server, max_tokens=20, top_p=0))
 
 
@@ -354,6 +363,13 @@ def test_stop_strings_and_limits(server: Running) -> None:
     assert long["choices"][0]["finish_reason"] == "length"
     assert ask(server, max_tokens=3, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
     assert text(complete(server, max_tokens=0)) == ""
+    for answer in (ask, complete):
+        stopped = answer(server, max_tokens=20, stop_token_ids=[TOKENIZER.convert_tokens_to_ids(words[4])])
+        if answer is ask:
+            assert text(stopped) == whole[: whole.index(words[4])].rstrip()
+            assert (stopped["choices"][0]["finish_reason"], stopped["usage"]["completion_tokens"]) == ("stop", 5)
+        going_on = answer(server, max_tokens=9, logit_bias={"1": 100}, ignore_eos=True)
+        assert (going_on["choices"][0]["finish_reason"], going_on["usage"]["completion_tokens"]) == ("length", 9)
     ended = ask(server, logit_bias={"1": 100}, logprobs=True)
     assert (text(ended), ended["choices"][0]["finish_reason"]) == ("", "stop")
     assert [c["token"] for c in ended["choices"][0]["logprobs"]["content"]] == ["<end>"]

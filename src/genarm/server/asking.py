@@ -40,14 +40,26 @@ def weights_of(service: Service, asked: ChatRequest | CompletionRequest) -> dict
 
 
 def sampling_of(asked: ChatRequest | CompletionRequest, limit: int) -> Sampling:
-    """How its replies are drawn; `limit` is at least 1."""
+    """How its replies are drawn; `limit` is at least 1 (raises ApiError where `min_tokens` is more)."""
+    if (asked.min_tokens or 0) > limit:
+        raise ApiError(
+            400,
+            f"min_tokens is {asked.min_tokens}, and a reply may have up to {limit} tokens; lower min_tokens or give "
+            "more room with max_tokens",
+            param="min_tokens",
+            code="invalid_value",
+        )
     return Sampling(
         max_new_tokens=limit,
         temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_k=max(asked.top_k or 0, 0),
         top_p=1.0 if asked.top_p is None else max(asked.top_p, _LEAST_TOP_P),
+        min_p=asked.min_p or 0.0,
+        repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (asked.logit_bias or {}).items()},
+        min_new_tokens=asked.min_tokens or 0,
     )
 
 

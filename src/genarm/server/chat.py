@@ -86,7 +86,16 @@ class _Chat:
         sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
         top = (asked.top_logprobs or 0) if asked.logprobs else 0
         requests = [
-            Request(prompt=ids, weights=weights, sampling=sampling, seed=seed, stop=asked.stops, top_log_probs=top)
+            Request(
+                prompt=ids,
+                weights=weights,
+                sampling=sampling,
+                seed=seed,
+                stop=asked.stops,
+                stop_token_ids=asked.stop_token_ids or (),
+                ignore_eos=bool(asked.ignore_eos),
+                top_log_probs=top,
+            )
             for seed in seeds_of(asked)
         ]
         return cls(

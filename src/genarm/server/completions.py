@@ -168,6 +168,8 @@ class _Completion:
                 sampling=sampling_of(asked, max(1, limit)),
                 seed=seed,
                 stop=asked.stops,
+                stop_token_ids=asked.stop_token_ids or (),
+                ignore_eos=bool(asked.ignore_eos),
                 top_log_probs=asked.logprobs or 0,
                 prompt_log_probs=(asked.logprobs or 0) if asked.echo and wants_numbers(asked) else None,
                 reply=limit > 0,

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
+_MOST_STOP_IDS = 128
 _SEED = 2**63
 MOST_TOP = 20
 """The most runner-up tokens that a request may ask for."""
@@ -48,9 +61,10 @@ class StreamOptions(_Strict):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(default=None, description="accepted; nothing is obfuscated")
+    continuous_usage_stats: Literal[False] | None = Field(default=None, description="vLLM's; usage comes at the end")
 
 
-class _Request(_Strict):
+class _Request(_Strict, NeutralFields):
     """What both ways to ask have in common."""
 
     model: str = Field(description="a name of /v1/models, NAME@PRESET, or NAME@REWARD=W,…")
@@ -62,19 +76,31 @@ class _Request(_Strict):
     )
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="0 and -1 keep all tokens")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.01, le=100, description="of tokens of the prompt, too; multiplies guided log-probabilities"
+    )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: Bias | None = None
     n: int | None = Field(default=None, ge=1, le=_MOST_CHOICES)
     seed: int | None = Field(default=None, ge=-_SEED, lt=_SEED)
     stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_STOP_IDS)] | None = Field(
+        default=None, description="end the reply, beside the model's own; without text"
+    )
+    min_tokens: int | None = Field(
+        default=None, ge=0, description="up to so many tokens nothing of the model's or of stop ends the reply"
+    )
+    ignore_eos: bool | None = Field(default=None, description="the model's own end of turn does not end the reply")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="accepted and not used")
 
     @model_validator(mode="after")
     def _needs_stream(self) -> _Request:
-        if self.stream_options is not None and not self.stream:
+        if self.wants_usage and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
         return self
 
@@ -94,6 +120,7 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(default=None, description="accepted and not used")
 
 
 _Content: TypeAlias = Annotated[
@@ -105,21 +132,32 @@ class Message(_Strict):
     """A turn of a conversation. The fields that must be null are what OpenAI's client sends back with a reply."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Content
+    content: _Content | None = Field(default=None, validate_default=True)
     name: str | None = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    reasoning: None = None
+    reasoning_content: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+        """Only an assistant may say nothing, as it does where OpenAI's has called tools."""
+        if content is None and info.data.get("role") != "assistant":
+            raise PydanticCustomError("no_content", 'must be a text or a list of {"type": "text", "text": …}')
+        return content
 
     @property
     def text(self) -> str:
         """All of it."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class ChatRequest(_Request):
+class ChatRequest(_Request, NeutralChatFields):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -130,7 +168,7 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed when logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
@@ -142,15 +180,22 @@ class ChatRequest(_Request):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_Request, NeutralTextFields):
     """The body of /v1/completions."""
 
     prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0, description="16 if left out")
     echo: bool | None = Field(default=None, description="the prompt first, with its log-probabilities if any are asked")
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
-    best_of: int | None = Field(default=None, ge=1, le=1, description="only 1: nothing is ranked")
+    best_of: int | None = Field(default=None, ge=1, description="only 1 or n: nothing is ranked")
     suffix: Literal[""] | None = Field(default=None, description="only empty: nothing is filled in")
+
+    @field_validator("best_of")
+    @classmethod
+    def _unranked(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of not in (None, 1, info.data.get("n") or 1):
+            raise ValueError("must be 1 or n, because replies are not ranked; ask for more replies with n")
+        return best_of
 
     @property
     def prompts(self) -> list[str | list[int]]:
