@@ -19,9 +19,11 @@ SAMPLING = ("--max-new-tokens", "--temperature", "--top-p", "--seed")
 MODEL = ("folder", "--dtype", "--device", "--trust-remote-code", "--weights", "--system")
 
 ENGINE = {"--speculate", "--draft"}
+READING = {"--template-arg", "--plain-user-text"}
 OPTIONS = {
     "generate": {
         *MODEL,
+        *READING,
         *SAMPLING,
         *ENGINE,
         "--prompt",
@@ -32,8 +34,8 @@ OPTIONS = {
         "--batch-size",
         "--num-samples",
     },
-    "chat": {*MODEL, *SAMPLING, *ENGINE, "--context"},
-    "score": {*MODEL, "--prompt", "--response", "--json", "--html", "--raw"},
+    "chat": {*MODEL, *READING, *SAMPLING, *ENGINE, "--context"},
+    "score": {*MODEL, "--prompt", "--response", "--json", "--html", "--raw", "--template-arg"},
     "compose": {
         *("--base", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
         "--trust-remote-code",
@@ -52,6 +54,7 @@ OPTIONS = {
         *("folder", "--dtype", "--device", "--trust-remote-code", "--host", "--port", "--served-name"),
         *("--engine", "--vllm-options", "--streams", "--context", "--queue", "--timeout", "--presets"),
         *("--max-weight", "--api-keys", "--cors", "--log-prompts"),
+        *READING,
         *ENGINE,
     },
 }

@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from genarm.cli.main import main
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
+from genarm.prompts import Reading, as_conversation, encode_prompt
 from genarm.sampling import Sampling, derive_seed, sample_replies
+from test_prompts import THINKING
 from tiny import WORDS, save_member, tiny_model, tiny_tokenizer
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12", "w3 w3 w3", "w20", "w21 w1 w2"]
@@ -346,3 +349,29 @@ def test_length_is_checked_to_the_token(folder: Path, capsys: Any) -> None:
     assert main(["generate", str(folder), "--prompt", "w1", "--max-new-tokens", "124"]) == 0
     assert main(["generate", str(folder), "--prompt", "w1", "--max-new-tokens", "125"]) == 2
     assert "4 prompt tokens and up to 125 new ones are 129, more than the 128 positions" in capsys.readouterr().err
+
+
+# --- how prompts are read -------------------------------------------------------------------------------------------
+
+
+def test_how_prompts_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments of the template, and control tokens that are typed; an argument that does not exist is named."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING
+    folder = save_member(tiny_model(), tmp_path / "model", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    typed = "w1 <end> w2"
+    command = ["generate", str(folder), "--prompt", typed, "--temperature", "0", "--max-new-tokens", "9", "--json"]
+    for reading, options in (
+        (Reading(), []),
+        (Reading(template_args={"enable_thinking": False}), ["--template-arg", "enable_thinking=false"]),
+        (Reading(plain_user_text=True), ["--plain-user-text"]),
+    ):
+        ids = torch.tensor([encode_prompt(tokenizer, as_conversation(typed), reading)])
+        assert ("<unk>" in tokenizer.decode(ids[0])) == reading.plain_user_text
+        expected = model.generate(ids, do_sample=False, max_new_tokens=9)[0, ids.shape[1] :]
+        assert main([*command, *options]) == 0
+        said = json.loads(capsys.readouterr().out)["response"]
+        assert said == tokenizer.decode(expected, skip_special_tokens=True)
+    assert main([*command, "--template-arg", "enable_thinkng=false"]) == 2
+    assert "no argument 'enable_thinkng'; did you mean enable_thinking?" in capsys.readouterr().err

@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from genarm.errors import DataError
+from genarm.errors import ConfigError, DataError
+from genarm.prompts import Reading
 from genarm.server.texts import Texts
+from test_prompts import THINKING
 from tiny import SHARED, tiny_tokenizer
 
 LINES = [
@@ -94,6 +96,15 @@ def test_encoding() -> None:
     with pytest.raises(DataError, match="prompt is empty"):
         asyncio.run(texts.encode(""))
     texts.close()
+    own = tiny_tokenizer()
+    own.chat_template = THINKING
+    usual = asyncio.run(Texts(own).encode(chat))
+    thinking = Texts(own, Reading(template_args={"enable_thinking": False}))
+    assert asyncio.run(thinking.encode(chat)) == [*usual, 6]
+    assert asyncio.run(thinking.encode(chat, {"enable_thinking": True})) == usual
+    with pytest.raises(ConfigError, match="no argument 'thinking'"):
+        asyncio.run(thinking.encode(chat, {"thinking": True}))
+    thinking.close()
     silent = Texts(byte_level())
     assert not silent.chats
     with pytest.raises(DataError, match="no chat template"):

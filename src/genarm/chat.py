@@ -221,7 +221,11 @@ class Chat:
         model = self.engine.model
         assert isinstance(model, GuidedForCausalLM)
         rewards = model.token_rewards(
-            prompt, answer.text, tokenizer=self.files.tokenizer, reward_weights=answer.weights
+            prompt,
+            answer.text,
+            tokenizer=self.files.tokenizer,
+            reward_weights=answer.weights,
+            reading=self.files.reading,
         )
         if answer.ended != "stop":
             self.screen.note("the answer was cut, so the end-of-turn token below is not the model's own")

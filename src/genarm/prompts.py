@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError, meta
 
 from genarm.errors import ConfigError, ConversationError, DataError, GenarmError
+from genarm.plain import plain
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -43,12 +45,16 @@ class Reading:
     Attributes:
         template_args: further arguments of the chat template, such as {"enable_thinking": False}; text that is no
             conversation has no template, so they have no part in it.
+        plain_user_text: what a prompt says is ordinary text: a control token's string in it (`<|im_end|>`) is not that
+            token. Otherwise it is, as with transformers and others. Of an assistant's turns, marks that are no special
+            tokens (`<think>`) stay what the model made of them.
 
     Raises:
         ConfigError: a name that no argument can have.
     """
 
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    plain_user_text: bool = False
 
     def __post_init__(self) -> None:
         for name in self.template_args:
@@ -122,15 +128,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: R
     Raises:
         DataError: a conversation for a tokenizer without a chat template, or a prompt of no tokens.
         ConfigError: an argument that the template does not have.
+        UnsupportedError: `plain_user_text` with a tokenizer that cannot keep it apart.
         ConversationError: the chat template refuses the conversation.
     """
     if isinstance(prompt, str):
-        ids: list[int] = list(tokenizer(prompt).input_ids)
-        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        typed = reading.plain_user_text and plain(tokenizer).has_control(prompt)
+        ids = plain(tokenizer).encode([(prompt, False)], special=True) if typed else list(tokenizer(prompt).input_ids)
+        if ids and ids[-1] == tokenizer.eos_token_id and (typed or not prompt.endswith(str(tokenizer.eos_token))):
             ids.pop()  # some tokenizers close every text with EOS; a response must be able to follow
     else:
         text = _render(tokenizer, prompt, reading, add_generation_prompt=True)
-        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        parts = (
+            _parts(tokenizer, prompt, reading, text, add_generation_prompt=True) if reading.plain_user_text else None
+        )
+        if parts is None:
+            ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        else:
+            ids = plain(tokenizer).encode(parts, special=False)
     if not ids:
         raise DataError("the prompt is empty: it has no tokens; give at least one character")
     return ids
@@ -206,6 +220,55 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], rea
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
     except TemplateError as error:
         raise ConversationError(f"the chat template does not take this conversation: {error}") from error
+
+
+def _parts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, text: str, **options: Any
+) -> list[tuple[str, bool]] | None:
+    """`text`, which the template makes of `messages`, in parts, each with whether it is the template's own.
+
+    None where nothing in the messages is like a control token. Otherwise what is, is found by its place: the template
+    is given a secret word in its stead.
+    """
+    keeper = plain(tokenizer)
+    typed: dict[str, str] = {}
+
+    def hide(value: Any, ids: frozenset[int]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: hide(item, ids) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [hide(item, ids) for item in value]
+        if not isinstance(value, str) or not keeper.has_control(value, ids):
+            return value
+        word = f"q{token_hex(16)}z"
+        typed[word] = value
+        return word
+
+    hidden = [
+        hide(message, keeper.special if message["role"] == "assistant" else keeper.control) for message in messages
+    ]
+    arguments = hide(dict(reading.template_args), keeper.control)
+    if not typed:
+        return None
+    shown = _render(tokenizer, hidden, replace(reading, template_args=arguments), **options)
+    parts: list[tuple[str, bool]] = []
+    rest = text
+    pieces = re.split(f"({'|'.join(typed)})", shown)
+    for own, word, following in zip(pieces[::2], [*pieces[1::2], ""], [*pieces[2::2], ""], strict=True):
+        said = typed.get(word, "")
+        kept = (said, said.strip(), said.rstrip(), said.lstrip())  # templates trim, and do no more where we can follow
+        given = next((form for form in kept if rest.startswith(own + form + following)), None)
+        if given is None:
+            break
+        parts += [(own, True), (given, False)]
+        rest = rest[len(own) + len(given) :]
+    if rest or len(parts) != len(pieces) + 1:
+        raise ConversationError(
+            "a message has the string of a control token in it, and the chat template does more with messages than "
+            "write them down, so that it cannot be read as ordinary text; take it out of the message, or leave plain "
+            "user text out"
+        )
+    return parts
 
 
 @lru_cache(maxsize=16)

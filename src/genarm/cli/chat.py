@@ -16,12 +16,14 @@ from genarm.cli.options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
+    add_reading_options,
     add_sampling_options,
     draft_files,
     open_console,
     open_engine,
     printable,
     quiet_libraries,
+    reading_of,
     sampling_of,
     weights_of,
 )
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm chat`."""
     add_model_options(parser)
     add_prompt_options(parser)
+    add_reading_options(parser)
     add_sampling_options(parser, max_new_tokens=256)
     parser.add_argument(
         "--context",
@@ -59,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         sampling = sampling_of(arguments)
         find_device(arguments.device)
-        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        files = open_files(
+            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
+        )
         weights = weights_of(arguments, files)
         engine = open_engine(arguments, files, draft_files(arguments), streams=2, context=arguments.context)
         chat = Chat(

@@ -17,11 +17,13 @@ from genarm.cli.options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
+    add_reading_options,
     add_sampling_options,
     draft_files,
     open_engine,
     printable,
     quiet_libraries,
+    reading_of,
     sampling_of,
     settings_of,
     weights_of,
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--output", type=Path, metavar="FILE", help="write rows to this JSONL file, resumable")
     form.add_argument("--json", action="store_true", help="print rows as JSONL instead of text")
     add_prompt_options(parser)
+    add_reading_options(parser)
     parser.add_argument("--raw", action="store_true", help="send prompts as plain text, without the chat template")
     add_sampling_options(parser, max_new_tokens=128)
     parser.add_argument("--num-samples", type=int, metavar="N", default=1, help="how many replies to each prompt")
@@ -74,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
             num_samples=arguments.num_samples,
         )
         find_device(arguments.device)
-        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        files = open_files(
+            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
+        )
         draft = draft_files(arguments)
         weights = weights_of(arguments, files)
         jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)

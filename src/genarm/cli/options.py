@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from genarm.batch.run import Plan
     from genarm.engine import Engine
     from genarm.opening import ModelFiles
+    from genarm.prompts import Reading
     from genarm.sampling import Sampling
 
 _NO_EDGE = 10_000
@@ -58,6 +59,38 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="reward weights, as in helpful=1,harmless=0.5; the folder's own for those not named",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+
+
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the chat template."""
+    parser.add_argument(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an argument of the chat template, as in enable_thinking=false; JSON, or else text; repeatable",
+    )
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How prompts become token ids."""
+    add_template_option(parser)
+    parser.add_argument(
+        "--plain-user-text",
+        action="store_true",
+        help="control tokens' strings in prompts, such as <|im_end|>, are ordinary text; otherwise they are those "
+        "tokens",
+    )
+
+
+def reading_of(arguments: argparse.Namespace) -> Reading:
+    """How prompts become token ids (raises ConfigError)."""
+    from genarm.prompts import Reading, read_template_args
+
+    return Reading(
+        template_args=read_template_args(arguments.template_arg),
+        plain_user_text=getattr(arguments, "plain_user_text", False),
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

@@ -18,9 +18,11 @@ from genarm.cli.options import (
     add_engine_options,
     add_prompt_options,
     add_sampling_options,
+    add_template_option,
     draft_files,
     open_engine,
     quiet_libraries,
+    reading_of,
     sampling_of,
     settings_of,
     weights_of,
@@ -76,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file for the pairs")
     add_prompt_options(parser)
+    add_template_option(parser)
     add_sampling_options(parser, max_new_tokens=128)
     parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many responses to decode at once")
     add_device_options(parser)
@@ -104,7 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             num_samples=arguments.samples,
         )
-        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        files = open_files(
+            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
+        )
         draft = draft_files(arguments)
         jobs = make_jobs(files, requests, plan, weights=weights_of(arguments, files), system=arguments.system)
         conversations = [files.conversation(r.prompt, system=arguments.system, raw=False) for r in requests]

@@ -13,7 +13,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genarm.cli.options import add_model_options, add_prompt_options, open_console, quiet_libraries, weights_of
+from genarm.cli.options import (
+    add_model_options,
+    add_prompt_options,
+    add_template_option,
+    open_console,
+    quiet_libraries,
+    reading_of,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from genarm.model.token_rewards import TokenRewards
@@ -27,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what was asked")
     parser.add_argument("--response", required=True, metavar="TEXT", help="what was answered")
     add_prompt_options(parser)
+    add_template_option(parser)
     parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with a heat map")
@@ -54,7 +63,7 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     if not arguments.response:
         raise DataError("--response is empty; give the text to score")
     device = find_device(arguments.device)
-    files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+    files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments))
     if not files.guided:
         raise UnsupportedError(
             f"{arguments.folder} is not a guided folder, so there are no rewards to show; make one with genarm compose"
@@ -65,7 +74,9 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     check_length(files, len(prompt_ids), len(response_ids), where="--prompt and --response")
     model = files.load(dtype=arguments.dtype, device=device)
     assert isinstance(model, GuidedForCausalLM)
-    return model.token_rewards(prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights)
+    return model.token_rewards(
+        prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights, reading=files.reading
+    )
 
 
 def _write_page(arguments: argparse.Namespace, rewards: TokenRewards) -> None:

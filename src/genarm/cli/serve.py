@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genarm.cli.options import add_engine_options, add_model_options, draft_files, open_engine, quiet_libraries
+from genarm.cli.options import (
+    add_engine_options,
+    add_model_options,
+    add_reading_options,
+    draft_files,
+    open_engine,
+    quiet_libraries,
+    reading_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, metavar="S", default=600.0, help="seconds for one request, waiting included"
     )
     add_engine_options(parser)
+    add_reading_options(parser)
     parser.add_argument(
         "--presets", type=Path, metavar="FILE", help="TOML, a table of weights for each preset, as in [cautious]"
     )
@@ -93,7 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("genarm").setLevel(logging.INFO)
         find_device(arguments.device)
-        files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code)
+        files = open_files(
+            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
+        )
         keys = read_keys(arguments.api_keys)
         names = _names(arguments, files)
         draft = draft_files(arguments)
@@ -218,7 +229,7 @@ def _service(arguments: argparse.Namespace, files: ModelFiles, names: Names, bac
 
     return Service(
         backend=backend,
-        texts=Texts(files.tokenizer),
+        texts=Texts(files.tokenizer, files.reading),
         names=names,
         admission=Admission(streams=backend.streams, queue=arguments.queue),
         metrics=Metrics(backend),

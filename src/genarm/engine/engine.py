@@ -194,7 +194,8 @@ class Engine:
         Raises:
             DataError: the prompt is empty or leaves no room for the reply.
             WeightsError: an unknown reward, or a weight that is not finite.
-            ConfigError: a logit bias or a stop id that the model never says, a negative seed.
+            ConfigError: a logit bias or a stop id that the model never says, a negative seed, or a template argument
+                that the chat template does not have.
             EngineFailure: the engine is closed.
         """
         live, stream = self._prepare(request)
@@ -247,7 +248,7 @@ class Engine:
     def _encode(self, request: Request) -> list[int]:
         prompt: Any = request.prompt
         if isinstance(prompt, str) or not all(isinstance(item, Integral) for item in prompt):
-            ids = encode_prompt(self.tokenizer, prompt)
+            ids = encode_prompt(self.tokenizer, prompt, request.reading)
         else:
             ids = [int(item) for item in prompt]
         size = self._built.layout.trunks[0].embedding_size

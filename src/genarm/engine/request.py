@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Literal, TypeAlias
 
 from genarm.errors import ConfigError
-from genarm.prompts import Prompt
+from genarm.prompts import USUAL, Prompt, Reading
 from genarm.sampling import Sampling
 
 Ending: TypeAlias = Literal["stop", "length", "cancelled"]
@@ -32,6 +32,7 @@ class Request:
         prompt_log_probs: how many of the likeliest tokens to report with each token of the prompt; None leaves the
             prompt's numbers out. With them nothing of the prompt is taken over from earlier requests.
         reply: False ends the request after its prompt, whose numbers are then all that comes of it.
+        reading: how `prompt` becomes token ids, where it is text or a conversation.
         continues: the reply is a continuation of the prompt's text, so that its first word keeps the space before it.
     """
 
@@ -46,6 +47,7 @@ class Request:
     prompt_log_probs: int | None = None
     reply: bool = True
     continues: bool = False
+    reading: Reading = USUAL
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):

@@ -34,7 +34,7 @@ from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
-from genarm.prompts import Prompt, encode_pair, end_ids
+from genarm.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -353,6 +353,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reward_weights: Mapping[str, float] | None = None,
+        reading: Reading = USUAL,
     ) -> TokenRewards:
         """What each member says about each token of `response`, its end-of-turn token included.
 
@@ -361,6 +362,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             response: the response's text.
             tokenizer: the base's; read from the guided folder where not given.
             reward_weights: {name: number} over the defaults.
+            reading: how the prompt becomes token ids.
 
         Raises:
             DataError: an empty prompt or response, or no chat template for a conversation.
@@ -369,7 +371,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         tokenizer = tokenizer or self._own_tokenizer()
         weights_1R = resolve_weights(dict(reward_weights or {}), self.default_weights, 1)
         ends = end_ids(self.generation_config, tokenizer)
-        prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, ends=ends)
+        prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, reading, ends=ends)
         ids_1T = torch.tensor([prompt_ids + response_ids], device=self.device)
         members = [
             self._member_log_probs(

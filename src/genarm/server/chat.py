@@ -82,7 +82,7 @@ class _Chat:
         weights = weights_of(service, asked)
         messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
         log_text(service, http, "messages", messages, weights)
-        ids = await service.texts.encode(messages)
+        ids = await service.texts.encode(messages, asked.chat_template_kwargs)
         sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
         top = (asked.top_logprobs or 0) if asked.logprobs else 0
         requests = [

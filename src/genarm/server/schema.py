@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -16,12 +17,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from genarm.prompts import Reading
 from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
 _MOST_STOP_IDS = 128
 _SEED = 2**63
+_MOST_TEMPLATE_ARGS = 10_000
 MOST_TOP = 20
 """The most runner-up tokens that a request may ask for."""
 
@@ -165,6 +168,18 @@ class ChatRequest(_Request, NeutralChatFields):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="arguments of the chat template, as in enable_thinking, over the server's own"
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_args(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            if len(json.dumps(given)) > _MOST_TEMPLATE_ARGS:
+                raise ValueError(f"must be at most {_MOST_TEMPLATE_ARGS} characters of JSON")
+            Reading(template_args=given)
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:

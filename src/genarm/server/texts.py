@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genarm.detokenizer import Detokenizer, TokenText, TokenTexts, decode, token_texts
 from genarm.errors import DataError
-from genarm.prompts import Prompt, encode_prompt
+from genarm.prompts import USUAL, Prompt, Reading, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,8 @@ class Texts:
     must not be touched from elsewhere.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading = USUAL) -> None:
+        self._reading = reading
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="genarm-tokenizer")
         self._decoder = copy.deepcopy(tokenizer)
@@ -35,15 +37,20 @@ class Texts:
         """Whether there is a template for conversations."""
         return bool(self._tokenizer.chat_template)
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a text or a conversation.
+    async def encode(self, prompt: Prompt, template_args: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids of a text or a conversation; `template_args` go over the server's own.
 
         Raises:
+            ConfigError: an argument that the chat template does not have.
             DataError: no tokens, or a conversation that the template does not take.
         """
         if not isinstance(prompt, str) and not self.chats:
             raise DataError("this model has no chat template, so it takes no conversations; use /v1/completions")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode_prompt, self._tokenizer, prompt)
+        given = {**self._reading.template_args, **(template_args or {})}
+        reading = replace(self._reading, template_args=given)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, encode_prompt, self._tokenizer, prompt, reading
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt given as token ids."""

@@ -248,7 +248,7 @@ class VllmEngine:
     def _encode(self, request: Request) -> list[int]:
         prompt: Any = request.prompt
         if isinstance(prompt, str) or not all(isinstance(item, Integral) for item in prompt):
-            ids = encode_prompt(self._files.tokenizer, prompt)
+            ids = encode_prompt(self._files.tokenizer, prompt, request.reading)
         else:
             ids = [int(item) for item in prompt]
         check_prompt_ids(ids, self._vocabulary)
