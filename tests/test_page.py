@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -335,6 +336,29 @@ def test_a_field_takes_only_what_the_server_would(page: Page) -> None:
         assert (field.input_value(), field.get_attribute("aria-invalid")) == ("1", None)
 
 
+def test_a_number_that_is_refused_is_said(page: Page) -> None:
+    """In every number field of the page: below and above what it takes, half a step, none where one is needed."""
+    toast = page.locator("#toast")
+    fields = page.locator("input[type=number]")
+    assert fields.count() == len(DEFAULTS) + 4
+    for i in range(fields.count()):
+        field = fields.nth(i)
+        low, high, step = (str(field.get_attribute(name) or "") for name in ("min", "max", "step"))
+        before = field.input_value()
+        wrong = [str(float(low) - 1), *([str(float(high) + 1)] if high else []), *(["2.5"] if step == "1" else [])]
+        for value in [*wrong, *([""] if field.get_attribute("required") is not None else [])]:
+            field.fill(value)
+            field.blur()
+            assert field.input_value() == before
+            expect(toast).to_contain_text(f"from {low} to {high}" if high else f"of {low} or more")
+            expect(toast).to_contain_text(f"not {value}" if value else "takes a number")
+            expect(toast).to_contain_text(f"it stays {before or field.get_attribute('placeholder')}")
+            page.evaluate("document.getElementById('toast').replaceChildren()")
+    page.fill("#temperature", "9")
+    assert send(page, "w1", tokens=2)["temperature"] == 1
+    expect(toast).to_contain_text("Temperature takes a number from 0 to 2, not 9; it stays 1")  # still after sending
+
+
 def test_the_default_is_marked_where_the_thumb_then_stands(page: Page) -> None:
     for name, default in DEFAULTS.items():
         slider = page.get_by_label(name, exact=True)
@@ -486,6 +510,25 @@ def test_stop_stops_both_sides(page: Page) -> None:
     assert [("stopped" in text) for text in page.locator(".column .about").all_text_contents()] == [True, True]
 
 
+def test_the_sharpened_base_stands_beside_a_comparison(page: Page) -> None:
+    """What rewards that learnt nothing come to, with B's weights: the base at T / (1 + Σw)."""
+    compare_view(page)
+    page.get_by_role("switch", name="Sharpened base").check()
+    page.fill("#temperature", "0.8")
+    requests = watch(page)
+    send(page, "w1", tokens=8)
+    base, guided, sharp = (request.post_data_json for request in requests)
+    assert sharp["temperature"] == pytest.approx(0.8 / (1 + sum(DEFAULTS.values())))
+    assert sharp["reward_weights"] == base["reward_weights"] == dict.fromkeys(DEFAULTS, 0)
+    assert {**sharp, "temperature": 0.8} == base
+    assert {**guided, "reward_weights": sharp["reward_weights"]} == base
+    expect(page.locator(".column h3").nth(2)).to_have_text("sharpened base, temperature 0.32")
+    page.get_by_role("button", name="Base", exact=True).click()
+    send(page, "w1", tokens=2)
+    expect(page.locator("#toast")).to_contain_text("No sharpened base")
+    expect(page.locator(".turn").last.locator(".column")).to_have_count(2)
+
+
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
@@ -542,18 +585,77 @@ def test_tokens_are_walked_with_the_arrow_keys(page: Page) -> None:
     expect(page.locator("#popover")).to_be_hidden()
 
 
-def test_the_popover_stays_while_the_pointer_is_on_it_and_within_the_window(page: Page) -> None:
+LOOKS = [("", ""), ("DejaVu Sans", "19px"), ("Liberation Serif", "13px"), ("monospace", "15px")]
+"""Fonts and sizes; where a font is missing, the browser has another in its place."""
+
+
+def dress(page: Page, family: str, size: str) -> None:
+    """As on a machine with other fonts."""
+    page.evaluate(
+        "([family, size]) => Object.assign(document.body.style, { fontFamily: family, fontSize: size })", [family, size]
+    )
+
+
+def covered(page: Page) -> int:
+    """A token that lies under the popover, or -1."""
+    return int(
+        page.evaluate(
+            """() => {
+                const box = document.getElementById("popover").getBoundingClientRect();
+                return [...document.querySelectorAll(".token")].findIndex((token) => {
+                    const { left, right, top, bottom } = token.getClientRects()[0];
+                    const [x, y] = [(left + right) / 2, (top + bottom) / 2];
+                    return box.left < x && x < box.right && box.top < y && y < box.bottom;
+                });
+            }"""
+        )
+    )
+
+
+def test_the_popover_keeps_no_pointer_from_the_next_token(page: Page) -> None:
+    """It lies within the window, and over other tokens, whatever the font: they are pointed at all the same."""
     send(page, "w1", tokens=120)
-    for at in (0, 60, 119):
-        page.locator(".token").nth(at).hover()
-        box = page.locator("#popover").bounding_box()
-        assert box["x"] >= 0
-        assert box["y"] >= 0
-        assert box["x"] + box["width"] <= 1400
-        assert box["y"] + box["height"] <= 900
-    page.locator("#popover").hover()
-    page.wait_for_timeout(400)
-    expect(page.locator("#popover")).to_be_visible()
+    popover, under = page.locator("#popover"), []
+    for look in LOOKS:
+        dress(page, *look)
+        for at in (0, 60, 119, 61):
+            token = page.locator(".token").nth(at)
+            token.hover()
+            expect(token).to_have_class(re.compile("inspected"))
+            box = popover.bounding_box()
+            assert box["x"] >= 0
+            assert box["y"] >= 0
+            assert box["x"] + box["width"] <= 1400
+            assert box["y"] + box["height"] <= 900
+            under.append(covered(page))
+            if under[-1] >= 0:
+                page.locator(".token").nth(under[-1]).hover()
+                expect(page.locator(".token").nth(under[-1])).to_have_class(re.compile("inspected"))
+        page.mouse.move(700, 5)
+        expect(popover).to_be_hidden()
+    assert max(under) >= 0
+
+
+def test_a_click_keeps_the_popover(page: Page) -> None:
+    """So that the pointer can be moved onto it, and what it says be selected."""
+    send(page, "w1", tokens=120)
+    popover, token = page.locator("#popover"), page.locator(".token").nth(60)
+    for look in LOOKS[:2]:
+        dress(page, *look)
+        token.click()
+        popover.hover()
+        page.wait_for_timeout(400)
+        expect(popover).to_be_visible()
+        popover.click()
+        page.wait_for_timeout(400)
+        expect(popover).to_be_visible()
+        page.mouse.move(700, 5)
+        token.click()
+        page.mouse.move(700, 5)
+        page.wait_for_timeout(400)
+        expect(token).to_have_class(re.compile("inspected"))
+        page.keyboard.press("Escape")
+        expect(popover).to_be_hidden()
 
 
 def test_a_server_that_does_not_explain(open_page: Opener) -> None:
@@ -637,6 +739,44 @@ def test_the_servers_own_words_are_in_the_banner(page: Page) -> None:
     expect(page.locator(".reply .about")).to_contain_text("failed")
     assert send(page, "w2")["messages"] == [{"role": "user", "content": "w2"}]  # the failed turn is no part of it
     expect(banner).to_be_hidden()
+
+
+CHUNK = 'data: {"choices": [{"delta": {"content": "begun"}}]}\n\n'
+LOST, DAMAGED = "connection was lost", "damaged on its way"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (CHUNK + 'data: {"choices": [{"del\n\n', DAMAGED),
+        (CHUNK + "data: null\n\n", DAMAGED),
+        (CHUNK + 'data: {"object": "other"}\n\n', DAMAGED),
+        (CHUNK + 'data: {"choices": [null]}\n\n', "cannot make sense"),
+        (CHUNK + 'data: {"error": {}}\n\n', "failed in mid-reply"),
+        (CHUNK, LOST),
+        ("<html>Sign in to the network</html>", LOST),
+    ],
+)
+def test_a_stream_that_breaks_is_told_in_words(page: Page, body: str, words: str) -> None:
+    """No parser's own; what had come stays, and it can be tried again."""
+    page.route("**/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    send(page, "w1")
+    banner = page.get_by_role("alert")
+    expect(banner).to_contain_text(words)
+    assert not re.search("JSON|token|undefined|null|iterable|properties", banner.inner_text())
+    expect(page.locator(".reply .about")).to_contain_text("failed")
+    assert shown(page) == ("begun" if CHUNK in body else "")
+    page.unroute("**/chat/completions")
+    page.get_by_role("button", name="Write this reply again").click()
+    finished(page)
+    expect(banner).to_be_hidden()
+
+
+def test_something_else_that_answers(server: Served, open_page: Opener) -> None:
+    page = open_page("about:blank")
+    page.route("**/v1/rewards", lambda route: route.fulfill(body="<html>Sign in</html>", content_type="text/html"))
+    page.goto(server.url)
+    expect(page.get_by_role("alert")).to_contain_text("is no genarm server. Is there a proxy in between?")
 
 
 def test_a_key_a_full_house_and_a_dead_server(folder: Path, open_page: Opener) -> None:
@@ -792,6 +932,33 @@ def test_landmarks_and_names(page: Page) -> None:
             [...document.querySelectorAll(`[${name}]`)].flatMap(e => e.getAttribute(name).split(" ")))"""
     )
     assert set(referred) <= set(ids)
+
+
+def test_what_is_read_out_is_what_is_seen(page: Page) -> None:
+    """Three of axe-core's rules: visible words are part of a control's name, no header is empty, headings in order."""
+    send(page, "w1", tokens=4)
+    page.locator(".token").first.focus()
+    for view in ("Chat", "Compare"):
+        page.get_by_role("radio", name=view).check()
+        send(page, "w1", tokens=4)
+        page.locator(".token:visible").first.focus()
+        found = page.evaluate(
+            """() => {
+                const all = (what) => [...document.querySelectorAll(what)].filter((e) => e.checkVisibility());
+                const said = (text) => text.toLowerCase().replace(/\\s+/g, " ").trim();
+                return {
+                    mismatched: all("[aria-label]:is(button, a)").filter((e) =>
+                        !said(e.getAttribute("aria-label")).includes(said(e.textContent))).map((e) => e.outerHTML),
+                    empty: all("th").filter((e) => !e.textContent.trim()).length,
+                    headings: all("h1, h2, h3, h4").map((e) => Number(e.tagName[1])),
+                    tables: all("th").length,
+                };
+            }"""
+        )
+        assert found["mismatched"] == []
+        assert (found["empty"], found["tables"] > 0) == (0, True)
+        assert found["headings"][0] == 1
+        assert all(low + 1 >= high for low, high in itertools.pairwise(found["headings"]))
 
 
 def test_replies_are_read_out_politely_and_whole(page: Page) -> None:

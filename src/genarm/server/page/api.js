@@ -35,7 +35,11 @@ export class Api {
   /** @returns {Promise<Description>} */
   async rewards() {
     const response = await this.#fetch("rewards", {});
-    return response.json();
+    try {
+      return await response.json();
+    } catch {
+      throw new ApiError(`What answers at ${this.root.origin} is no genarm server. Is there a proxy in between?`);
+    }
   }
 
   /**
@@ -48,9 +52,7 @@ export class Api {
     const response = await this.#fetch("chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const data of events(response, signal)) {
       if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(chunk.error.message, { status: response.status });
-      yield chunk;
+      yield chunkOf(data, response.status);
     }
     throw lost();
   }
@@ -76,6 +78,22 @@ export class Api {
 }
 
 /**
+ * @param {string} data of one event
+ * @param {number} status
+ */
+function chunkOf(data, status) {
+  let chunk;
+  try {
+    chunk = JSON.parse(data);
+  } catch {
+    throw garbled();
+  }
+  if (chunk?.error) throw new ApiError(chunk.error.message ?? "The server failed in mid-reply", { status });
+  if (!Array.isArray(chunk?.choices)) throw garbled();
+  return chunk;
+}
+
+/**
  * The data of a response's events.
  * @param {Response} response
  * @param {AbortSignal} signal
@@ -98,7 +116,13 @@ async function* events(response, signal) {
 }
 
 function lost() {
-  return new ApiError("The connection was lost in mid-reply. What had arrived is kept.");
+  return new ApiError("The connection was lost in mid-reply. What had arrived is kept; try again to have it whole.");
+}
+
+function garbled() {
+  return new ApiError(
+    "The reply broke off: what came next was damaged on its way. What had arrived is kept; try again to have it whole.",
+  );
 }
 
 /**

@@ -1,10 +1,10 @@
-/** One prompt under two settings, side by side. */
+/** One prompt under two settings, side by side, and the base sharpened as much as B's weights sharpen it. */
 
 import { bubble } from "./chat.js";
 import { element } from "./dom.js";
-import { announce } from "./notices.js";
+import { announce, toast } from "./notices.js";
 import { makeRequest, opening } from "./request.js";
-import { describeWeights } from "./state.js";
+import { describeWeights, plain } from "./state.js";
 
 /**
  * @typedef {import("./write.js").Writer} Writer
@@ -12,15 +12,14 @@ import { describeWeights } from "./state.js";
  * @typedef {import("./request.js").Message} Message
  * @typedef {import("./state.js").Side} Side
  * @typedef {import("./state.js").Store} Store
- * @typedef {{prompt: string, replies: Record<Side, Reply>, element: HTMLElement}} Pair
+ * @typedef {import("./request.js").Request} Request
+ * @typedef {Side | "control"} Column
+ * @typedef {{prompt: string, replies: [Column, Reply][], element: HTMLElement}} Comparison
  */
 
-/** @type {Side[]} */
-const SIDES = ["a", "b"];
-
 export class Compare {
-  /** @type {Pair[]} */
-  #pairs = [];
+  /** @type {Comparison[]} */
+  #comparisons = [];
 
   /**
    * @param {HTMLElement} root
@@ -36,31 +35,35 @@ export class Compare {
   }
 
   get empty() {
-    return this.#pairs.length === 0;
+    return this.#comparisons.length === 0;
   }
 
   /**
-   * Both replies at once, drawn with one seed.
+   * All replies at once, drawn with one seed.
    * @param {string} prompt
    * @param {AbortSignal} signal
    */
   async send(prompt, signal) {
-    const { system, weights, sampling } = this.store.value;
+    const { system, weights, sampling, control } = this.store.value;
     /** @type {Message[]} */
     const messages = [...opening(system), { role: "user", content: prompt }];
     const first = makeRequest(this.model, messages, weights.a, sampling);
     const second = makeRequest(this.model, messages, weights.b, { ...sampling, seed: first.seed });
-    const replies = { a: this.writer.open(first), b: this.writer.open(second) };
-    const columns = element("div", { class: "columns" }, ...SIDES.map((side) => column(side, replies[side])));
-    const pair = { prompt, replies, element: element("article", { class: "turn" }, bubble(prompt), columns) };
-    this.#pairs.push(pair);
-    this.root.append(pair.element);
+    const third = control ? sharpened(second) : null;
+    if (control && !third) toast("No sharpened base: that needs a temperature, and weights of B of more than 0 in all");
+    /** @type {[Column, Request][]} */
+    const asked = [["a", first], ["b", second], ...(third ? [/** @type {[Column, Request]} */ (["control", third])] : [])];
+    const replies = asked.map(([side, request]) => /** @type {[Column, Reply]} */ ([side, this.writer.open(request)]));
+    const columns = element("div", { class: "columns" }, ...replies.map(([side, reply]) => column(side, reply)));
+    const turn = element("article", { class: "turn" }, bubble(prompt), columns);
+    this.#comparisons.push({ prompt, replies, element: turn });
+    this.root.append(turn);
     await Promise.all(
-      SIDES.map(async (side) => {
-        await this.writer.write(replies[side], signal);
-        this.writer.offer(replies[side], false);
+      replies.map(async ([side, reply]) => {
+        await this.writer.write(reply, signal);
+        this.writer.offer(reply, false);
         // As a whole: two replies that are read out while they come would be mixed.
-        if (replies[side].text) announce(`Setting ${side.toUpperCase()}: ${replies[side].text}`);
+        if (reply.text) announce(`${NAMES[side]}: ${reply.text}`);
       }),
     );
   }
@@ -70,28 +73,60 @@ export class Compare {
    * @returns {() => void} brings the comparisons back
    */
   clear() {
-    const pairs = this.#pairs;
-    this.#pairs = [];
+    const comparisons = this.#comparisons;
+    this.#comparisons = [];
     this.root.replaceChildren();
     return () => {
-      this.#pairs = pairs;
-      this.root.replaceChildren(...pairs.map((pair) => pair.element));
+      this.#comparisons = comparisons;
+      this.root.replaceChildren(...comparisons.map((comparison) => comparison.element));
     };
   }
 
   /** What an export holds of it. */
   get record() {
-    return this.#pairs.map(({ prompt, replies }) => ({ prompt, a: replies.a.record, b: replies.b.record }));
+    return this.#comparisons.map(({ prompt, replies }) => ({
+      prompt,
+      ...Object.fromEntries(replies.map(([side, reply]) => [side, reply.record])),
+    }));
   }
+}
+
+/** @type {Record<Column, string>} */
+const NAMES = { a: "Setting A", b: "Setting B", control: "Sharpened base" };
+
+/**
+ * The base alone at the temperature that rewards which learnt nothing (the base itself, with these weights) amount to:
+ * T / (1 + Σw). Null where that is no temperature below T.
+ * @param {Request} request
+ * @returns {Request | null}
+ */
+export function sharpened({ reward_weights, temperature, ...request }) {
+  const names = Object.keys(reward_weights);
+  const total = names.reduce((sum, name) => sum + reward_weights[name], 0);
+  if (total <= 0 || temperature === 0) return null;
+  const none = Object.fromEntries(names.map((name) => [name, 0]));
+  return { ...request, temperature: temperature / (1 + total), reward_weights: none };
+}
+
+/**
+ * @param {Column} side
+ * @param {Reply} reply
+ */
+function column(side, reply) {
+  const { reward_weights, temperature } = reply.request;
+  const heading = side === "control" ? sharpenedHeading(temperature) : settingHeading(side, reward_weights);
+  return element("section", { class: "column", "aria-label": NAMES[side] }, heading, reply.element);
 }
 
 /**
  * @param {Side} side
- * @param {Reply} reply
+ * @param {Record<string, number>} weights
  */
-function column(side, reply) {
-  const name = `Setting ${side.toUpperCase()}`;
-  const letter = element("span", { class: "letter" }, side.toUpperCase());
-  const heading = element("h3", {}, letter, " ", describeWeights(reply.request.reward_weights));
-  return element("section", { class: "column", "aria-label": name }, heading, reply.element);
+function settingHeading(side, weights) {
+  return element("h3", {}, element("span", { class: "letter" }, side.toUpperCase()), " ", describeWeights(weights));
+}
+
+/** @param {number} temperature */
+function sharpenedHeading(temperature) {
+  return element("h3", {}, `sharpened base, temperature ${plain(temperature)}`);
 }

@@ -46,29 +46,3 @@ export function byId(id) {
   if (!found) throw new Error(`the page has no element #${id}`);
   return found;
 }
-
-/**
- * Keep a number field and a value together. What is not allowed is marked and does not count; on leaving the field the
- * last value that counted comes back.
- * @param {HTMLInputElement} field with min, max and step, which say what is allowed
- * @param {{read: () => number | null, write: (value: number | null) => void}} value null where the field may be empty
- * @returns {() => void} shows the value anew
- */
-export function bindNumber(field, { read, write }) {
-  const show = () => {
-    if (document.activeElement !== field || !field.validity.valid) field.value = String(read() ?? "");
-    field.removeAttribute("aria-invalid");
-  };
-  field.addEventListener("input", () => {
-    const valid = field.validity.valid && (field.value !== "" || !field.required);
-    if (valid) field.removeAttribute("aria-invalid");
-    else field.setAttribute("aria-invalid", "true");
-    if (valid) write(field.value === "" ? null : field.valueAsNumber);
-  });
-  field.addEventListener("blur", () => {
-    field.value = String(read() ?? "");
-    field.removeAttribute("aria-invalid");
-  });
-  show();
-  return show;
-}

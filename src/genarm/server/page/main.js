@@ -3,12 +3,13 @@
 import { Api } from "./api.js";
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
-import { bindNumber, byId } from "./dom.js";
+import { byId } from "./dom.js";
 import { conversationFile, download } from "./export.js";
 import { follow } from "./follow.js";
 import { HeatMap } from "./heat.js";
 import { TradeOffMap } from "./map.js";
-import { hideError, hideToast, showError, toast } from "./notices.js";
+import { hideError, hideUndo, showError, toast } from "./notices.js";
+import { bindNumber } from "./number.js";
 import { Popover } from "./popover.js";
 import { initialSettings, Store } from "./state.js";
 import { buildPresets, buildWeights } from "./weights.js";
@@ -56,6 +57,7 @@ class Page {
     bindSampling(this.store);
     bindRadios("modes", (mode) => this.store.set({ mode, side: "b" }));
     bindRadios("sides", (side) => this.store.set({ side }));
+    field("control").addEventListener("change", () => this.store.set({ control: field("control").checked }));
     this.store.watch(["mode", "side"], showView);
     this.store.watch(["busy"], showBusy);
     /** @type {HTMLButtonElement} */ (byId("send")).disabled = false;
@@ -87,7 +89,7 @@ class Page {
     this.#running = new AbortController();
     this.store.set({ busy: true });
     hideError();
-    hideToast();
+    hideUndo();
     const unfollow = follow(byId("scroller"));
     try {
       await view.send(prompt, this.#running.signal);
@@ -150,7 +152,7 @@ function bindRadios(group, choose) {
 function showView({ mode, side }) {
   byId("chat").hidden = mode !== "chat";
   byId("compare").hidden = mode !== "compare";
-  byId("sides").hidden = mode !== "compare";
+  byId("sides").hidden = byId("control-choice").hidden = mode !== "compare";
   for (const value of [mode, side]) {
     /** @type {HTMLInputElement} */ (document.querySelector(`input[type="radio"][value="${value}"]`)).checked = true;
   }

@@ -9,13 +9,16 @@ const MANY_REQUESTS = 429;
 
 /** @type {ReturnType<typeof setTimeout>} */
 let fading;
+let undoable = false;
 
 /**
- * Say what went wrong, in the server's words.
+ * Say what went wrong, in the server's words. What is no error of the API's is a mistake in what was received.
  * @param {unknown} error
  */
 export function showError(error) {
-  const message = error instanceof Error ? error.message : String(error);
+  const known = error instanceof ApiError;
+  if (!known) console.error(error);
+  const message = known ? error.message : "The page cannot make sense of what it received. Reload it and try again";
   const banner = byId("banner");
   banner.replaceChildren(
     element("p", {}, [message, ...advice(error)].map(sentence).join(" ")),
@@ -48,6 +51,7 @@ function sentence(message) {
  */
 export function toast(message, undo) {
   const box = byId("toast");
+  undoable = undo !== undefined;
   box.replaceChildren(element("span", {}, message));
   if (undo) {
     const back = () => {
@@ -60,9 +64,13 @@ export function toast(message, undo) {
   fading = setTimeout(hideToast, TOAST_MS);
 }
 
-/** Also when something new begins, for which an undo would come too late. */
-export function hideToast() {
+function hideToast() {
   byId("toast").replaceChildren();
+}
+
+/** When something new begins, an undo would come too late. */
+export function hideUndo() {
+  if (undoable) hideToast();
 }
 
 /** Reads a reply to screen readers sentence by sentence: token by token they would never finish a word. */

@@ -1,4 +1,9 @@
-/** What stands behind a token, shown beside it while it is pointed at or has the focus. */
+/**
+ * What stands behind a token, shown beside it while it is pointed at or has the focus.
+ *
+ * It lies over other tokens, so that a pointer goes through it: it must not keep a reader from the next token. Beside a
+ * token with the focus, which a click gives it, it stays and takes the pointer, to be read at leisure.
+ */
 
 import { element } from "./dom.js";
 import { plain } from "./state.js";
@@ -26,7 +31,7 @@ export class Popover {
   constructor(box, area) {
     this.box = box;
     area.addEventListener("pointerover", (event) => this.#over(event, spanAt(event)));
-    area.addEventListener("click", (event) => this.#show(spanAt(event)));
+    area.addEventListener("click", (event) => this.#click(spanAt(event)));
     area.addEventListener("pointerout", (event) => spanAt(event) && this.#leave());
     area.addEventListener("focusin", (event) => this.#focus(spanAt(event)));
     area.addEventListener("focusout", (event) => this.#blur(spanAt(event)));
@@ -56,17 +61,27 @@ export class Popover {
     this.#pointer = at;
   }
 
+  /** @param {HTMLElement | null} span */
+  #click(span) {
+    span?.focus({ preventScroll: true });
+    this.#show(span);
+  }
+
+  get #kept() {
+    return this.#anchor !== null && this.#anchor === document.activeElement;
+  }
+
   /** With the focus it stays beside its token; a pointer's token has gone from under the pointer. */
   #scrolled() {
-    if (this.#anchor === document.activeElement) this.#place();
+    if (this.#kept) this.#place();
     else this.hide();
   }
 
-  /** A moment later, so that the pointer can move on to the popover; a token with the focus keeps its own. */
+  /** A moment later, so that it does not flicker between two tokens; a token with the focus keeps its own. */
   #leave() {
     clearTimeout(this.#leaving);
     this.#leaving = setTimeout(() => {
-      const focused = /** @type {HTMLElement | null} */ (document.querySelector(".token:focus-visible"));
+      const focused = /** @type {HTMLElement | null} */ (document.querySelector(".token:focus"));
       if (focused) this.#show(focused);
       else this.hide();
     }, GRACE_MS);
@@ -84,14 +99,19 @@ export class Popover {
   #blur(span) {
     if (!span) return;
     span.removeAttribute("aria-describedby");
-    if (span === this.#anchor) this.hide();
+    if (span === this.#anchor && !this.box.matches(":hover")) this.hide(); // to select what it says
   }
 
   /** @param {HTMLElement | null} span */
   #show(span) {
     if (!span) return;
     clearTimeout(this.#leaving);
-    if (span === this.#anchor) return;
+    if (span !== this.#anchor) this.#open(span);
+    this.box.classList.toggle("kept", this.#kept);
+  }
+
+  /** @param {HTMLElement} span */
+  #open(span) {
     this.hide();
     this.#anchor = span;
     span.classList.add("inspected");
@@ -216,7 +236,8 @@ function runnersUp({ token, top }) {
  * @param {HTMLTableRowElement[]} rows
  */
 function table(headers, rows) {
-  const head = element("tr", {}, ...headers.map((header) => element("th", { scope: "col" }, header)));
+  const cells = headers.map((name) => (name ? element("th", { scope: "col" }, name) : element("td")));
+  const head = element("tr", {}, ...cells);
   return element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
 }
 

@@ -12,6 +12,7 @@
  * @property {Side} side whose weights the panel and the map show
  * @property {Record<Side, Weights>} weights
  * @property {Sampling} sampling
+ * @property {boolean} control whether comparisons have the sharpened base beside them
  * @property {string} system the system message, empty for none
  * @property {boolean} heat whether tokens are coloured
  * @property {string} quantity what their colour shows
@@ -76,6 +77,7 @@ export function initialSettings(description) {
     side: "b",
     weights: { a: noWeights(description), b: defaultWeights(description) },
     sampling: { temperature: 1, top_p: 1, max_tokens: 256, seed: null },
+    control: false,
     system: "",
     heat: false,
     quantity: "all",

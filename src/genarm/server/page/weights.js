@@ -1,6 +1,7 @@
 /** The rewards' sliders with their number fields, and the presets. */
 
-import { bindNumber, element } from "./dom.js";
+import { element } from "./dom.js";
+import { bindNumber } from "./number.js";
 import { allPresets, plain, sameWeights, sliderRange } from "./state.js";
 
 /**

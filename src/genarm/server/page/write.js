@@ -83,7 +83,7 @@ export class Writer {
       ...(text ? [button("Copy", () => copy(text, "Reply copied"), "Copy the reply")] : []),
       button("curl", () => copy(asCurl(request, root, key !== ""), "curl command copied"), "Copy the request as curl"),
       button("Python", () => copy(asPython(request, root, key !== ""), "Python copied"), "Copy the request as Python"),
-      ...(again ? [button("Try again", this.again, "Write this reply again with the present settings")] : []),
+      ...(again ? [button("Try again", this.again, "Try again: write this reply again with the present settings")] : []),
     );
   }
 }
