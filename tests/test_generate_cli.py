@@ -309,6 +309,24 @@ def test_files_that_are_not_ours_are_left_alone(folder: Path, tmp_path: Path, ca
         assert out.read_text() == "".join(changed)
 
 
+def test_conversations_as_clients_send_them(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Content in text parts, and keys that ask for nothing: the same replies, and rows with the plain form."""
+    said = [("user", "w1 w2"), ("assistant", ""), ("user", "w3")]
+    plain = [{"role": role, "content": content} for role, content in said]
+    sent = [
+        {"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": " w2"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [], "refusal": None},
+        {"role": "user", "content": [{"type": "text", "text": "w3"}]},
+    ]
+    rows = []
+    for name, prompt in (("plain", plain), ("sent", sent)):
+        source, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.out.jsonl"
+        source.write_text(json.dumps({"prompt": prompt}) + "\n")
+        assert main(command(folder, source, out)) == 0
+        rows.append(out.read_text())
+    assert rows[0] == rows[1]
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 LINES = {
@@ -319,6 +337,8 @@ LINES = {
     '{"prompt": 3}': "in.jsonl, line 2: prompt is 3; expected text, or a list of messages",
     '{"prompt": []}': "in.jsonl, line 2: prompt is []",
     '{"prompt": [{"role": "user"}]}': "in.jsonl, line 2: {'role': 'user'} is no message",
+    '{"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}': "only text is understood",
+    '{"prompt": [{"role": "user", "content": null}]}': "'content': None} is no message",
     '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}': "must end with one to",
     '{"prompt": "\\ud800"}': "in.jsonl, line 2: the text is not valid Unicode",
     '{"prompt": "w1", "id": 1.5}': "in.jsonl, line 2: id is 1.5",

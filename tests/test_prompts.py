@@ -17,6 +17,7 @@ from genarm.prompts import (
     as_conversation,
     encode_pair,
     encode_prompt,
+    plain_message,
     read_template_args,
 )
 from tiny import SHARED, tiny_tokenizer
@@ -140,3 +141,19 @@ def test_template_arguments_that_would_do_nothing_are_refused() -> None:
 def test_names_that_are_not_the_users_are_all_of_the_librarys() -> None:
     own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     assert set(own) - {"self", "kwargs", "documents"} <= OWN_ARGUMENTS
+
+
+def test_messages_as_clients_send_them() -> None:
+    """Text parts, and what asks for nothing; anything else is left for the reader to refuse."""
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2", "image_url": None}]
+    for message, plain in [
+        ({"role": "user", "content": parts}, {"role": "user", "content": "w1 w2"}),
+        ({"role": "user", "content": "w1", "name": None, "tool_calls": []}, {"role": "user", "content": "w1"}),
+        ({"role": "assistant", "content": None, "refusal": None}, {"role": "assistant", "content": ""}),
+    ]:
+        assert plain_message(message) == plain
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}
+    image = {"role": "user", "content": [*parts, {"type": "image_url", "image_url": {"url": "x"}}]}
+    nothing = [{"role": "user", "content": None}, {"role": "user", "content": []}, {"role": "user"}, "w1", 3]
+    for message in (called, image, *nothing):
+        assert plain_message(message) == message

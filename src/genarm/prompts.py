@@ -150,6 +150,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: R
     return ids
 
 
+def plain_message(message: Any) -> Any:
+    """A message as files and clients have it, in its plain form, {"role": text, "content": text}.
+
+    OpenAI's list of text parts becomes their text, an assistant's null content no text, and keys whose value asks for
+    nothing (null, an empty list or object) are left out. Anything else stays as it is, for the caller to refuse.
+    """
+    if not isinstance(message, Mapping):
+        return message
+    plain = {key: value for key, value in message.items() if key == "content" or value not in (None, [], {})}
+    if "content" in plain:
+        plain["content"] = _plain_content(plain)
+    return plain
+
+
+def _plain_content(message: Mapping[str, Any]) -> Any:
+    content = message["content"]
+    if content is None and message.get("role") == "assistant" and "tool_calls" not in message:
+        return ""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
 def check_prompt_ids(ids: Sequence[int], size: int) -> None:
     """Refuse a prompt without ids, or with one that a model of `size` ids does not have (raises DataError)."""
     if not ids:

@@ -33,6 +33,7 @@ from genarm.sampling import Sampling
 from genarm.server.app import build_app
 from genarm.server.job import Service
 from genarm.server.listen import bind
+from genarm.server.schema import ChatRequest, CompletionRequest
 from genarm.server.vllm_backend import VllmBackend, VllmEngine, VllmOptions
 from tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -156,6 +157,54 @@ def test_greedy_replies_are_those_of_transformers(
     answer = server.post("/v1/completions", **body).json()
     assert answer["choices"][0]["text"].strip() == greedy(model, weights)
     assert answer["usage"]["prompt_tokens"] == len(PROMPT)
+
+
+LASTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+    (
+        {"min_tokens": 5, "logit_bias": {str(END): 20, "9": 8}, "stop_token_ids": [9]},
+        {"min_new_tokens": 5, "sequence_bias": {(END,): 20.0, (9,): 8.0}, "eos_token_id": [END, 9]},
+    ),
+    (
+        {"min_tokens": 3, "logit_bias": {str(END): 20, "9": 60}, "stop_token_ids": [9], "ignore_eos": True},
+        {"min_new_tokens": 3, "sequence_bias": {(END,): 20.0, (9,): 60.0}, "eos_token_id": [9]},
+    ),
+    ({"logit_bias": {str(END): 20}, "ignore_eos": True}, {"sequence_bias": {(END,): 20.0}, "eos_token_id": None}),
+]
+
+
+@pytest.mark.parametrize(("fields", "settings"), LASTING)
+def test_penalties_and_endings_are_those_of_transformers(
+    server: Running, model: GuidedForCausalLM, fields: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """The penalty counts the prompt; the ids that end a reply wait for the least number of tokens."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 0, **fields}
+    answer = server.post("/v1/completions", **body).json()
+    drawn = [token.strip() for token in answer["choices"][0]["logprobs"]["tokens"]]
+    ids = torch.tensor([PROMPT])
+    usual = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": END}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **{**usual, **settings})
+    assert drawn == tiny_tokenizer().convert_ids_to_tokens(output[0, len(PROMPT) :].tolist())
+
+
+def test_every_field_of_vllms_own_server_is_known(server: Running) -> None:
+    """Taken, accepted where it asks for nothing, or refused by name; and all of vLLM's defaults change nothing."""
+    from vllm.entrypoints.openai.chat_completion import protocol as chats
+    from vllm.entrypoints.openai.completion import protocol as texts
+
+    for theirs, ours in ((chats.ChatCompletionRequest, ChatRequest), (texts.CompletionRequest, CompletionRequest)):
+        assert {*theirs.model_fields} <= {*ours.model_fields}
+        given = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in theirs.model_fields.items()
+            if not field.is_required() and name not in {"request_id", "model", "prompt", "messages"}
+        }
+        body = {"model": "guided", "seed": 1, "max_tokens": 4}
+        body |= {"prompt": PROMPT} if ours is CompletionRequest else {"messages": [{"role": "user", "content": "w1"}]}
+        path = "/v1/completions" if ours is CompletionRequest else "/v1/chat/completions"
+        plain = server.post(path, **body).json()
+        answer = server.post(path, **{**given, **body}).json()
+        assert answer["choices"] == plain["choices"], answer
 
 
 def test_streams_with_weights_of_their_own_at_once(server: Running, model: GuidedForCausalLM) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genarm.errors import DataError
-from genarm.prompts import Prompt
+from genarm.prompts import Prompt, plain_message
 
 ROW_KEYS = (
     "index",
@@ -110,8 +110,9 @@ def _request(line: str, where: str) -> Request:
         raise DataError(f"{where}: a {type(row).__name__}; {_EXPECTED}")
     if "prompt" not in row:
         raise DataError(f"{where}: there is no key 'prompt' among {', '.join(map(repr, row))}; {_EXPECTED}")
+    prompt = row["prompt"]
     return Request(
-        prompt=row["prompt"],
+        prompt=[plain_message(message) for message in prompt] if isinstance(prompt, list) else prompt,
         where=where,
         id=row.get("id"),
         reward_weights=row.get("reward_weights", {}),
@@ -141,7 +142,8 @@ def check_prompt(prompt: Any, where: str) -> None:
             and all(isinstance(value, str) for value in message.values())
         ):
             raise DataError(
-                f"{where}: {message!r} is no message; expected {{'role': text, 'content': text}} and nothing else"
+                f"{where}: {message!r:.200} is no message; expected {{'role': text, 'content': text}} and nothing "
+                "else, where content may be a list of {'type': 'text', 'text': …}; only text is understood"
             )
         _check_text(message["content"], where)
     if prompt[-1]["role"] in ("assistant", "system"):
