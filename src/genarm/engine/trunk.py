@@ -24,7 +24,7 @@ from genarm.engine.fused import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.errors import UnsupportedError
-from genarm.model.adapters import adapter_layers, switched
+from genarm.model.adapters import running
 from genarm.model.combine import log_probs
 from genarm.model.vocabulary import Alignment
 
@@ -78,7 +78,6 @@ class Trunk:
         embedding: Any = model.get_input_embeddings()
         self.embedding_size = int(embedding.weight.shape[0])
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
-        self._layers = adapter_layers(model)
         self._plug = Plug(model)
         shapes = _probe(model, self._plug, self._arguments, self.device)
         self.arena = Arena(shapes, rows=rows, capacity=capacity)
@@ -109,11 +108,8 @@ class Trunk:
         for group in groups:
             adapter = self.members[group[0].row.member].adapter
             plan = plan_pass(self.arena, group, self.embedding_size, self.device, self._adapted)
-            if self.shared:
+            with running(self.model, None if self.shared else adapter):
                 logits_WV = self._logits(plan) if self._graphs is None else self._graphs.run(plan)
-            else:
-                with switched(self._layers, adapter):
-                    logits_WV = self._logits(plan)
             pieces = log_probs(logits_WV).split([feed.want for feed in group])
             wanted.update((id(feed), piece) for feed, piece in zip(group, pieces, strict=True))
         for feed in feeds:

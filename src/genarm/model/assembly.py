@@ -6,45 +6,39 @@ vocabulary aligns with the base's.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from genarm.errors import MemberError, UnsupportedError
+from genarm.errors import MemberError
 from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
+from genarm.model.options import LoadOptions
 from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
 from genarm.model.weights import weight_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
-_MEMBER_OPTIONS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "attn_implementation")
-# What the Auto classes add on their own.
-_AUTO_OPTIONS = ("adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "use_safetensors")
-
 
 def load_guided(
-    reference: str | os.PathLike[str], *, config: GuidedConfig | None, revision: str | None, **options: Any
+    reference: str | os.PathLike[str], *, config: GuidedConfig | str | None, revision: str | None, options: LoadOptions
 ) -> tuple[GuidedConfig, list[Member], list[Alignment], Path]:
     """Load the members of a guided folder; see `GuidedForCausalLM.from_pretrained`."""
-    given = {name: value for name, value in options.items() if value is not None and name not in _AUTO_OPTIONS}
-    unknown = sorted(set(given) - set(_HUB_OPTIONS) - set(_MEMBER_OPTIONS))
-    if unknown:
-        raise UnsupportedError(
-            f"from_pretrained of a guided model does not take {unknown[0]!r}; it takes {', '.join(_HUB_OPTIONS)} and, "
-            f"for every member, {', '.join(_MEMBER_OPTIONS)}; set others per member in the folder's config.json"
-        )
-    hub = HubOptions(**{name: given[name] for name in _HUB_OPTIONS if name in given})
-    folder = local_folder(reference, revision, hub)
-    config = GuidedConfig.from_pretrained(folder) if config is None else config
-    members = load_members(config, folder, hub, {name: given[name] for name in _MEMBER_OPTIONS if name in given})
+    hub = options.hub
+    folder = local_folder(reference, revision, hub, options.subfolder)
+    if isinstance(config, GuidedConfig):
+        config = copy.deepcopy(config)
+    else:
+        config = GuidedConfig.from_pretrained(folder if config is None else config)
+    config.update(dict(options.config))
+    members = load_members(config, folder, hub, options.members)
     specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
     base, *rewards = (_vocabulary(m, s, specs[0], folder, hub) for m, s in zip(members, specs, strict=True))
     return config, members, [align(base, reward) for reward in rewards], folder
@@ -95,13 +89,13 @@ def output_rows(model: PreTrainedModel) -> int:
     return int(out_features if out_features is not None else model.config.get_text_config().vocab_size)
 
 
-def local_folder(reference: str | os.PathLike[str], revision: str | None, hub: HubOptions) -> Path:
+def local_folder(reference: str | os.PathLike[str], revision: str | None, hub: HubOptions, subfolder: str = "") -> Path:
     """Where a guided folder is on this machine; one on the hub is downloaded (raises MemberError)."""
     if Path(reference).is_dir():
-        return Path(reference).resolve()
+        return (Path(reference) / subfolder).resolve()
     try:
         options = {key: value for key, value in hub.common().items() if value is not None}
-        return Path(snapshot_download(str(reference), revision=revision, **options))
+        return Path(snapshot_download(str(reference), revision=revision, **options)) / subfolder
     except (OSError, ValueError) as error:
         raise MemberError(f"there is no guided folder {str(reference)!r}, here or on the hub: {error}") from error
 

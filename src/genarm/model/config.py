@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from genarm.errors import ConfigError
+from genarm.errors import ConfigError, MemberError, UnsupportedError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 BASE = "base"
+
+_OF_THE_BASE = frozenset(
+    ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+)
+_CODE = "genarm_model.py"
+_AUTO_MAP = {"AutoConfig": "genarm_model.GuidedConfig", "AutoModelForCausalLM": "genarm_model.GuidedForCausalLM"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +116,9 @@ class GuidedConfig(PreTrainedConfig):
         rewards: `RewardSpec`s as mappings: `name`, `weight`, `description` and the fields of `MemberSpec`.
         vocab_size, max_position_embeddings and the token ids: the base's; `max_position_embeddings` is the
             smallest among the members.
+        use_cache: whether a forward returns a cache where its caller does not say; the base's by default.
+
+    `hidden_size`, `num_hidden_layers` and the like are answered with the base's, from its own configuration.
 
     Raises:
         ConfigError: when a record does not hold together or a name comes twice.
@@ -135,6 +147,62 @@ class GuidedConfig(PreTrainedConfig):
         # The Auto classes find the model of every configuration that exists (see genarm.auto).
         importlib.import_module("genarm.model.modeling")
 
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what this object does not have itself.
+        if name in _OF_THE_BASE or name == "use_cache":
+            described = self.__dict__.get("_described") or self._read_base()
+            if described is not None:
+                text = described.get_text_config()
+                return getattr(text, name) if name != "use_cache" else getattr(text, name, True)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def describe_base(self, config: PreTrainedConfig) -> None:
+        """Answer for the base with `config`, the base's own, from now on."""
+        self.__dict__["_described"] = config
+
+    def _read_base(self) -> Any:
+        """The base's configuration, from its files; None where there are none or they cannot be reached."""
+        from genarm.model.loading import HubOptions, load_model_config
+
+        place = self.__dict__.get("_name_or_path")
+        if not (self.base and place):
+            return None
+        spec = self.base_spec
+        inside = str(spec.model)
+        try:
+            if inside.startswith("./") and not Path(place).is_dir():  # in a guided folder on the hub
+                found = AutoConfig.from_pretrained(place, subfolder=inside.removeprefix("./"))
+            else:
+                found = load_model_config(spec, Path(place), HubOptions(), name=BASE)
+        except (MemberError, OSError, ValueError):
+            return None
+        self.describe_base(found)
+        return found
+
+    def check_shapes(self) -> None:
+        """Refuse a configuration that was told another shape than its members have (raises UnsupportedError)."""
+        told = sorted(_OF_THE_BASE.intersection(self.__dict__))
+        if told:
+            raise UnsupportedError(
+                f"{told[0]} cannot be set for a guided model: its members have the shapes of their files; leave it out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: nothing of how this object's model happens to be loaded."""
+        record: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in record.items() if key not in ("_described", "dtype", "torch_dtype")}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write config.json, and the file through which `trust_remote_code=True` finds the installed genarm."""
+        self.auto_map = dict(_AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        code = resources.files("genarm.model").joinpath("remote_code.py").read_text(encoding="utf-8")
+        (Path(save_directory) / _CODE).write_text(code, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: `save_pretrained` writes what the Auto classes need."""
+
     @classmethod
     def of(cls, base: MemberSpec, rewards: Sequence[RewardSpec], models: Sequence[PreTrainedConfig]) -> GuidedConfig:
         """The configuration of a base and its rewards; `models` are the members' own, the base's first."""
@@ -145,9 +213,9 @@ class GuidedConfig(PreTrainedConfig):
             rewards=[reward.to_dict() for reward in rewards],
             vocab_size=texts[0].vocab_size,
             max_position_embeddings=min((n for n in lengths if n is not None), default=None),
-            bos_token_id=texts[0].bos_token_id,
-            eos_token_id=texts[0].eos_token_id,
-            pad_token_id=texts[0].pad_token_id,
+            bos_token_id=getattr(texts[0], "bos_token_id", None),
+            eos_token_id=getattr(texts[0], "eos_token_id", None),
+            pad_token_id=getattr(texts[0], "pad_token_id", None),
             architectures=["GuidedForCausalLM"],
         )
 

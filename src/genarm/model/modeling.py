@@ -9,10 +9,10 @@ Shapes: B rows, T positions, V ids of the base's vocabulary, R rewards.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -21,15 +21,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs
 
 from genarm.detokenizer import token_texts
 from genarm.errors import MemberError, UnsupportedError
-from genarm.model.adapters import adapter_layers, switch, switched
+from genarm.model.adapters import running, share_adapters
 from genarm.model.assembly import gather_guided, load_guided
 from genarm.model.cache import GuidedCache
 from genarm.model.combine import combine, log_probs
 from genarm.model.config import BASE, GuidedConfig
+from genarm.model.generation import GuidedGeneration, forward_arguments
 from genarm.model.loading import HubOptions, Member, load_tokenizer
+from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
@@ -40,15 +43,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
-class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
+class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # by this name transformers knows it
     """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193).
 
     Make one with `from_pretrained(folder)`, a folder written by `compose`, or from models in memory with
-    `from_members`. Members are frozen and in evaluation mode. Adapters that share a model are switched on and off
-    inside `forward`, so one instance must not run in two threads at once.
+    `from_members`. Members are frozen and in evaluation mode. Threads may share one instance, and instances may
+    share members; a model runs for one thread at a time.
     """
 
     config_class = GuidedConfig
@@ -77,6 +81,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             MemberError: the members are missing (a guided model is never made with random weights).
+            UnsupportedError: a member without a cache of keys and values.
         """
         super().__init__(config)
         if members is None or alignments is None:
@@ -91,14 +96,27 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         self.members = tuple(members)
         self.alignments = tuple(alignments)
         self.folder = folder
-        self._adapter_layers = [adapter_layers(member.model) for member in members]
-        for layers in self._adapter_layers:
-            switch(layers, None)  # a freshly loaded adapter is on, and the base must be its plain self
-        self._arguments = [frozenset(inspect.signature(member.model.forward).parameters) for member in members]
+        for model in unique:
+            share_adapters(model)
+        self._arguments = [forward_arguments(member.model) for member in members]
+        for member, arguments in zip(members, self._arguments, strict=True):
+            if "past_key_values" not in arguments:
+                raise UnsupportedError(
+                    f"{member.name!r} is a {type(member.model).__name__}, which keeps no keys and values of earlier "
+                    "tokens (past_key_values); a guided model's members must, so take a model with attention layers"
+                )
         for i, alignment in enumerate(alignments):
             self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
         self.generation_config = _generation_config(members[0].model)
         self.eval().requires_grad_(False)
+        self._report()
+
+    def _report(self) -> None:
+        """Have the configuration say how the base is loaded and run."""
+        base = self.base.config
+        self.config.describe_base(base)
+        self.config.dtype = self.base.dtype
+        self.config._attn_implementation_internal = base._attn_implementation
 
     # --- making one ---------------------------------------------------------------------------------------------
 
@@ -107,19 +125,23 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: GuidedConfig | None = None,
+        config: GuidedConfig | str | None = None,
         revision: str | None = None,
         **kwargs: Any,
-    ) -> GuidedForCausalLM:
+    ) -> Any:
         """Load a guided folder: a path, or a hub id (the folder is then downloaded).
 
         Args:
             pretrained_model_name_or_path: the folder.
-            config: a `GuidedConfig` to use instead of the folder's.
+            config: a `GuidedConfig`, or the path of one, to use instead of the folder's.
             revision: of the guided folder on the hub; members have revisions of their own.
-            **kwargs: hub options (token, cache_dir, local_files_only, force_download, trust_remote_code) and, for
-                every member that does not set its own, dtype, device_map, max_memory, offload_folder and
-                attn_implementation.
+            **kwargs: hub options (token, cache_dir, local_files_only, force_download, trust_remote_code); for every
+                member that does not set its own, dtype, device_map, max_memory, offload_folder, attn_implementation
+                and the like; use_cache and token ids for the configuration; subfolder, generation_config and
+                output_loading_info as in transformers.
+
+        Returns:
+            The model, and what transformers calls loading info where that was asked for.
 
         Raises:
             ConfigError: the folder's config.json does not hold together.
@@ -127,13 +149,17 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             VocabularyError: two members have different vocabularies.
             UnsupportedError: an option that a guided model does not take.
         """
+        options = sort_options(kwargs, config if isinstance(config, GuidedConfig) else None)
         config, members, alignments, folder = load_guided(
-            pretrained_model_name_or_path, config=config, revision=revision, **kwargs
+            pretrained_model_name_or_path, config=config, revision=revision, options=options
         )
         model = cls(config, members, alignments, folder)
-        if (folder / "generation_config.json").exists():
+        if options.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(options.generation_config.to_dict())
+        elif (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
+        # Members are refused where anything is missing in their files.
+        return (model, {key: set() for key in _LOADING_INFO}) if options.output_loading_info else model
 
     @classmethod
     def from_members(
@@ -221,6 +247,16 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: the output is a combination, not one linear layer."""
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers': every member runs with it."""
+        for member in self.members:
+            member.model.set_attn_implementation(*args, **kwargs)
+        self._report()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing to do: a guided folder says itself what the Auto classes need."""
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused."""
         raise UnsupportedError("a guided model's vocabulary cannot be resized; resize and retrain its members instead")
@@ -240,7 +276,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Combined log-probabilities of the next token at each position.
 
@@ -250,12 +286,13 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: [B, T]; from the mask where not given.
             past_key_values: a `GuidedCache` from an earlier call, or None.
             labels: [B, T] ids for a cross-entropy loss, −100 where ignored.
-            use_cache: return a cache; default true outside training.
+            use_cache: return a cache; by default as the configuration says.
             logits_to_keep: number of last positions (0: all), or their indices, to compute logits for.
-            reward_weights: {name: number} or a tensor [B, R]; defaults where not given. A reward whose weight is 0
-                in every row is not run.
+            reward_weights: {name: number} or a tensor [B, R]; where not given, those of the `generate` call around
+                this forward, or the defaults. A reward whose weight is 0 in every row is not run.
             inputs_embeds, output_attentions, output_hidden_states: refused, as members differ in all three.
-            return_dict: only True, the default.
+            **kwargs: what transformers passes to any model: it reaches the members that take it (token_type_ids,
+                lengths of packed sequences), or the loss (num_items_in_batch, shift_labels).
 
         Returns:
             `logits`: normalised float32 log-probs [B, T, V]; `past_key_values`: a `GuidedCache`; `loss`.
@@ -263,10 +300,11 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             WeightsError, UnsupportedError.
         """
-        _refuse(inputs_embeds, output_attentions, output_hidden_states, return_dict)
+        for_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        _refuse(inputs_embeds, output_attentions, output_hidden_states, kwargs.pop("return_dict", None))
         if input_ids is None:
             raise UnsupportedError("forward needs input_ids, a tensor of token ids [batch, time]")
-        weights_BR = resolve_weights(reward_weights, self.default_weights, input_ids.shape[0])
+        weights_BR = self._row_weights(reward_weights, input_ids.shape[0])
         cache = self._cache(past_key_values, use_cache)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
@@ -277,10 +315,11 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             logits_to_keep=logits_to_keep,
+            others=self._others(kwargs),
         )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _combined(self, weights_BR: Tensor, cache: GuidedCache | None, **inputs: Any) -> Tensor:
@@ -297,6 +336,18 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         columns_BR = weights_BR[:, active].to(base_BTV.device, non_blocking=True)
         return combine(base_BTV, rewards, columns_BR, unknown)
 
+    def _others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Further arguments for members, without those that plain models ignore (raises UnsupportedError)."""
+        others = {name: value for name, value in kwargs.items() if value is not None}
+        if others.pop("output_router_logits", False):
+            raise UnsupportedError(
+                "a guided model has no router logits of its own; run a member instead: model.base(…)"
+            )
+        for name in others:
+            if name not in _IGNORED and not any(_takes(arguments, name) for arguments in self._arguments):
+                raise UnsupportedError(f"neither a guided model's forward nor its members' take {name!r}; leave it out")
+        return others
+
     def _unknown(self, reward: int) -> Tensor | None:
         mask: Tensor | None = getattr(self, f"unknown_{reward}")
         return mask
@@ -310,6 +361,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         cache: Cache | None,
         logits_to_keep: int | Tensor,
+        others: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """Float32 log-probs [B, T', V] of member `index` (0 is the base) over the base's vocabulary."""
         member = self.members[index]
@@ -322,9 +374,10 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         }
         takes = self._arguments[index]
         arguments = {k: v.to(device) for k, v in inputs.items() if v is not None and k in takes}
+        arguments |= {k: v.to(device) if isinstance(v, Tensor) else v for k, v in others.items() if _takes(takes, k)}
         if "logits_to_keep" in takes:
-            arguments["logits_to_keep"] = logits_to_keep
-        with switched(self._adapter_layers[index], member.adapter):
+            arguments["logits_to_keep"] = last_positions(logits_to_keep, input_ids)
+        with running(member.model, member.adapter):
             output = member.model(
                 **arguments,
                 past_key_values=cache,
@@ -337,7 +390,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> GuidedCache | None:
         if past_key_values is None:
-            return GuidedCache() if use_cache or use_cache is None else None
+            return GuidedCache() if (self.config.use_cache if use_cache is None else use_cache) else None
         if not isinstance(past_key_values, GuidedCache):
             raise UnsupportedError(
                 f"past_key_values is a {type(past_key_values).__name__}; a guided model needs a GuidedCache, a cache "
@@ -403,48 +456,9 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             raise MemberError("this guided model has no tokenizer of its own; pass tokenizer=, the base's")
         return tokenizer
 
-    # --- hooks of `generate` ------------------------------------------------------------------------------------
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        # `generate` calls this once, before anything is run: here the weights become a row per sequence, so that
-        # they are repeated with the rows for beams and for several returned sequences.
-        assert input_ids is not None
-        weights = resolve_weights(model_kwargs.get("reward_weights"), self.default_weights, input_ids.shape[0])
-        parent: Any = super()  # transformers types `self` there as a protocol of its own
-        return parent._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **{**model_kwargs, "reward_weights": weights}
-        )
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Let each member that will run make the cache its own architecture needs (static, sliding, …)."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            parent: Any = super()
-            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            return
-        weights_BR = model_kwargs["reward_weights"]
-        caches: dict[str, Cache] = {}
-        for i, member in enumerate(self.members):
-            if i == 0 or bool((weights_BR[:, i - 1] != 0).any()):
-                own: dict[str, Any] = {}
-                model: Any = member.model
-                model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
-                caches[member.name] = own["past_key_values"]
-        model_kwargs["past_key_values"] = GuidedCache(caches)
-
-    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
-        # An assistant that is not itself guided would refuse the weights.
-        if not isinstance(kwargs.get("assistant_model"), GuidedForCausalLM):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "reward_weights"}
-        parent: Any = super()
-        return parent._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+# What `generate` hands on from its own arguments and what tokenizers make: plain models that do not know it ignore it.
+_IGNORED = ("tokenizer", "assistant_tokenizer", "cache_position", "token_type_ids")
 
 
 # --- small parts ----------------------------------------------------------------------------------------------------
@@ -471,6 +485,23 @@ def _refuse(
 def _positions(attention_mask_BT: Tensor) -> Tensor:
     """Position of each token counted from the row's first real one; padding gets 0."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def last_positions(count: int | Tensor, ids_BT: Tensor) -> int | Tensor:
+    """`logits_to_keep`, as indices where a slice would leave some positions out.
+
+    A slice of several rows is not contiguous, and for such hidden states torch copies a frozen output layer once for
+    each row (in bfloat16 on a CPU, seven times a whole prefill's time). Indices make a copy of the states instead.
+    """
+    length = ids_BT.shape[1]
+    if isinstance(count, Tensor) or count == 0 or count >= length:
+        return count
+    return torch.arange(length - count, length, device=ids_BT.device)
+
+
+def _takes(arguments: frozenset[str], name: str) -> bool:
+    """Whether a forward with these arguments makes use of `name`."""
+    return name in arguments or ("kwargs" in arguments and name in TransformersKwargs.__optional_keys__)
 
 
 def _keep(logits_BTV: Tensor, logits_to_keep: int | Tensor) -> Tensor:

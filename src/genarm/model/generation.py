@@ -1,0 +1,150 @@
+"""The hooks of transformers' `generate`: how one call keeps its reward weights, its caches and its arguments.
+
+Shapes: B rows, R rewards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+
+from genarm.errors import UnsupportedError, WeightsError
+from genarm.model.cache import GuidedCache
+from genarm.model.config import GuidedConfig
+from genarm.model.loading import Member
+from genarm.model.weights import RewardWeights, resolve_weights
+
+_calls: ContextVar[Mapping[int, Tensor]] = ContextVar("the weights of each model's generate call in this thread")
+
+
+class GuidedGeneration(GenerationMixin):
+    """`generate` of a guided model, which makes the weights a row per sequence and a cache per member."""
+
+    members: tuple[Member, ...]
+    config: GuidedConfig
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with `reward_weights` beside its own arguments.
+
+        Every forward that transformers makes within the call uses its weights, the one for `negative_prompt_ids` too.
+
+        Raises:
+            WeightsError: the weights are not what they may be.
+            UnsupportedError: continuous batching, or early exit from a layer.
+        """
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        if kwargs.get("assistant_early_exit") is not None:
+            raise UnsupportedError(
+                "a guided model has no layers of its own to leave early, as assistant_early_exit asks; draft with "
+                "assistant_model= or prompt_lookup_num_tokens= instead"
+            )
+        before = _calls.set({**_calls.get({})})
+        try:
+            parent: Any = super()
+            return parent.generate(inputs, *args, **kwargs)
+        finally:
+            _calls.reset(before)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as continuous batching is."""
+        raise UnsupportedError(
+            "transformers' continuous batching reads one model's layers, so it cannot run a guided model; "
+            "genarm.engine.Engine serves many requests at once"
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        self.generate_batch()
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        self.generate_batch()
+
+    def _row_weights(self, given: RewardWeights | None, batch_size: int) -> Tensor:
+        """[batch_size, R] for a forward: what it was given, else what the `generate` call around it was."""
+        own = _calls.get({}).get(id(self))
+        if own is None or (given is not None and given is not own):
+            return resolve_weights(given, self.config.default_weights, batch_size)
+        return _fit(own, batch_size)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        parent: Any = super()
+        base: Any = self.members[0].model
+        extra = {"token_type_ids"} & forward_arguments(base)
+        parent._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in extra})
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # `generate` calls this once, before anything is run: here the weights become a row per sequence, so that
+        # they are repeated with the rows for beams and for several returned sequences.
+        assert input_ids is not None
+        weights = resolve_weights(model_kwargs.get("reward_weights"), self.config.default_weights, input_ids.shape[0])
+        parent: Any = super()  # transformers types `self` there as a protocol of its own
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **{**model_kwargs, "reward_weights": weights}
+        )
+        calls = _calls.get(None)
+        if isinstance(calls, dict):
+            calls[id(self)] = model_kwargs["reward_weights"]
+        assert input_ids is not None
+        return input_ids, model_kwargs
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let each member that will run make the cache its own architecture needs (static, sliding, …)."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            parent: Any = super()
+            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        weights_BR = model_kwargs["reward_weights"]
+        caches: dict[str, Cache] = {}
+        for i, member in enumerate(self.members):
+            if i == 0 or bool((weights_BR[:, i - 1] != 0).any()):
+                own: dict[str, Any] = {}
+                model: Any = member.model
+                model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+                caches[member.name] = own["past_key_values"]
+        model_kwargs["past_key_values"] = GuidedCache(caches)
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # An assistant with other rewards, or with none, would refuse the weights.
+        assistant = kwargs.get("assistant_model")
+        if getattr(assistant, "default_weights", {}).keys() != self.config.default_weights.keys():
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "reward_weights"}
+        parent: Any = super()
+        return parent._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+
+
+def forward_arguments(model: Any) -> frozenset[str]:
+    """Names of the arguments that a model's forward declares, "kwargs" where it takes any others."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _fit(weights_BR: Tensor, batch_size: int) -> Tensor:
+    """The rows of a call for a forward of `batch_size` rows: several for each, or one for several that are alike."""
+    rows = len(weights_BR)
+    if rows == batch_size:
+        return weights_BR
+    if batch_size % rows == 0:
+        return weights_BR.repeat_interleave(batch_size // rows, dim=0)
+    if rows % batch_size == 0:
+        groups = weights_BR.view(batch_size, rows // batch_size, -1)
+        if bool((groups == groups[:, :1]).all()):
+            return groups[:, 0]
+    raise WeightsError(
+        f"a forward of {batch_size} rows inside a generate call with reward weights for {rows} rows; give as many rows "
+        "of negative_prompt_ids as of prompts"
+    )
