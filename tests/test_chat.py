@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from genarm.chat import Answer, Chat
 from genarm.cli.chat import TerminalScreen
@@ -25,6 +24,7 @@ from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.token_rewards import TokenRewards
 from genarm.opening import ModelFiles, open_files
 from genarm.sampling import Sampling
+from genarm.terminal import PlainConsole
 from tiny import save_member, tiny_model, tiny_tokenizer
 
 
@@ -201,7 +201,9 @@ BAD = {
     "/reset all": "/reset takes nothing after it",
     "/wieghts": "there is no command '/wieghts'; there are /weights, /compare, /tokens, /system, /reset, /help, /quit",
     "/": "there is no command '/'",
-    "w1 " * 200: "the conversation has 203 tokens and there is room for 128",
+    "w1 "
+    * 200: "this message alone has 203 tokens as the model reads it, and there is room for 128, its answer included; "
+    "shorten it",
 }
 
 
@@ -269,13 +271,37 @@ def test_an_ordinary_causal_lm_can_chat_but_has_no_rewards(folder: Path, screen:
     assert all("is not a guided model" in error for error in screen.errors)
 
 
+def test_a_message_that_is_too_long_alone(opened: tuple[Engine, ModelFiles], screen: Memory) -> None:
+    """/reset would not help there."""
+    model, files = opened[0].model, opened[1]
+    with Engine(model, files.tokenizer, EngineOptions(streams=2, context=32)) as engine:
+        chat = Chat(engine, files, screen, Sampling(max_new_tokens=4), system="w1 w1")
+        chat.handle("w2 " * 20)
+        chat.handle("w3 " * 40)
+        chat.handle("/reset")
+        chat.handle("w3 " * 40)
+    advice = (
+        "this message alone has 47 tokens as the model reads it, and there is room for 32, its answer included; "
+        "shorten it, or start genarm chat with a larger --context (up to 128)"
+    )
+    assert screen.errors == [advice, advice]
+
+
+def test_a_message_of_several_lines_is_no_command(chat: Chat, screen: Memory) -> None:
+    chat.handle("/weights harmless=9\nw2", message=True)
+    assert chat.weights["harmless"] == 0.5
+    assert chat.history[0] == user("/weights harmless=9\nw2")
+    chat.handle("/system w1\nw2")
+    assert chat.system == "w1\nw2"
+
+
 # --- the terminal ---------------------------------------------------------------------------------------------------
 
 
 def shown(colours: bool) -> tuple[TerminalScreen, io.StringIO]:
     file = io.StringIO()
     system: Any = "truecolor" if colours else None
-    return TerminalScreen(Console(file=file, width=120, force_terminal=colours, color_system=system)), file
+    return TerminalScreen(PlainConsole(file=file, width=120, force_terminal=colours, color_system=system)), file
 
 
 def test_two_columns_and_no_tricks_on_the_terminal() -> None:

@@ -32,7 +32,8 @@ HELP = """\
 /help                 this list
 /quit                 leave; so does Ctrl-D
 Ctrl-C stops an answer. What was shown of it stays in the conversation.
-A message may begin with a slash if there is a space before it."""
+A text of several lines that is pasted is one message, and no command whatever it begins with; to type one, begin
+and end it with \"\"\". A message may begin with a slash if there is a space before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +125,18 @@ class Chat:
             "/help": self._help,
         }
 
-    def handle(self, line: str) -> bool:
+    def handle(self, line: str, *, message: bool = False) -> bool:
         """Answer a message or carry out a command; a line that cannot be handled is said on the screen.
+
+        Args:
+            line: what was typed; of one line or several.
+            message: it is one for the model, whatever it begins with.
 
         Returns:
             Whether the conversation goes on.
         """
-        if line.startswith("/"):
-            command, _, rest = line.strip().partition(" ")
+        if line.startswith("/") and not message:
+            command, rest = (*line.split(maxsplit=1), "")[:2]
             if command == "/quit":
                 return False
             action = self._commands.get(command)
@@ -141,7 +146,7 @@ class Chat:
                 return True
         else:
             action, rest = self._say, line
-        if rest.strip() or line.startswith("/"):
+        if rest.strip() or action != self._say:
             try:
                 action(rest.strip())
             except GenarmError as error:
@@ -162,20 +167,32 @@ class Chat:
     def _begin(self, prompt: Prompt, weights: Mapping[str, float], seed: int) -> Stream:
         """Begin an answer to `prompt`."""
         ids = self.files.encode(prompt)
-        sampling = replace(self.sampling, max_new_tokens=min(self._room(len(ids)), self.sampling.max_new_tokens))
+        room = self._room(prompt, len(ids))
+        sampling = replace(self.sampling, max_new_tokens=min(room, self.sampling.max_new_tokens))
         return self.engine.stream(Request(prompt=ids, weights=weights, sampling=sampling, seed=seed))
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         return self.files.conversation(messages, system=self.system, raw=False)
 
-    def _room(self, prompt_tokens: int) -> int:
-        room = self.engine.context - prompt_tokens
-        if room < 1:
+    def _room(self, prompt: Prompt, tokens: int) -> int:
+        room = self.engine.context - tokens
+        if room >= 1:
+            return room
+        assert not isinstance(prompt, str)
+        system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+        alone_tokens = len(self.files.encode([*system, prompt[-1]]))
+        if alone_tokens < self.engine.context:
             raise DataError(
-                f"the conversation has {prompt_tokens} tokens and there is room for {self.engine.context}; begin a new "
-                "one with /reset"
+                f"the conversation has {tokens} tokens and there is room for {self.engine.context}; begin a new one "
+                "with /reset"
             )
-        return room
+        most = self.files.context
+        larger = most is None or most > self.engine.context
+        start = f", or start genarm chat with a larger --context{f' (up to {most})' if most else ''}" if larger else ""
+        raise DataError(
+            f"this message alone has {alone_tokens} tokens as the model reads it, and there is room for "
+            f"{self.engine.context}, its answer included; shorten it{start}"
+        )
 
     def _next_seed(self) -> int:
         self._drawn += 1

@@ -7,10 +7,14 @@ compared pair by pair with the first. Intervals are at 95%.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from genarm.cli.options import add_device_options, open_console, quiet_libraries
+from genarm.cli.options import (
+    add_device_options,
+    open_console,
+    quiet_libraries,
+    say,
+)
 
 SUMMARY = "measure how often rewards agree with held-out preferences"
 
@@ -59,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, show and write."""
     with quiet_libraries():
         import datasets
-        from rich.console import Console
 
         from genarm.accuracy.report import print_result, write_result
         from genarm.accuracy.run import measure
@@ -83,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if arguments.output is not None and arguments.output.is_dir():
             raise ConfigError(f"--output {arguments.output} is a folder; give the name of a file, such as result.json")
-        result = measure(settings, Console(stderr=True, highlight=False))
+        result = measure(settings, open_console(stderr=True))
     print_result(open_console(), result)
     if arguments.output is not None:
         try:
             scores = write_result(arguments.output, result)
         except OSError as error:
             raise DataError(f"cannot write --output {arguments.output}: {error}") from error
-        print(f"wrote {arguments.output} and {scores}", file=sys.stderr)
+        say(f"wrote {arguments.output} and {scores}", stderr=True)
     return 0

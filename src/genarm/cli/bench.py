@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from genarm.bench.shapes import SHAPES
-from genarm.cli.options import add_engine_options, add_model_options, quiet_libraries
+from genarm.cli.options import (
+    add_engine_options,
+    add_model_options,
+    open_console,
+    quiet_libraries,
+    say,
+)
 
 SUMMARY = "measure decoding speed on this machine"
 
@@ -132,8 +137,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         import datetime
         from contextlib import nullcontext
 
-        from rich.console import Console
-
         from genarm.bench.report import Circumstances
         from genarm.bench.serve import ServeSettings, run_serve
         from genarm.bench.serve_report import as_markdown, write_serve_report
@@ -154,14 +157,14 @@ def _serve(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_serve(settings, Console(stderr=True, highlight=False))
+            result = run_serve(settings, open_console(stderr=True))
             machine = this_machine("cpu" if result.device == "auto" else result.device)
             circumstances = Circumstances(machine=machine, date=datetime.date.today(), code=code_version())
             if folder is not None:
                 write_serve_report(folder, result, circumstances)
-    print(as_markdown(result, circumstances), end="")
+    say(as_markdown(result, circumstances), end="")
     if arguments.output is not None:
-        print(f"wrote {arguments.output}", file=sys.stderr)
+        say(f"wrote {arguments.output}", stderr=True)
     return 0
 
 
@@ -169,8 +172,6 @@ def _decode(arguments: argparse.Namespace) -> int:
     with quiet_libraries():
         import datetime
         from contextlib import nullcontext
-
-        from rich.console import Console
 
         from genarm.bench.decode import run_decode
         from genarm.bench.report import Circumstances, as_markdown, write_report
@@ -191,15 +192,15 @@ def _decode(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_decode(settings, Console(stderr=True, highlight=False))
+            result = run_decode(settings, open_console(stderr=True))
             circumstances = Circumstances(
                 machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
             )
             if folder is not None:
                 write_report(folder, result, circumstances)
-    print(as_markdown(result, circumstances), end="")
+    say(as_markdown(result, circumstances), end="")
     if arguments.output is not None:
-        print(f"wrote {arguments.output}", file=sys.stderr)
+        say(f"wrote {arguments.output}", stderr=True)
     return 0
 
 
@@ -207,8 +208,6 @@ def _vllm(arguments: argparse.Namespace) -> int:
     with quiet_libraries():
         import datetime
         from contextlib import nullcontext
-
-        from rich.console import Console
 
         from genarm.bench.report import Circumstances
         from genarm.bench.settings import VllmSettings
@@ -227,13 +226,13 @@ def _vllm(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_vllm(settings, Console(stderr=True, highlight=False))
+            result = run_vllm(settings, open_console(stderr=True))
             circumstances = Circumstances(
                 machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
             )
             if folder is not None:
                 write_vllm_report(folder, result, circumstances)
-    print(as_markdown(result, circumstances), end="")
+    say(as_markdown(result, circumstances), end="")
     if arguments.output is not None:
-        print(f"wrote {arguments.output}", file=sys.stderr)
+        say(f"wrote {arguments.output}", stderr=True)
     return 0

@@ -1,7 +1,7 @@
 """Talk to a guided model, change its reward weights in mid-conversation and see what they change.
 
-Type /help for the commands: /weights, /compare, /tokens, /system, /reset, /quit. Reads plain lines where the
-input is not a terminal.
+Type /help for the commands: /weights, /compare, /tokens, /system, /reset, /quit. A pasted text of several lines is
+one message. Reads plain lines where the input is not a terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
+import select
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,10 +23,10 @@ from genarm.cli.options import (
     draft_files,
     open_console,
     open_engine,
-    printable,
     quiet_libraries,
     reading_of,
     sampling_of,
+    say,
     weights_of,
 )
 
@@ -96,10 +98,10 @@ def _greet(chat: Chat) -> None:
 
 
 def _turn(chat: Chat) -> bool:
-    """Read a line and handle it; whether the conversation goes on."""
+    """Read what is typed or pasted and handle it; whether the conversation goes on."""
     terminal = sys.stdin.isatty()
     try:
-        line = input("› " if terminal else "")
+        text, message = _read(terminal)
     except EOFError:
         if terminal:
             print()
@@ -111,10 +113,49 @@ def _turn(chat: Chat) -> bool:
         chat.screen.note("/quit or Ctrl-D leaves")
         return True
     try:
-        return chat.handle(line)
+        return chat.handle(text, message=message)
     except KeyboardInterrupt:  # while nothing was being generated: a heat map, say
         chat.screen.note("[stopped]")
         return True
+
+
+def _read(terminal: bool) -> tuple[str, bool]:
+    """A line, or the several of a paste or between two fences; and whether they are a message, whatever they say."""
+    lines = [input("› " if terminal else "")]
+    while terminal and (rest := _pasted()):
+        *whole, last = rest.split("\n")
+        unseen = "readline" in sys.modules  # which has the terminal show nothing by itself
+        lines += whole
+        for line in whole if unseen else ():
+            say(line)
+        if last:  # its end is still to be typed
+            lines.append(last + input(last if unseen else ""))
+    text = "\n".join(lines)
+    before, fence, rest = text.partition(_FENCE)
+    if not fence or before.strip() not in ("", *_TAKE_TEXT):
+        return text, "\n" in text.strip()
+    while _FENCE not in rest:
+        rest += "\n" + input("… " if terminal else "")
+    inside, _, after = rest.partition(_FENCE)
+    return before + inside.strip("\n") + after, not before.strip()
+
+
+def _pasted() -> str:
+    """What came right after a line, faster than anybody types; the end of it may be a line that is not complete."""
+    try:
+        import termios
+    except ImportError:  # a system that cannot look ahead
+        return ""
+    terminal, found = sys.stdin.fileno(), b""
+    usual = termios.tcgetattr(terminal)
+    at_once = [*usual[:3], usual[3] & ~(termios.ICANON | termios.ECHO), *usual[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, at_once)
+    try:
+        while select.select([terminal], [], [], _PASTE_SECONDS)[0]:
+            found += os.read(terminal, 2**16)
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, usual)
+    return found.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 class TerminalScreen:
@@ -125,15 +166,15 @@ class TerminalScreen:
 
     def note(self, text: str) -> None:
         """A remark in faint letters."""
-        self.console.print(printable(text), style="dim", markup=False, soft_wrap=True)
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
         """One line in red."""
-        self.console.print(f"error: {printable(' '.join(text.split()))}", style="red", markup=False, soft_wrap=True)
+        self.console.print(f"error: {' '.join(text.split())}", style="red", markup=False, soft_wrap=True)
 
     def piece(self, text: str) -> None:
         """As it comes; the terminal breaks the lines."""
-        self.console.print(printable(text), end="", markup=False, soft_wrap=True)
+        self.console.print(text, end="", markup=False, soft_wrap=True)
 
     def answered(self, answer: Answer) -> None:
         """Close the last line, and say if the answer was cut."""
@@ -153,7 +194,7 @@ class TerminalScreen:
             table.add_column(Text(heading), ratio=1, overflow="fold")
         cells = []
         for answer in (base, guided):
-            text = Text(printable(answer.text))
+            text = Text(answer.text)
             if answer.ended != "stop" or not answer.text:
                 text.append(f"\n{_ENDINGS[answer.ended]}", style="dim")
             cells.append(text)
@@ -173,5 +214,8 @@ class TerminalScreen:
             self.console.print()
 
 
+_FENCE = '"""'
+_TAKE_TEXT = ("/system", "/compare")
+_PASTE_SECONDS = 0.03
 _ENDINGS = {"stop": "[an empty answer]", "length": "[cut at the token limit]", "interrupted": "[stopped]"}
 _COLUMNS_WIDTH = 120

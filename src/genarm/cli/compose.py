@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from genarm.cli.options import quiet_libraries
+from genarm.cli.options import (
+    quiet_libraries,
+    say,
+)
 
 SUMMARY = "put a frozen base and rewards together into a guided model folder"
 
@@ -68,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
         )
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     listed = ", ".join(f"{name}={weight:g}" for name, weight in report.config.default_weights.items())
-    print(f"{report.folder}: base {arguments.base}, rewards {listed}")
+    say(f"{report.folder}: base {arguments.base}, rewards {listed}")
     return 0
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from genarm.cli.options import quiet_libraries
+from genarm.cli.options import (
+    open_console,
+    quiet_libraries,
+)
 
 SUMMARY = "train, compose and steer a small guided model from start to end, offline, in about two minutes"
 
@@ -25,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     with quiet_libraries():
-        from rich.console import Console
-
         from genarm.demo.run import DemoSettings, run_demo
 
-        run_demo(arguments.output, DemoSettings(seed=arguments.seed), Console())
+        run_demo(arguments.output, DemoSettings(seed=arguments.seed), open_console())
     return 0

@@ -20,11 +20,13 @@ from genarm.cli.options import (
     add_reading_options,
     add_sampling_options,
     draft_files,
+    open_console,
     open_engine,
-    printable,
     quiet_libraries,
     reading_of,
     sampling_of,
+    say,
+    say_json,
     settings_of,
     weights_of,
 )
@@ -101,15 +103,15 @@ def _decode(
     output: Path | None = arguments.output
     done = begin(output, settings) if output else 0
     if done == len(jobs):
-        _say(f"{output} is complete: {done} of {done} rows")
+        say(f"{output} is complete: {done} of {done} rows", stderr=True)
         return 0
     if done:
-        _say(f"resuming {output} at {done} of {len(jobs)} rows")
+        say(f"resuming {output} at {done} of {len(jobs)} rows", stderr=True)
     engine = open_engine(
         arguments, files, draft, streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan)
     )
     if output:
-        _say(engine.describe())
+        say(engine.describe(), stderr=True)
     emit = _writer(output, as_json=arguments.json, alone=len(jobs) == 1)
     with _progress(len(jobs), done, shown=output is not None or not sys.stdout.isatty()) as advance, engine:
         try:
@@ -119,49 +121,41 @@ def _decode(
                 advance(row)
         except KeyboardInterrupt:
             if output:
-                _say(f"stopped; the same command goes on with {output}")
+                say(f"stopped; the same command goes on with {output}", stderr=True)
             raise
     if output:
-        _say(f"{output}: {done} rows")
+        say(f"{output}: {done} rows", stderr=True)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[dict[str, Any]], None]:
     """What to do with a row."""
-    import json
-
     from genarm.batch.output import append
 
     def write(row: dict[str, Any]) -> None:
         if output:
             append(output, row)
             return
-        print(json.dumps(row, ensure_ascii=False) if as_json else _readable(row, alone=alone), flush=True)
+        say_json(row) if as_json else say(_readable(row, alone=alone))
 
     return write
 
 
 def _readable(row: dict[str, Any], *, alone: bool) -> str:
     """A response for people: by itself, or under its prompt where there are several."""
-    response = printable(row["response"])
     if alone:
-        return response
+        return str(row["response"])
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     sample = f", reply {row['sample'] + 1}" if row["sample"] else ""
-    return f"[{row['index']}{sample}] {printable(prompt)}\n{response}\n"
+    return f"[{row['index']}{sample}] {prompt}\n{row['response']}\n"
 
 
 @contextmanager
 def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar on stderr where that is a terminal; yields what to call with each row."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (
         TextColumn("replies"),
         BarColumn(),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from genarm.cli.options import open_console, say
 
 if TYPE_CHECKING:
     from genarm.judges.answers import Matched
@@ -83,14 +84,14 @@ def run(arguments: argparse.Namespace) -> int:
         price_in=arguments.price_in,
         price_out=arguments.price_out,
     )
-    print(_forecast(expected, len(pairs)))
+    say(_forecast(expected, len(pairs)))
     if arguments.estimate:
         return 0
     with _progress(2 * len(pairs)) as advance:
         try:
             verdicts = judge_pairs(pairs, protocol, settings, cache, advance)
         except KeyboardInterrupt:
-            print(f"stopped; the same command goes on with {arguments.output}", file=sys.stderr)
+            say(f"stopped; the same command goes on with {arguments.output}", stderr=True)
             raise
     _write(arguments.output, matched, verdicts, digest)
     _report(arguments, protocol, settings, verdicts)
@@ -160,10 +161,9 @@ def _forecast(expected: Estimate, pairs: int) -> str:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr where that is a terminal; yields what to call with each reply."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
@@ -196,23 +196,22 @@ def _report(
     arguments: argparse.Namespace, protocol: Protocol, settings: ClientSettings, verdicts: Sequence[Verdict]
 ) -> None:
     """Print the figures, and say what went wrong; raises DataError where there is no figure at all."""
-    from genarm.cli.options import printable
     from genarm.errors import DataError
     from genarm.judges.llm import summarise
     from genarm.statistics import win_rate
 
     summary = summarise(verdicts)
     rate = win_rate([verdict.outcome for verdict in verdicts])
-    print(f"{arguments.first} against {arguments.second}, by {settings.model} ({protocol.name})")
-    print(f"win {rate.win}  tie {rate.tie}  lose {rate.lose}  unparsed {summary.unparsed}  failed {summary.failed}")
-    print(f"win + ½ tie: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}] (n={rate.n})" if rate.n else "n=0")
-    print(
+    say(f"{arguments.first} against {arguments.second}, by {settings.model} ({protocol.name})")
+    say(f"win {rate.win}  tie {rate.tie}  lose {rate.lose}  unparsed {summary.unparsed}  failed {summary.failed}")
+    say(f"win + ½ tie: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}] (n={rate.n})" if rate.n else "n=0")
+    say(
         f"the two orders disagree on {summary.inconsistent} of {rate.n} pairs: {summary.for_first} for the answer "
         f"shown first, {summary.for_second} for the one shown second"
     )
-    print(f"{summary.prompt_tokens:,} tokens read, {summary.completion_tokens:,} written")
+    say(f"{summary.prompt_tokens:,} tokens read, {summary.completion_tokens:,} written")
     if summary.failed:
-        print(printable(f"failed: {summary.failure}; the same command asks again"), file=sys.stderr)
-    print(f"wrote {arguments.output}", file=sys.stderr)
+        say(f"failed: {summary.failure}; the same command asks again", stderr=True)
+    say(f"wrote {arguments.output}", stderr=True)
     if not rate.n:
         raise DataError(f"no pair has a verdict; see the replies in {arguments.output}")

@@ -48,13 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
+    from genarm.cli.options import say
     from genarm.errors import GenarmError
 
     try:
         code: int = arguments.run(arguments)
     except GenarmError as error:
         if os.environ.get("RANK", "0") == "0":  # every process of `accelerate launch` runs into the same mistake
-            print(f"genarm {arguments.verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            say(f"genarm {arguments.verb}: error: {' '.join(str(error).split())}", stderr=True)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"\ngenarm {arguments.verb}: interrupted", file=sys.stderr)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
-import unicodedata
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -221,14 +223,26 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
-def open_console() -> Console:
-    """Standard output; a file or a pipe has no edge at which to fold a table."""
-    from rich.console import Console
+def open_console(*, stderr: bool = False) -> Console:
+    """Standard output, or standard error; a file or a pipe has no edge at which to fold a table."""
+    from genarm.terminal import PlainConsole
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_NO_EDGE)
+    console = PlainConsole(stderr=stderr)
+    return console if console.is_terminal else PlainConsole(stderr=stderr, width=_NO_EDGE)
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, which could steer the reader's terminal, replaced."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+def say(text: str, *, end: str = "\n", stderr: bool = False) -> None:
+    """Print a line for people: no control character in it, wherever its words come from, steers their terminal."""
+    from genarm.terminal import printable
+
+    print(printable(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def say_json(value: Any, *, indent: int | None = None) -> None:
+    """Print JSON, on one line without `indent`, with every control character in its escaped form."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    print(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
+
+
+_CONTROL = re.compile("[\x7f-\x9f]")
+"""Those that JSON has no need to escape."""

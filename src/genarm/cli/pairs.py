@@ -7,7 +7,6 @@ command goes on where an interrupted run stopped; the pairs are the same either 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,12 @@ from genarm.cli.options import (
     add_sampling_options,
     add_template_option,
     draft_files,
+    open_console,
     open_engine,
     quiet_libraries,
     reading_of,
     sampling_of,
+    say,
     settings_of,
     weights_of,
 )
@@ -134,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
                 open_engine=engine,
                 advance=advance,
             )
-    print(_summary(arguments.output, counts))
+    say(_summary(arguments.output, counts))
     return 0
 
 
@@ -165,10 +166,10 @@ def _warn_of_sandbox() -> None:
     passed(outcome)
     open_to = sorted({"network", "processes", "files"} - outcome.contained)
     if open_to:
-        print(
+        say(
             f"warning: on this machine the sandbox keeps generated code within its limits, but not from: "
             f"{', '.join(open_to)}; use a container or a virtual machine for models you do not trust",
-            file=sys.stderr,
+            stderr=True,
         )
 
 
@@ -178,17 +179,16 @@ def _goes_on(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {output}", file=sys.stderr)
+        say(f"stopped; the same command goes on with {output}", stderr=True)
         raise
 
 
 @contextmanager
 def _progress() -> Iterator[Advance]:
     """A bar for each stage on stderr, where that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}

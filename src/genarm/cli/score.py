@@ -7,9 +7,7 @@ reward's weighted contribution. Colours show how a reward differs from the base.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,8 @@ from genarm.cli.options import (
     open_console,
     quiet_libraries,
     reading_of,
+    say,
+    say_json,
     weights_of,
 )
 
@@ -89,12 +89,12 @@ def _write_page(arguments: argparse.Namespace, rewards: TokenRewards) -> None:
         write_text(arguments.html, html_page(rewards, model=arguments.folder, prompt=prompt))
     except OSError as error:
         raise DataError(f"cannot write --html {arguments.html}: {error}") from error
-    print(f"wrote {arguments.html}", file=sys.stderr)
+    say(f"wrote {arguments.html}", stderr=True)
 
 
 def _show(rewards: TokenRewards, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_finite(rewards.to_dict()), ensure_ascii=False, indent=2))
+        say_json(_finite(rewards.to_dict()), indent=2)
         return
     from genarm.heatmap import print_table
 

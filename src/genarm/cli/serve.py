@@ -19,6 +19,7 @@ from genarm.cli.options import (
     open_engine,
     quiet_libraries,
     reading_of,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -116,9 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
             url = url_of(arguments.host, listener)
 
             def announce() -> None:
-                print(f"{backend.describe()}\n{names.model} is served at {url}", flush=True)
+                say(f"{backend.describe()}\n{names.model} is served at {url}")
                 if not keys and arguments.host not in ("127.0.0.1", "::1", "localhost"):
-                    print("there are no API keys: everybody who can connect may ask", file=sys.stderr)
+                    say("there are no API keys: everybody who can connect may ask", stderr=True)
 
             try:
                 app = build_app(service, keys=keys, origins=arguments.cors)

@@ -30,6 +30,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from genarm.data.tokens import report_table
 from genarm.errors import ConfigError
+from genarm.terminal import PlainConsole
 from genarm.train.arguments import training_options
 from genarm.train.baseline import require_trl
 from genarm.train.config import TrainConfig
@@ -144,7 +145,7 @@ def _join_processes() -> PartialState:
 def _console(console: Console | None, process: PartialState) -> Console:
     if not process.is_main_process:
         return Console(quiet=True)
-    return console or Console()
+    return console or PlainConsole(highlight=True)
 
 
 def _resume_message(path: Path, checkpoint: Checkpoint | None) -> str:
