@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from genarm.data.preferences import Format, Preference, detect, load_preferences, normalise, to_preferences
+from genarm.data.preferences import Format, Preference, detect, load_preferences, to_preferences
+from genarm.data.prompts import to_prompts
 from genarm.errors import ConfigError, DataError
 from tiny import SHARED
 
@@ -48,12 +49,12 @@ EXPLICIT = [
     (
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
         Format.STANDARD,
-        ("The sky is", " blue.", " green."),
+        ([user("The sky is")], " blue.", " green."),
     ),
     (
-        {"chosen": "The sky is blue.", "rejected": "The sky is blueish."},
+        {"chosen": "Q: The sky?\nA: It is blue.", "rejected": "Q: The sky?\nA: It is green."},
         Format.IMPLICIT_STANDARD,
-        ("The sky is", " blue.", " blueish."),
+        ("Q: The sky?\nA:", " It is blue.", " It is green."),
     ),
     (
         {"prompt": [user("Sky?")], "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
@@ -132,20 +133,27 @@ def test_objective_is_required_for_pku_and_refused_elsewhere() -> None:
         to_preferences([HH], source="rows", objective="safer")
 
 
-def test_implicit_prompt_ends_at_a_word() -> None:
-    def prompt(chosen: str, rejected: str) -> str:
-        pair = normalise({"chosen": chosen, "rejected": rejected}, Format.IMPLICIT_STANDARD)
-        assert isinstance(pair.prompt, str)
-        assert pair.prompt + pair.chosen == chosen
-        assert pair.prompt + pair.rejected == rejected
-        return pair.prompt
+@pytest.mark.parametrize(
+    ("prompt", "replies"),
+    [
+        ("Question: the sky?\nAnswer:", (" blue", " blueish")),
+        ("### Instruction:\nSay it.\n\n### Response:", ("\nOne two.", "\nOne three.")),
+        ("<|user|>\nSky?\n<|assistant|>", ("\nBlue", "\nGreen")),
+        ("<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n", ("The sky is blue", "The sky is red")),
+        ("[INST] Sky? [/INST]", (" A b c", " A b d")),
+        ("USER: Assistant: who?\nASSISTANT:", (" The one", " The other")),
+    ],
+)
+def test_implicit_prompts_of_text_end_where_a_turn_begins(prompt: str, replies: tuple[str, str]) -> None:
+    rows = [{"chosen": prompt + replies[0], "rejected": prompt + replies[1]}]
+    (pair,) = to_preferences(rows, source="rows").pairs
+    assert pair == Preference(prompt=prompt, chosen=replies[0], rejected=replies[1])
 
-    assert prompt("one two three", "one two four") == "one two"
-    assert prompt("one two three", "one two  four") == "one two"
-    assert prompt("one two\nx", "one two y") == "one two"
-    assert prompt("one two", "one two three") == "one"  # "two" must not become an empty response
-    with pytest.raises(ValueError, match="no first words in common"):
-        prompt("yes", "no")
+
+@pytest.mark.parametrize("said", [("The sky is blue.", "The sky is green."), ("yes", "no"), ("Answer: a", "Answer: b")])
+def test_words_in_common_are_no_prompt(said: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match="are text without a prompt: they have no turns in common"):
+        to_preferences([{"chosen": said[0], "rejected": said[1]}], source="rows")
 
 
 def test_unknown_columns_are_named_with_the_formats() -> None:
@@ -183,6 +191,111 @@ def test_malformed_rows_are_counted_by_reason() -> None:
     }
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+REPLIES = {"chosen": [assistant("x")], "rejected": [assistant("y")]}
+
+
+def turns(*said: dict[str, str]) -> dict[str, Any]:
+    """Replies after `said`."""
+    return {name: [*said, *reply] for name, reply in REPLIES.items()}
+
+
+# Everything that comes before the responses is in the prompt, wherever the row has it: row → prompt.
+CONTEXTS: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
+    ({"system": "Be brief.", "question": "Why?", "chosen": "x", "rejected": "y"}, [SYSTEM, user("Why?")]),
+    ({"system": "", "question": "Why?", "chosen": "The x", "rejected": "The y"}, [user("Why?")]),
+    ({"system_prompt": "Be brief.", "instruction": "Why?", "chosen": "x", "rejected": "y"}, [SYSTEM, user("Why?")]),
+    (
+        {"history": [["a", "b"]], "system": "Be brief.", "prompt": "Why?", "chosen": "x", "rejected": "y"},
+        [SYSTEM, user("a"), assistant("b"), user("Why?")],
+    ),
+    (
+        {"history": [user("a"), assistant("b")], "prompt": [user("Why?")], **REPLIES},
+        [user("a"), assistant("b"), user("Why?")],
+    ),
+    ({"system": "Be brief.", "prompt": [user("Why?")], **REPLIES}, [SYSTEM, user("Why?")]),
+    ({"system": "Be brief.", "prompt": [SYSTEM, user("Why?")], **REPLIES}, [SYSTEM, user("Why?")]),
+    ({"system": "Be brief.", **turns(user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": [user("Q1")], **turns(assistant("A1"), user("Q2"))}, [user("Q1"), assistant("A1"), user("Q2")]),
+    ({"prompt": "Q1", **turns(assistant("A1"), user("Q1"))}, [user("Q1"), assistant("A1"), user("Q1")]),
+    ({"prompt": [SYSTEM], **turns(user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": [SYSTEM, user("Why?")], **turns(SYSTEM, user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": "Q2 ", **turns(user("Q1"), assistant("A1"), user("Q2"))}, [user("Q1"), assistant("A1"), user("Q2")]),
+    ({"prompt": "Why?", "question": "Why?", **turns(user("Why?"))}, [user("Why?")]),
+    ({"system": "Be brief.", **HH}, [SYSTEM, user("Hi there"), assistant("Hello."), user("Any news?")]),
+    (
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " x", "rejected": " y"},
+        [user("Why?")],
+    ),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], **REPLIES}, [user("Why?")]),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), CONTEXTS, ids=map(str, range(len(CONTEXTS))))
+def test_nothing_before_the_response_is_lost(row: dict[str, Any], prompt: list[dict[str, str]]) -> None:
+    (pair,) = to_preferences([row], source="rows").pairs
+    assert pair.prompt == prompt
+    alone = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    if isinstance(row["chosen"], str) and row["chosen"] in ("x", "y"):
+        assert [p.prompt for p in to_prompts([alone], source="rows").pairs] == [prompt]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?", "question": "How?", "chosen": "x", "rejected": "y"}, "'prompt' and 'question' could both"),
+        ({"instruction": "Add", "input": "1, 2", "chosen": "x", "rejected": "y"}, "'instruction' and 'input' could"),
+        ({"system": "a", "system_prompt": "b", "prompt": "Why?", "chosen": "x", "rejected": "y"}, "two of them"),
+        ({"system": "Sing.", "prompt": [SYSTEM, user("Why?")], **REPLIES}, "contradict each other"),
+        ({"prompt": "Who?", **turns(user("Why?"))}, "contradict each other"),
+        ({"prompt": "Why?", "history": "before", "chosen": "x", "rejected": "y"}, "'history' is neither"),
+        ({"prompt": [user("Why?")], "tools": [{"name": "f"}], **REPLIES}, "the row has 'tools'"),
+        ({"prompt": "Why?", "images": ["a.png"], "chosen": "x", "rejected": "y"}, "the row has 'images'"),
+        ({"prompt": [user("Why?")], "chosen": [CALL], "rejected": [assistant("y")]}, "'chosen' has 'tool_calls'"),
+        ({"prompt": [user("Why?"), {**CALL, "content": None}], **REPLIES}, "'prompt' has 'tool_calls'"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "text": "a"}]}], **REPLIES},
+            "'prompt' has parts that are no text",
+        ),
+        (
+            {
+                "prompt": [user("Why?")],
+                "chosen": [assistant("a"), user("b"), assistant("c")],
+                "rejected": [assistant("d")],
+            },
+            "answer different prompts",
+        ),
+        ({"prompt": [SYSTEM], **REPLIES}, "there is no prompt"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        to_preferences([row], source="rows")
+
+
+def test_columns_that_are_not_read_are_named() -> None:
+    row = {"prompt": "Why?", "chosen": "x", "rejected": "y", "id": 3, "chosen-model": "a b", "score_chosen": 0.5}
+    found = to_preferences([row, {**row, "extra": 1}], source="rows")
+    assert list(found.unread) == ["id", "chosen-model", "score_chosen", "extra"]
+    assert "columns not read: id, chosen-model" in found.description
+    for text in ("In the year 1900 …", ["a b"], [{"role": "user", "content": "a b"}]):
+        with pytest.raises(
+            DataError, match=r"rows: the column 'persona' holds text that nothing would read; .*take it"
+        ):
+            to_preferences([row, {**row, "persona": text}], source="rows")
+    assert to_preferences([{**row, "persona": "In 1900 …"}], source="rows", read=["persona"]).pairs
+
+
+def test_a_system_message_needs_a_template() -> None:
+    with pytest.raises(DataError, match="a system message or a history needs a chat template"):
+        to_preferences([CONTEXTS[0][0]], source="rows", chat=False)
+    with pytest.raises(DataError, match="messages need a chat template"):
+        to_preferences([{"prompt": [user("Why?")], **REPLIES}], source="rows", chat=False)
+
+
 def test_nothing_usable_is_an_error() -> None:
     with pytest.raises(DataError, match="has no rows"):
         to_preferences([], source="rows")
@@ -213,7 +326,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_files(suffix: str, tmp_path: Path) -> None:
     path = _write(tmp_path / f"pairs{suffix}", STANDARD_ROWS)
-    assert load_preferences(str(path)).pairs == [Preference(**row) for row in STANDARD_ROWS]
+    assert load_preferences(str(path), chat=False).pairs == [Preference(**row) for row in STANDARD_ROWS]
     assert len(load_preferences(str(path), split="train[:50%]").pairs) == 2
     with pytest.raises(DataError, match="whose only split is train"):
         load_preferences(str(path), split="test")

@@ -21,11 +21,16 @@ NO_CATEGORY = "(none)"
 
 @dataclass(frozen=True, kw_only=True)
 class PairData:
-    """The rows of a data set of preferences, with the category of each where the settings name a column of them."""
+    """The rows of a data set of preferences, with the category of each where the settings name a column of them.
+
+    `unread` are the columns that nothing reads; the rest is as in the settings.
+    """
 
     rows: Rows
     format: Format
     objective: str | None
+    raw: bool
+    unread: tuple[str, ...]
     categories: tuple[str, ...] | None
 
 
@@ -59,9 +64,22 @@ def read_pairs(settings: AccuracySettings) -> PairData:
         ConfigError: the objective does not go with the data.
     """
     rows = load_rows(settings.data, split=settings.split)
-    found = to_preferences(rows, source=settings.data, objective=settings.objective)
+    found = to_preferences(
+        rows,
+        source=settings.data,
+        objective=settings.objective,
+        chat=not settings.raw,
+        read=() if settings.category is None else (settings.category,),
+    )
     categories = None if settings.category is None else _categories(rows, settings.category, settings.data)
-    return PairData(rows=rows, format=found.format, objective=settings.objective, categories=categories)
+    return PairData(
+        rows=rows,
+        format=found.format,
+        objective=settings.objective,
+        raw=settings.raw,
+        unread=tuple(found.unread),
+        categories=categories,
+    )
 
 
 def limits(settings: AccuracySettings, context: int | None, *, model: str) -> Limits:
@@ -80,7 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, en
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.
     """
-    chat = bool(tokenizer.chat_template)
+    chat = bool(tokenizer.chat_template) and not data.raw
     dropped: Counter[str] = Counter()
     cuts: Counter[str] = Counter()
     rows: list[int] = []

@@ -16,7 +16,7 @@ from genarm.accuracy.figures import Difference, Figures, Scores, difference, fig
 from genarm.accuracy.models import Ids, Reward, RewardFiles, check_same_tokens, full_name, open_rewards
 from genarm.accuracy.pairs import EncodedPairs, Limits, PairData, encode, limits, read_pairs
 from genarm.accuracy.settings import AccuracySettings
-from genarm.data.tokens import TokenReport
+from genarm.data.tokens import TokenReport, example_lines
 from genarm.errors import MemberError, VocabularyError
 
 Kind: TypeAlias = Literal["arm", "implicit", "trajectory"]
@@ -84,6 +84,8 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
     rewards = _open(settings)
     base = None if settings.base is None else _open_base(settings, settings.base, rewards)
     prepared = [_prepare(files, base, data, settings) for files in rewards]
+    for line in _reading(data, prepared):
+        console.print(line, markup=False, soft_wrap=True)
     with _progress(console, prepared, base) as advance:
         measured = [
             _measured(item, item.files.kind, _load_and_score(item, settings, advance), data) for item in prepared
@@ -98,6 +100,17 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
         measured=tuple(measured),
         differences=_differences(measured),
     )
+
+
+def _reading(data: PairData, prepared: Sequence[_Prepared]) -> Iterator[str]:
+    """How the data is read, and its first pair as the first model reads it."""
+    first = prepared[0]
+    template = "with" if first.files.tokenizer.chat_template and not data.raw else "without"
+    yield f"the data is {data.format.value}, read {template} the chat template"
+    if data.unread:
+        yield f"columns not read: {', '.join(data.unread)}"
+    yield f"the first pair, as {first.files.name} reads it:"
+    yield from example_lines(first.files.tokenizer, first.encoded.pairs[0])
 
 
 def _open(settings: AccuracySettings) -> list[RewardFiles]:

@@ -15,6 +15,7 @@ class AccuracySettings:
         models: folders or hub ids: ARMs (causal LMs, or folders of LoRA adapters), guided folders, which stand for all
             of their rewards, and trajectory reward models.
         data, split, objective: where the pairs are, as in training.
+        raw: text is taken as it is, without the chat template, as in training with the same setting.
         category: the column of the data that says which category a pair belongs to.
         base: a causal LM; every causal LM among `models` is also scored by log π(y|x) − log π_base(y|x).
         batch_size: responses that are scored in one forward.
@@ -26,6 +27,7 @@ class AccuracySettings:
     data: str
     split: str = "train"
     objective: str | None = None
+    raw: bool = False
     category: str | None = None
     base: str | None = None
     batch_size: int = 16

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective", choices=("better", "safer"), help="which label of PKU-SafeRLHF says what is chosen"
     )
+    parser.add_argument("--raw", action="store_true", help="take text as it is, without the chat template")
     parser.add_argument(
         "--category", metavar="COLUMN", help="column of the data with each pair's category, such as subset"
     )
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             data=arguments.data,
             split=arguments.split,
             objective=arguments.objective,
+            raw=arguments.raw,
             category=arguments.category,
             base=arguments.base,
             batch_size=arguments.batch_size,

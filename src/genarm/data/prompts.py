@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from genarm.data.preferences import Format, Preference, PreferenceSet, to_preferences
+from genarm.data.columns import PROMPTS, MalformedError, unread_columns
+from genarm.data.preferences import Format, Preference, PreferenceSet, normalise, to_preferences
 from genarm.data.sources import Rows
 
 _RESPONSES = frozenset({"chosen", "rejected", "response_0", "response_1"})
@@ -14,18 +16,26 @@ _RESPONSES = frozenset({"chosen", "rejected", "response_0", "response_1"})
 def to_prompts(rows: Rows, *, source: str, objective: str | None = None, chat: bool = True) -> PreferenceSet:
     """Prompts as pairs without responses, so that they are counted and split like pairs.
 
-    A prompt that stands alone is taken as in pairs: messages go through the chat template, and text stays as it is.
+    A prompt that stands alone is taken as in pairs, with what its row says before it.
 
     Raises:
         DataError: rows that are neither pairs nor have prompts.
     """
     columns = set(rows[0]) if len(rows) else set()
-    if "prompt" not in columns or columns & _RESPONSES:
+    if columns.isdisjoint(PROMPTS) or columns & _RESPONSES:
         return to_preferences(rows, source=source, objective=objective, chat=chat)
-    given = [row["prompt"] for row in rows]
-    pairs = [Preference(prompt=prompt, chosen="", rejected="") for prompt in given if is_prompt(prompt)]
-    malformed = {"'prompt' is neither text nor messages": len(given) - len(pairs)} if len(pairs) < len(given) else {}
-    return PreferenceSet(source=source, format=Format.STANDARD, pairs=pairs, malformed=malformed)
+    pairs: list[Preference] = []
+    malformed: Counter[str] = Counter()
+    unread: dict[str, None] = {}
+    for row in rows:
+        unread |= dict.fromkeys(unread_columns(row, (), source=source))
+        try:
+            pairs.append(normalise(row, Format.PROMPTS, chat=chat))
+        except MalformedError as error:
+            malformed[str(error)] += 1
+    return PreferenceSet(
+        source=source, format=Format.PROMPTS, pairs=pairs, malformed=dict(malformed), unread=list(unread)
+    )
 
 
 def is_prompt(value: Any) -> bool:

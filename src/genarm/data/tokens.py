@@ -10,7 +10,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from genarm.data.preferences import Preference, PreferenceSet
@@ -25,6 +25,9 @@ IDENTICAL = "chosen and rejected are identical"
 IDENTICAL_CUT = "chosen and rejected are identical once cut"
 EMPTY = "a response is empty"
 EMPTY_PROMPT = "the prompt has no tokens"
+
+# Characters of each text of an example.
+EXAMPLE_WIDTH = 400
 
 # Lengths that are used where neither the user nor a short context asks for others.
 DEFAULT_TOKENS = 512
@@ -182,6 +185,17 @@ def report_table(reports: Mapping[str, TokenReport]) -> Table:
         counts = [dict(report.lines()).get(label, 0) for report in reports.values()]
         table.add_row(label, *(f"{count:,}" for count in counts))
     return table
+
+
+def example_lines(tokenizer: PreTrainedTokenizerBase, item: TokenPair | Sequence[int]) -> list[str]:
+    """A pair, or a prompt alone, as the model reads it: special tokens and line breaks are visible."""
+    parts: dict[str, Sequence[int]] = {"prompt": item} if not isinstance(item, TokenPair) else asdict(item)
+    lines = []
+    for name, ids in parts.items():
+        text = repr(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        shown = text if len(text) <= EXAMPLE_WIDTH else f"{text[: EXAMPLE_WIDTH // 2]} … {text[-EXAMPLE_WIDTH // 2 :]}"
+        lines.append(f"{name.removesuffix('_ids')}: {shown}")
+    return lines
 
 
 def _line_order(label: str) -> int:

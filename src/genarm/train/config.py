@@ -82,6 +82,12 @@ class TrainConfig:
         default=None, metadata=_about(_MODEL, "Jinja file to use as the tokenizer's chat template", metavar="FILE")
     )
 
+    raw: bool = field(
+        default=False,
+        metadata=_about(
+            _DATA, "take text as it is, without the chat template, as genarm generate --raw does; messages are refused"
+        ),
+    )
     split: str = field(default="train", metadata=_about(_DATA, "split to train on, such as train or train[:1000]"))
     objective: str | None = field(
         default=None,

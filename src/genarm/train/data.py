@@ -50,7 +50,7 @@ class PromptReport(TokenReport):
 
 def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[TokenPair]:
     """Training and held-out pairs, the latter from evaluation data if named, else from the training data."""
-    chat = bool(tokenizer.chat_template)
+    chat = bool(tokenizer.chat_template) and not config.raw
     training = load_preferences(config.data, split=config.split, objective=config.objective, chat=chat)
     sources: dict[str, tuple[PreferenceSet, Sequence[Preference]]] = {TRAINING: (training, training.pairs)}
     if config.eval_data is not None or config.eval_split is not None:
@@ -81,7 +81,7 @@ def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Train
         training=sets[TRAINING].pairs,
         held_out=sets[HELD_OUT].pairs if HELD_OUT in sets else None,
         reports={name: found.report for name, found in sets.items()},
-        formats={name: f"{source.source}, {source.format.value}" for name, (source, _) in sources.items()},
+        formats={name: source.description for name, (source, _) in sources.items()},
         leaked=sum(pair.prompt_key in trained for pair in sources[HELD_OUT][1]) if HELD_OUT in sources else 0,
     )
 
@@ -89,9 +89,9 @@ def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Train
 def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[Ids]:
     """Distinct prompts to reply to, of preference pairs or of rows with a prompt alone.
 
-    A prompt of the latter is taken as in the former: messages go through the chat template, text stays as it is.
+    A prompt of the latter is taken as in the former.
     """
-    chat = bool(tokenizer.chat_template)
+    chat = bool(tokenizer.chat_template) and not config.raw
     sources = {TRAINING: _read_prompts(config.data, config.split, config, chat)}
     if config.eval_data is not None or config.eval_split is not None:
         source, split = _held_out_source(config)
@@ -112,7 +112,7 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
         training=sets[TRAINING][0],
         held_out=sets[HELD_OUT][0] if HELD_OUT in sets else None,
         reports={name: report for name, (_, report) in sets.items()},
-        formats={name: f"{source.source}, the prompts" for name, source in sources.items()},
+        formats={name: source.description for name, source in sources.items()},
         leaked=len(held_out & trained),
     )
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from genarm.data.tokens import report_table
+from genarm.data.tokens import example_lines, report_table
 from genarm.errors import ConfigError
 from genarm.terminal import PlainConsole
 from genarm.train.arguments import training_options
@@ -106,6 +106,10 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     tokenizer = load_tokenizer(config)
     data = load_prompts(config, tokenizer) if config.kind == "rlhf" else load_pairs(config, tokenizer)
     console.print(report_table(data.reports))
+    for line in [f"{name}: {text}" for name, text in data.formats.items()]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in ["the first of training, as the model reads it:", *example_lines(tokenizer, data.training[0])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if data.leaked:
         console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
     trainer = _make_trainer(config, tokenizer, data, folder, console, resuming=checkpoint is not None)

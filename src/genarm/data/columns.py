@@ -1,0 +1,170 @@
+"""What the columns of a preference row mean: the prompt and what comes before it, and what is not read at all.
+
+Nothing that an answer may depend on is left out in silence. A column is read, or its text is refused by name, or it
+is by its name or content no part of a conversation (ids, scores, models, …); those are told to the user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import Any, TypeGuard
+
+from genarm.errors import DataError
+from genarm.prompts import Message
+
+Row = Mapping[str, Any]
+
+# Under which names a prompt comes, and what is said before it.
+PROMPTS = ("prompt", "question", "instruction", "query", "input")
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+
+# What would have to go through a chat template or an encoder, and does not: a row that has it is set aside.
+_UNREAD = frozenset({"tools", "functions", "documents", "images", "image", "videos", "video", "audios", "audio"})
+_UNREAD_KEYS = frozenset({"tool_calls", "tool_call_id", "function_call", *_UNREAD})
+
+_KNOWN = frozenset({*PROMPTS, *SYSTEMS, HISTORY, *_UNREAD})
+
+# A column with one of these words in its name says something about a conversation and is no part of one.
+_ABOUT = frozenset(
+    re.findall(
+        r"\S+",
+        """
+    id ids idx index uid uuid qid hash sha256 source sources origin dataset subset split domain category
+    categories topic type task tag tags lang language languages model models score scores rating ratings rank
+    ranking reward rewards margin label labels judge annotator annotators annotation annotations rationale
+    rationales critique critiques feedback comment comments explanation preference preferences generation
+    generations response responses completion completions messages conversation conversations raw all original
+    full meta metadata info date time timestamp url link status order seed license harm severity safe toxicity
+    tokens length count version author answer answers reference references solution target gold
+    """,
+    )
+)
+
+
+class MalformedError(ValueError):
+    """A row that does not fit its data set's format; the message is a short reason, the same for all rows alike."""
+
+
+def prompt_of(row: Row) -> Any:
+    """What is asked, under whichever name; None where there is nothing.
+
+    Raises:
+        MalformedError: two columns that could both be the prompt say different things.
+    """
+    given = {name: row[name] for name in PROMPTS if not _is_empty(row.get(name))}
+    if not given:
+        return None
+    first, *others = given
+    asked = _all_text(given[first])
+    for other in others:
+        if _all_text(given[other]).strip() not in asked:
+            raise MalformedError(f"'{first}' and '{other}' could both be the prompt; join them in one column 'prompt'")
+    return given[first]
+
+
+def context_of(row: Row) -> list[Message]:
+    """The system message and the earlier turns that the row gives beside its prompt.
+
+    Raises:
+        MalformedError: they are not of a form that is understood, or the row has what cannot be read (tools, images).
+    """
+    for name in _UNREAD:
+        if not _is_empty(row.get(name)):
+            raise MalformedError(f"the row has '{name}', which training does not read")
+    systems = [row[name] for name in SYSTEMS if not _is_empty(row.get(name))]
+    if any(not isinstance(system, str) for system in systems) or len(set(systems)) > 1:
+        raise MalformedError("the system message is no text, or there are two of them")
+    turns: list[Message] = [{"role": "system", "content": system} for system in systems[:1]]
+    return [*turns, *_history(row.get(HISTORY))]
+
+
+def read_messages(row: Row, column: str) -> list[Message]:
+    """The messages in `column`; parts of text are joined.
+
+    Raises:
+        MalformedError: there are none, or one has more than a role and text.
+    """
+    value = row.get(column)
+    if not is_messages(value):
+        raise MalformedError(f"'{column}' is {kind_of(value)}, expected a list of messages")
+    return [_message(message, column) for message in value]
+
+
+def is_messages(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether `value` is a list of objects that is not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) for m in value)
+
+
+def kind_of(value: object) -> str:
+    """What `value` is, for messages."""
+    if value is None:
+        return "missing"
+    return "an empty list" if value == [] else f"a {type(value).__name__}"
+
+
+def unread_columns(row: Row, read: Collection[str], *, source: str) -> list[str]:
+    """The columns of `row` that nothing reads, `read` aside.
+
+    Raises:
+        DataError: one of them holds text that an answer may depend on.
+    """
+    found = [name for name in row if name not in read and name not in _KNOWN]
+    for name in found:
+        if not _is_about(name) and _holds_text(row[name]):
+            raise DataError(
+                f"{source}: the column {name!r} holds text that nothing would read; if answers depend on it, put it "
+                "into the column 'prompt' or 'system', and if not, take it away"
+            )
+    return found
+
+
+def _history(value: Any) -> list[Message]:
+    if _is_empty(value):
+        return []
+    if is_messages(value):
+        return [_message(message, HISTORY) for message in value]
+    pairs: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(text, str) for text in p) for p in pairs):
+        raise MalformedError(f"'{HISTORY}' is neither messages nor a list of [question, answer]")
+    said = zip(("user", "assistant") * len(pairs), chain.from_iterable(pairs), strict=True)
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def _message(message: Mapping[str, Any], column: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    for key, value in message.items():
+        told = key in ("role", "content") or _is_empty(value)
+        if not told and (key in _UNREAD_KEYS or (not _is_about(key) and _holds_text(value))):
+            raise MalformedError(f"a message of '{column}' has '{key}', which training does not read")
+    if is_messages(content):
+        if any(not isinstance(part.get("text"), str) or part.get("type", "text") != "text" for part in content):
+            raise MalformedError(f"a message of '{column}' has parts that are no text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise MalformedError(f"a message of '{column}' lacks a role or a content that are strings")
+    return {"role": role, "content": content}
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value in ([], {}, "[]", "{}") or (isinstance(value, str) and not value.strip())
+
+
+def _is_about(name: str) -> bool:
+    words = re.findall(r"[a-z]+\d*|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    return not _ABOUT.isdisjoint(words)
+
+
+def _holds_text(value: object) -> bool:
+    """Whether `value` has words in it, and not just a name or a number."""
+    return any(character.isspace() for character in _all_text(value).strip())
+
+
+def _all_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_all_text, value)))
+    return value if isinstance(value, str) else ""
