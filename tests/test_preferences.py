@@ -368,7 +368,7 @@ def test_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.json", "[1]", "element 1 of the list is a int"),
         ("a.csv", "chosen,rejected\na,b\na,b,c\n", r"a\.csv, line 3: 3 values, expected 2 \(chosen, rejected\)"),
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
-        ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.parquet, \.csv"),
+        ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
 def test_broken_files_say_where(name: str, text: str, expected: str, tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """Rows from a hub data set, a folder or a file.
 
-Text files are read here, line by line, so that a mistake is reported with its file, line and column; everything
-else is left to the `datasets` library.
+Text files, also those of a folder, are read here, so that what they say is what is read (the `datasets` library takes
+"None" in a CSV for nothing and "007" for 7) and a mistake is reported with its file, line and column. Everything else
+is left to that library.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
-from collections.abc import Mapping, Sequence
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +24,9 @@ from genarm.errors import DataError
 
 Rows = Sequence[Mapping[str, Any]]
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# Files of text, which may be compressed with gzip, and all that a single file may be.
+TEXTS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
+SUFFIXES = (*TEXTS[:3], ".parquet", *TEXTS[3:])
 
 
 def load_rows(source: str, *, split: str) -> Rows:
@@ -30,62 +40,96 @@ def load_rows(source: str, *, split: str) -> Rows:
     """
     path = Path(source)
     if path.is_file():
-        return _slice(_read_file(path), split, source)
+        return _slice({"train": _read_file(path)}, split, f"{source} is one file, whose only split is train")
     if path.is_dir():
-        return _from_library(source, split)
-    if path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
+        return _from_folder(path, split)
+    if source == "-" or path.exists():
+        raise DataError(f"{source} is no file that can be read twice; write its rows to a file and give that")
+    if _ending(path) is not None or path.is_absolute() or source.startswith("."):
         raise DataError(f"there is no file or folder {source}; check --data")
     return _from_library(source, split)
 
 
+def _ending(path: Path) -> str | None:
+    """Which of `SUFFIXES` it has."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
 def _read_file(path: Path) -> Rows:
-    match path.suffix:
-        case ".jsonl":
-            return _read_jsonl(path, _read_text(path))
-        case ".json":
-            return _read_json(path)
-        case ".csv":
-            return _read_csv(path)
+    match _ending(path):
+        case None:
+            raise DataError(f"{path} has an unknown ending; expected one of {', '.join(SUFFIXES)}")
         case ".parquet":
             return _read_parquet(path)
-    raise DataError(f"{path} has an unknown ending; expected one of {', '.join(SUFFIXES)}")
+        case ".csv" | ".csv.gz":
+            return _read_csv(path, _read_text(path))
+        case ".jsonl" | ".jsonl.gz":
+            return _read_jsonl(path, _read_text(path))
+    return _read_json(path, _read_text(path))
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with its line ends as they are."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; expected a text file in UTF-8") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
+        raise DataError(f"{path} is in UTF-16, or no text (it has zero bytes); save it as a text file in UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as a text file in UTF-8"
+        ) from error
 
 
 def _read_jsonl(path: Path, text: str) -> Rows:
     rows = []
+    # Not splitlines(): a JSON string may hold a bare line separator such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _broken(path, number, error.colno, error.msg) from error
+        row = _parse(path, line, number)
         if not isinstance(row, dict):
             raise _broken(path, number, 1, f"a {type(row).__name__} instead of an object")
         rows.append(row)
     return rows
 
 
-def _read_json(path: Path) -> Rows:
+def _read_json(path: Path, text: str) -> Rows:
     """A list of objects, or JSON lines under the ending .json."""
-    text = _read_text(path)
     if not text.lstrip().startswith("["):
         return _read_jsonl(path, text)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _broken(path, error.lineno, error.colno, error.msg) from error
+    rows: list[dict[str, Any]] = _parse(path, text, 1)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: element {number} of the list is a {type(row).__name__}; expected an object")
     return rows
+
+
+def _parse(path: Path, text: str, line: int) -> Any:
+    """The value of `text`, which begins in `line`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text.lower():  # half of a character, which no text can hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise _broken(path, line + error.lineno - 1, error.colno, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, line, 1, str(error)) from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return found
 
 
 def _broken(path: Path, line: int, column: int, problem: str) -> DataError:
@@ -95,23 +139,37 @@ def _broken(path: Path, line: int, column: int, problem: str) -> DataError:
     )
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path, text: str) -> Rows:
     """Every value is a string; a row with too few or too many values is refused."""
-    lines = csv.reader(_read_text(path).splitlines(keepends=True), strict=True)
     rows: list[dict[str, str]] = []
-    try:
-        header = next(lines, [])
-        for values in lines:
-            if values and len(values) != len(header):
-                raise DataError(
-                    f"{path}, line {lines.line_num}: {len(values)} values, expected {len(header)} "
-                    f"({', '.join(header)}); put quotes around values with commas or line breaks"
-                )
-            if values:
-                rows.append(dict(zip(header, values, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {lines.line_num}: {error}; expected comma-separated values") from error
+    # Not splitlines(): only line feeds and carriage returns end a line of a CSV file.
+    with _long_fields():
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: two columns have one name ({', '.join(header)}); rename one of them")
+            for values in lines:
+                if values and len(values) != len(header):
+                    raise DataError(
+                        f"{path}, line {lines.line_num}: {len(values)} values, expected {len(header)} "
+                        f"({', '.join(header)}); put quotes around values with commas or line breaks"
+                    )
+                if values:
+                    rows.append(dict(zip(header, values, strict=True)))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {lines.line_num}: {error}; expected comma-separated values") from error
     return rows
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a value have more than csv's usual 128 KiB."""
+    usual = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -125,26 +183,55 @@ def _read_parquet(path: Path) -> Rows:
     return rows
 
 
-def _slice(rows: Rows, split: str, source: str) -> Rows:
-    if split == "train":
-        return rows
+def _slice(splits: Mapping[str, Rows], split: str, what: str) -> Rows:
+    """The part of `splits` that `split` names; `what` says what there is."""
+    if split in splits:
+        return splits[split]
     from datasets import ReadInstruction
 
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{source} is one file, whose only split is train, and {split!r} does not name a part of it ({error}); "
-            "use train or a slice such as train[:100]"
+            f"{what}, and {split!r} does not name a part of it ({error}); use one of these or a slice such as "
+            "train[:100]"
         ) from error
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+    return [splits[part.splitname][i] for part in parts for i in range(part.from_, part.to)]
 
 
-def _find_broken_file(folder: Path) -> None:
-    """Raise our own error, with file, line and column, if one of the folder's text files is the broken one."""
+def _from_folder(folder: Path, split: str) -> Rows:
+    """The rows of a folder, whose files `datasets` sorts into splits by their names."""
+    from datasets import DatasetDict, load_dataset_builder, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # of `save_to_disk`
+            saved = load_from_disk(str(folder))
+            named = {str(k): v for k, v in saved.items()} if isinstance(saved, DatasetDict) else {"train": saved}
+            return _slice(named, split, f"the folder {folder} has the splits {', '.join(named)}")
+        data_files = load_dataset_builder(str(folder)).config.data_files or {}
+    except (DatasetsError, ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"cannot read the folder {folder}: {error}") from error
+    splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
+    if not (folder / "README.md").exists():  # which may say which files there are
+        _check_complete(folder, splits)
+    if any(_ending(path) not in TEXTS for files in splits.values() for path in files):
+        return _from_library(str(folder), split)
+    wanted = set(re.findall(r"(?:^|\+)\s*([^\s\[+]+)", split)) & set(splits)
+    rows = {name: [row for path in splits[name] for row in _read_file(path)] for name in wanted}
+    return _slice(rows, split, f"the folder {folder} has the splits {', '.join(splits)}")
+
+
+def _check_complete(folder: Path, splits: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a folder with data in files that belong to no split: nobody would learn that they are not read."""
+    taken = {path.resolve() for files in splits.values() for path in files}
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".jsonl", ".json", ".csv"):
-            _read_file(path)
+        data = _ending(path) is not None and ".json" not in (path.suffix, _ending(path))  # .json: notes on the data
+        if data and path.resolve() not in taken:
+            raise DataError(
+                f"{path} belongs to no split of the folder {folder}, which has {', '.join(splits)}; move it away, or "
+                "name it after its split, such as train-2.jsonl, all files in one format"
+            )
 
 
 def _from_library(source: str, split: str) -> Rows:
@@ -160,9 +247,8 @@ def _from_library(source: str, split: str) -> Rows:
     except DatasetNotFoundError as error:
         raise DataError(f"there is no data set {source!r}, neither as a path nor on the hub: {error}") from error
     except DatasetGenerationError as error:
-        _find_broken_file(Path(source))
         raise DataError(f"{source} is broken: {error.__cause__ or error}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"cannot load the split {split!r} of {source}: {error}") from error
     assert isinstance(data, Dataset)
     return data
