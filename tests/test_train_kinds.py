@@ -247,7 +247,7 @@ def test_prompts_alone_will_do(reward: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(settings, max_steps=1, eval_fraction=0.2)
     card = (result.output / "README.md").read_text()
-    assert "dropped: 'prompt' is neither text nor messages 1" in card
+    assert "dropped: 'prompt' is missing, expected text or messages 1" in card
     assert "the prompt has come before 1" in card
     assert result.metrics["eval_prompts"] == 2
 
@@ -262,7 +262,7 @@ def test_rlhf_refusals(reward: Path, tmp_path: Path) -> None:
         (ConfigError, "8 prompts only; lower --batch-size", {"rewards": f"good={reward}", "batch_size": 64}),
         (DataError, "fit no preference format", {"rewards": f"good={reward}", "data": str(tmp_path / "x.csv")}),
     ]
-    (tmp_path / "x.csv").write_text("question\nwhy\n")
+    (tmp_path / "x.csv").write_text("word\nwhy\n")
     for kind, message, changes in cases:
         with pytest.raises(kind, match=message):
             run(settings, **changes)

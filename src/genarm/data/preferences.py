@@ -196,6 +196,8 @@ def _asked(prompt: Any, context: list[Message], *, chat: bool) -> str | list[Mes
     """The prompt of a row, as a conversation where there is a chat template to go through."""
     if isinstance(prompt, str):
         return [*context, *as_conversation(prompt)] if chat else prompt
+    if not is_messages(prompt):
+        raise MalformedError(f"'prompt' is {kind_of(prompt)}, expected text or messages")
     messages = read_messages({"prompt": prompt}, "prompt")
     if not chat:
         raise MalformedError("messages need a chat template")
