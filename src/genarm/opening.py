@@ -65,7 +65,7 @@ class ModelFiles:
     @property
     def generation_config(self) -> GenerationConfig:
         """What its files say of generating; its configuration where there is no generation_config.json."""
-        return read_generation_config(self.reference, self.revision, self.config, self.hub)
+        return generation_config_of(self.reference, self.revision, self.config, self.hub)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -176,7 +176,7 @@ def open_files(reference: str, *, trust_remote_code: bool = False, reading: Read
     return ModelFiles(reference=where, revision=revision, config=config, tokenizer=tokenizer, hub=hub, reading=reading)
 
 
-def read_generation_config(
+def generation_config_of(
     reference: str, revision: str | None, config: PreTrainedConfig, hub: HubOptions
 ) -> GenerationConfig:
     """What a model's files say of generating; `config`, its configuration, where they have nothing on it."""

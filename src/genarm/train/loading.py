@@ -22,7 +22,7 @@ from transformers import (
 from genarm.data.tokens import fit_lengths
 from genarm.errors import ConfigError, MemberError, MissingExtraError
 from genarm.model.loading import HubOptions
-from genarm.opening import read_generation_config
+from genarm.opening import generation_config_of
 from genarm.prompts import end_ids
 from genarm.train.config import TrainConfig
 from genarm.train.kinds import absolute_rewards
@@ -81,7 +81,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 def decoding_ends(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response when the model decodes (raises MemberError where its files cannot be read)."""
     hub = HubOptions(trust_remote_code=config.trust_remote_code)
-    generation = read_generation_config(config.model, config.revision, _model_config(config), hub)
+    generation = generation_config_of(config.model, config.revision, _model_config(config), hub)
     return end_ids(generation, tokenizer)
 
 
