@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -62,6 +63,10 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # its owner may change it later
+        for name in ("max_new_tokens", "min_new_tokens", "top_k"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ConfigError(f"{name} is {getattr(self, name)!r:.50}; it must be a whole number")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -201,10 +206,15 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 def check_seed(seed: int) -> int:
-    """`seed` itself (raises ConfigError if it is negative)."""
+    """`seed` itself (raises ConfigError if it is negative, no whole number, or has more than 1,000 bits)."""
+    if not isinstance(seed, Integral) or int(seed).bit_length() > _SEED_BITS:
+        raise ConfigError(f"--seed must be a whole number of at most {_SEED_BITS} bits")
     if seed < 0:
         raise ConfigError(f"--seed is {seed}; it must be 0 or more")
     return seed
+
+
+_SEED_BITS = 1000
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,12 +35,16 @@ class LayerShape:
 
 @dataclass(eq=False)
 class Row:
-    """One row. `ids` are the tokens whose keys and values it holds; `index` is its place, which moves."""
+    """One row. `ids` are the tokens whose keys and values it holds; `index` is its place, which moves.
+
+    `sound` is False where some of them may be NaN or infinite.
+    """
 
     index: int
     member: int = -1
     ids: list[int] = field(default_factory=list)
     used: int = 0
+    sound: bool = True
 
 
 class Arena:
@@ -82,25 +86,41 @@ class Arena:
         # A row that holds no more than the shared beginning is continued; from others the beginning is copied.
         if source is not None and source is not row:
             self._copy(source, row, length)
+        if not row.sound:
+            self.clean(row, length, len(row.ids))
         row.ids = list(ids[:length])
         row.member = member
+        row.sound = True
         self._exchange(row, self.rows[self.active])
         self.active += 1
         return row
 
-    def give_back(self, row: Row) -> None:
-        """The row is idle from now on; what it holds may serve another request."""
+    def give_back(self, row: Row, *, sound: bool = True) -> None:
+        """The row is idle from now on; what it holds may serve another request.
+
+        Unless it is `sound` (every token in it led to finite log-probs), what another request does not take over is
+        cleaned before the row is used again: positions beyond a request's own count 0 times what they hold, and 0
+        times NaN is NaN.
+        """
         assert row.index < self.active
         self._clock += 1
         row.used = self._clock
+        row.sound = sound
         self._exchange(row, self.rows[self.active - 1])
         self.active -= 1
 
+    def clean(self, row: Row, first: int, last: int | None = None) -> None:
+        """Zeros at the row's positions from `first` on."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row.index, :, first:last] = 0
+
     def forget(self) -> None:
         """No row is in use and none holds anything (after a failure in the middle of a step)."""
-        self.active = 0
         for row in self.rows:
-            row.ids, row.member, row.used = [], -1, 0
+            if row.index < self.active or not row.sound:
+                self.clean(row, 0)
+            row.ids, row.member, row.used, row.sound = [], -1, 0, True
+        self.active = 0
 
     def _longest(self, member: int, ids: Sequence[int]) -> tuple[Row | None, int]:
         best, length = None, 0

@@ -115,7 +115,7 @@ class Engine:
         self._guess_costs = _guessers(built.guess_costs, self.options)
         self._vocabulary_size = output_rows(model.base if isinstance(model, GuidedForCausalLM) else model)
         self._stops = frozenset(i for i in stop_ids(model, tokenizer) if i < self._vocabulary_size)
-        self._stepper = Stepper(built.layout, chunk=self.options.chunk)
+        self._stepper = Stepper(built.layout, streams=self.streams, chunk=self.options.chunk)
         self._arrivals: list[Live] = []
         self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
         self._stepping = threading.Lock()  # held by whoever makes a step

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from genarm.engine.arena import Row
 from genarm.engine.noise import Purpose, key
 from genarm.engine.request import Ending, ScoredPrompt, Token
-from genarm.engine.sampler import Place
+from genarm.engine.sampler import Place, draw, shape
 from genarm.engine.speculation import DraftLength
 from genarm.engine.writing import Writing
 
 BASE_MEMBER = 0
+
+
+class State(NamedTuple):
+    """Of a request between steps."""
+
+    row_lengths: Mapping[int, int]
+    scored: int
+    decoding: bool
+    length: DraftLength
+    drafted: int
+    accepted: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -80,6 +95,28 @@ class Live(Writing):
         """Let rows forget the drafts that were not accepted; call before `append`."""
         for row in self.rows.values():
             del row.ids[len(self.ids) + accepted :]
+
+    def flaw(self, size: int) -> Exception | None:
+        """What goes wrong where its settings are applied to log-probs of `size` ids, if anything does."""
+        try:
+            shaped_1V = shape(torch.zeros(1, size), [self.place()])
+            draw(shaped_1V, [self.request.sampling], [self.key(0, Purpose.TOKEN)])
+        except Exception as error:
+            return error
+        return None
+
+    def state(self) -> State:
+        """What a step changes before it delivers anything."""
+        lengths = {member: len(row.ids) for member, row in self.rows.items()}
+        return State(lengths, len(self.scored), self.decoding, copy.copy(self.length), self.drafted, self.accepted)
+
+    def restore(self, state: State) -> None:
+        """Be as before the step."""
+        for member, row in self.rows.items():
+            del row.ids[state.row_lengths[member] :]
+        del self.scored[state.scored :]
+        self.decoding, self.length = state.decoding, state.length
+        self.drafted, self.accepted = state.drafted, state.accepted
 
     def prompt_done(self) -> Ending | None:
         """Deliver the prompt's numbers, if they are wanted, and say whether the request ends here."""

@@ -54,8 +54,8 @@ class Request:
             raise ConfigError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
         for name in ("top_log_probs", "prompt_log_probs"):
             count = getattr(self, name) or 0
-            if not 0 <= count <= _MOST_TOP:
-                raise ConfigError(f"{name} is {count}; it must be from 0 to {_MOST_TOP}")
+            if not isinstance(count, Integral) or not 0 <= int(count) <= _MOST_TOP:
+                raise ConfigError(f"{name} is {count!r:.50}; it must be from 0 to {_MOST_TOP}")
 
     def ends(self, usual: frozenset[int]) -> frozenset[int]:
         """The ids that end this reply, where those of the model are `usual`."""

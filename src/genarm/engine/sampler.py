@@ -38,6 +38,11 @@ class Place:
     banned: Collection[int] = ()
 
 
+_COLD = 1e-6
+_MOST = 1e37
+"""Temperatures beyond this, or below its reciprocal, are no float32 numbers; they change nothing any more."""
+
+
 def shape(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
     """Steps 2 to 6: the distribution that is sampled from.
 
@@ -55,8 +60,10 @@ def shape(log_probs_PV: Tensor, places: Sequence[Place]) -> Tensor:
     device = log_probs_PV.device
     shaped_PV = _penalised(log_probs_PV, places)
     if any(s.temperature != 1 for s in settings):
-        temperature_P1 = torch.tensor([[s.temperature or 1.0] for s in settings], dtype=torch.float32).to(device)
-        shaped_PV = shaped_PV / temperature_P1
+        if any(0 < s.temperature < _COLD for s in settings):
+            shaped_PV = shaped_PV - shaped_PV.amax(dim=-1, keepdim=True)  # the likeliest token must not become −inf
+        divisors = [[min(max(s.temperature or 1.0, 1 / _MOST), _MOST)] for s in settings]
+        shaped_PV = shaped_PV / torch.tensor(divisors, dtype=torch.float32).to(device)
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0]
     if greedy:
         if shaped_PV is log_probs_PV:
@@ -146,10 +153,10 @@ def _truncated(logits_PV: Tensor, settings: Sequence[Sampling]) -> Tensor:
     device = logits_PV.device
     size = logits_PV.shape[-1]
     sorted_PV, order_PV = logits_PV.sort(dim=-1, descending=True, stable=True)
-    top_k_P1 = torch.tensor([[s.top_k or size] for s in settings]).to(device)
+    top_k_P1 = torch.tensor([[min(s.top_k or size, size)] for s in settings]).to(device)
     top_p_P1 = torch.tensor([[s.top_p] for s in settings], dtype=torch.float32).to(device)
     min_p_P1 = torch.tensor([[s.min_p] for s in settings], dtype=torch.float32).to(device)
-    last_P1 = sorted_PV.gather(-1, top_k_P1.clamp(max=size) - 1)
+    last_P1 = sorted_PV.gather(-1, top_k_P1 - 1)
     sorted_PV = sorted_PV.masked_fill(sorted_PV < last_P1, -torch.inf)
     probs_PV = torch.softmax(sorted_PV, dim=-1)
     before_PV = probs_PV.cumsum(dim=-1) - probs_PV

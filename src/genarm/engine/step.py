@@ -10,6 +10,7 @@ Shapes: P positions that are sampled at, over all requests, V ids of the base's 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from genarm.engine.sampler import acceptance, draw, residual, shape
 from genarm.engine.speculation import guess
 from genarm.engine.table import Outputs, Spot, Table, join, make_table
 from genarm.engine.trunk import Trunk
+from genarm.errors import GenarmError, MemberError, WeightsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +54,29 @@ class Layout:
 
 @dataclass
 class _Draft:
-    """Tokens drafted for one request, the shaped distributions they came from, and what the members said."""
+    """Tokens drafted for one request, the shaped distributions they came from, and what the members said.
+
+    `sound` is False where one of the tokens led to NaN.
+    """
 
     tokens: list[int] = field(default_factory=list)
     shaped: list[Tensor] = field(default_factory=list)
     members: dict[int, list[Tensor]] = field(default_factory=dict)
+    sound: bool = True
 
 
 class Stepper:
     """Requests that wait, requests that run, and the trunks that run them. Not thread-safe.
 
     Attributes:
+        streams: the most requests that run at once.
         chunk: the most prompt tokens run per step, over all rows.
         waiting, running: in order of arrival.
     """
 
-    def __init__(self, layout: Layout, *, chunk: int) -> None:
+    def __init__(self, layout: Layout, *, streams: int, chunk: int) -> None:
         self.layout = layout
+        self.streams = streams
         self.chunk = chunk
         self.waiting: deque[Live] = deque()
         self.running: list[Live] = []
@@ -91,6 +99,18 @@ class Stepper:
         self._admit()
         if not self.running:
             return
+        before = [(live, live.state()) for live in self.running]
+        try:
+            self._advance()
+        except Exception:
+            if not self._end_culprits():
+                raise
+            for live, state in before:
+                if live.rows:
+                    live.restore(state)
+
+    def _advance(self) -> None:
+        """(2) to (6)."""
         decoding = [live for live in self.running if live.decoding]
         drafts = self._draft(decoding)
         feeds, ready = self._feeds(decoding, drafts)
@@ -99,6 +119,14 @@ class Stepper:
         ready = self._finish_prompts(ready)
         if ready:
             self._sample(ready, drafts, outputs)
+
+    def _end_culprits(self) -> bool:
+        """After an error in a step: end the requests whose own settings raise one; whether there are any."""
+        flaws = [(live, live.flaw(self._trunk(BASE_MEMBER).embedding_size)) for live in self.running]
+        for live, error in flaws:
+            if error is not None:
+                self._end_with(live, error)
+        return any(error is not None for _, error in flaws)
 
     def fail(self, error: BaseException) -> None:
         """End every request with `error` and free everything."""
@@ -121,13 +149,18 @@ class Stepper:
             live.deliver(live.completion("cancelled"))
 
     def _end(self, live: Live, ending: Ending) -> None:
-        self._free(live)
+        self._free(live, sound=ending != "cancelled" or bool(live.tokens))
         live.deliver(live.completion(ending))
 
-    def _free(self, live: Live) -> None:
+    def _end_with(self, live: Live, error: Exception) -> None:
+        """End one request with an error that is nobody else's matter."""
+        self._free(live, sound=False)
+        live.deliver(error)
+
+    def _free(self, live: Live, *, sound: bool) -> None:
         self.running.remove(live)
         for member, row in live.rows.items():
-            self._trunk(member).arena.give_back(row)
+            self._trunk(member).arena.give_back(row, sound=sound)
         live.rows = {}
 
     def _admit(self) -> None:
@@ -142,6 +175,8 @@ class Stepper:
             self.running.append(live)
 
     def _fits(self, live: Live) -> bool:
+        if len(self.running) >= self.streams:
+            return False
         needed = [self.layout.places[member][0] for member in live.members]
         return all(trunk.arena.free >= needed.count(i) for i, trunk in enumerate(self.layout.trunks))
 
@@ -262,12 +297,14 @@ class Stepper:
         tops = [live.request.prompt_log_probs or 0 for live, _ in spots]
         looked_up = table.look_up(spots, tokens, tops, self.layout.reward_names)
         for (live, _), token in zip(spots, looked_up, strict=True):
+            if live.rows and math.isnan(token.log_prob):
+                self._end_with(live, _not_a_number(live, token))
             live.scored.append(token)
 
     def _finish_prompts(self, ready: Sequence[Live]) -> list[Live]:
         """Those of `ready` that go on with a reply."""
         for live in ready:
-            if not live.tokens:
+            if live.rows and not live.tokens:
                 ending = live.prompt_done()
                 if ending is not None:
                     self._end(live, ending)
@@ -275,7 +312,7 @@ class Stepper:
 
     def _sample(self, ready: Sequence[Live], drafts: Mapping[Live, _Draft], outputs: Outputs) -> None:
         table = self._first_table(ready, drafts, outputs)
-        accepted = self._accept(drafts, table)
+        accepted = self._accept(drafts, table, outputs)
         whole = [live for live, draft in drafts.items() if accepted[live] == len(draft.tokens)]
         ended = [live for live in whole if live.ends_in(drafts[live].tokens)]
         whole = [live for live in whole if live not in ended]
@@ -293,19 +330,32 @@ class Stepper:
         looked_up = table.look_up(spots, tokens, tops, self.layout.reward_names)
         for live in ready:
             live.keep_rows(len(kept[live]))
+            if live in drafts and not drafts[live].sound:
+                for member, row in live.rows.items():
+                    self._trunk(member).arena.clean(row, len(row.ids))
         for (live, _), token in zip(spots, looked_up, strict=True):
             if live.rows:  # an earlier token may have ended it
                 self._append(live, token)
 
     def _append(self, live: Live, token: Token) -> None:
         try:
+            if math.isnan(token.log_prob):
+                raise _not_a_number(live, token)
+            self._check_readable(token.id)
             ending = live.append(token)
-        except Exception as error:  # of its text: nobody else's matter
-            self._free(live)
-            live.deliver(error)
+        except Exception as error:  # of its numbers or its text
+            self._end_with(live, error)
             return
         if ending is not None:
             self._end(live, ending)
+
+    def _check_readable(self, token: int) -> None:
+        size = self._trunk(BASE_MEMBER).embedding_size
+        if token >= size:
+            raise MemberError(
+                f"the base said the token id {token}, which it cannot read: its output layer has more rows than its "
+                f"embedding, which has {size}; forbid such ids with a logit bias of -100 or resize the model's layers"
+            )
 
     def _first_table(self, ready: Sequence[Live], drafts: Mapping[Live, _Draft], outputs: Outputs) -> Table:
         """The positions that drafts are verified at, or the only one of a request without drafts."""
@@ -340,7 +390,7 @@ class Stepper:
         spots = [(live, len(drafts[live].tokens)) for live in lives]
         return make_table(spots, at, self.layout.unknown, self.layout.device)
 
-    def _accept(self, drafts: Mapping[Live, _Draft], table: Table) -> dict[Live, int]:
+    def _accept(self, drafts: Mapping[Live, _Draft], table: Table, outputs: Outputs) -> dict[Live, int]:
         """How many drafts of each request stay."""
         if not drafts:
             return {}
@@ -348,10 +398,18 @@ class Stepper:
         target_PV = shape(table.guided(spots), [live.place(drafts[live].tokens[:i]) for live, i in spots])
         draft_PV = torch.cat([row for draft in drafts.values() for row in draft.shaped])
         tokens_P = torch.tensor([drafts[live].tokens[i] for live, i in spots]).to(target_PV.device)
-        chances = iter(acceptance(target_PV, draft_PV, tokens_P).tolist())
+        numbers = [acceptance(target_PV, draft_PV, tokens_P)]
+        # What follows the last draft is looked at later or never, but it must not leave NaN behind.
+        verifying = {live: [m for m in live.members if m not in live.guessers] for live in drafts}
+        for live, members in verifying.items():
+            numbers += [outputs[live, m][-1, drafts[live].tokens[-1:]].to(target_PV.device) for m in members]
+        found = iter(torch.cat(numbers).tolist())
+        chances = {live: [next(found) for _ in draft.tokens] for live, draft in drafts.items()}
         accepted = {}
         for live, draft in drafts.items():
-            mine = [next(chances) for _ in draft.tokens]
+            last = [next(found) for _ in verifying[live]]
+            draft.sound = not any(map(math.isnan, (*chances[live], *last)))
+            mine = [0.0 if math.isnan(chance) else chance for chance in chances[live]]
             stays = [uniform(live.key(i, Purpose.ACCEPT)) < chance for i, chance in enumerate(mine)]
             accepted[live] = stays.index(False) if False in stays else len(stays)
             live.length.saw(mine[: accepted[live] + 1])
@@ -378,3 +436,15 @@ class Stepper:
         keys = [live.key(i, Purpose.TOKEN) for live, i in zip(lives, ahead, strict=True)]
         tokens = draw(shaped_PV, settings, keys).tolist()
         return {live: [token] for live, token in zip(lives, tokens, strict=True)}
+
+
+def _not_a_number(live: Live, token: Token) -> GenarmError:
+    """Whose log-probs are NaN; where all members' are numbers, the weights were too much for their sum."""
+    said = {"the base": token.base, **{f"the reward {name!r}": value for name, value in token.rewards.items()}}
+    silent = [name for name, value in said.items() if value is None or math.isnan(value)]
+    if silent:
+        return MemberError(
+            f"{' and '.join(silent)} gave NaN instead of log-probabilities after {len(live.ids)} tokens; the weights "
+            "of that model are broken, or too large for its dtype: try --dtype float32"
+        )
+    return WeightsError("the sum of log-probabilities overflows with these reward weights; use smaller ones")

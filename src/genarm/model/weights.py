@@ -80,7 +80,7 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
 
 def _is_finite(value: Real) -> bool:
     try:
-        return math.isfinite(value)
+        return abs(float(value)) <= torch.finfo(torch.float32).max  # in which they are added up
     except OverflowError:  # an integer beyond the largest float
         return False
 
