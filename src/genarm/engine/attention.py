@@ -129,7 +129,8 @@ class Pass:
         query_THD = query[0].transpose(0, 1)
         parts = [] if self.batch is None else [self._attend_batch(self.batch, query_THD, keys_RKCD, values_RKCD, said)]
         parts += [self._attend_chunk(chunk, query_THD, keys_RKCD, values_RKCD, said) for chunk in self.chunks]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+        # Contiguous, as from transformers' own: some models look at it in another shape.
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None].contiguous()
 
     def _slots(self, stored_RKCD: Tensor) -> Tensor:
         """Where each head of each token goes in the arena's flat list of vectors, [T · K]; made once per pass."""
@@ -322,7 +323,12 @@ class Plug:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,  # noqa: ARG001 (some models give it by name)
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     attends: Attends = _current.attends
     return attends.attend(module, query, key, value, **options), None

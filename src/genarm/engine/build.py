@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from genarm.engine.device import cost, settle
+from genarm.engine.proof import expect, prove
 from genarm.engine.step import Layout
-from genarm.engine.trunk import Trunk, TrunkMember
+from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.model.config import BASE
 from genarm.model.loading import Member
@@ -109,9 +110,10 @@ def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | Non
 
 
 def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
-    path = settle(group.model)
     names = ", ".join(member.name for member in group.members)
     try:
+        path = settle(group.model)
+        expected = expect(group.model, group.members, rows=min(2, streams), capacity=capacity)
         trunk = Trunk(
             group.model,
             group.members,
@@ -120,13 +122,16 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
             capacity=capacity,
             graphs=path.graphs,
         )
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one, but a CPU's allocator has none of its own
-        if "memory" not in str(error):
-            raise
-        raise UnsupportedError(
-            f"there is no memory for the keys and values of {streams} streams of {capacity} tokens for {names}; ask "
-            "for fewer streams or a shorter context"
-        ) from error
+        prove(trunk, expected)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever a model's own code raises where it is not run as it expects
+        if "memory" in str(error):  # torch.OutOfMemoryError, but a CPU's allocator has none of its own
+            raise UnsupportedError(
+                f"there is no memory for the keys and values of {streams} streams of {capacity} tokens for {names}; "
+                "ask for fewer streams or a shorter context"
+            ) from error
+        raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
     together = "" if len(group.members) == 1 else " in one forward" if trunk.shared else " one after the other"
     return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.arena.bytes)}"
 
@@ -142,7 +147,7 @@ def _positions(member: Member) -> int | None:
     found = [getattr(config, "max_position_embeddings", None)]
     if rope.get("rope_type") in ("dynamic", "longrope"):
         found.append(rope.get("original_max_position_embeddings"))
-    return min((int(n) for n in found if n is not None), default=None)
+    return min((int(n) for n in found if n is not None and n > 0), default=None)  # XLNet has -1: no limit
 
 
 def _capacity(context: int | None, most: int | None) -> int:

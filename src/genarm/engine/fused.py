@@ -45,7 +45,7 @@ class FusedLinears:
             run_once: runs the model on anything, which shows which layers get the same input.
         """
         self._parts: dict[nn.Module, _Part] = {}
-        self._input: Tensor | None = None
+        self._done: tuple[_Group, Tensor] | None = None
         self._output = torch.empty(0)
         plain = [module for module in model.modules() if type(module) in (nn.Linear, FusedLinear) and _alone(module)]
         for layers in same_inputs(plain, run_once):
@@ -59,15 +59,16 @@ class FusedLinears:
         try:
             yield
         finally:
-            _current.fused = self._input = None
+            _current.fused = self._done = None
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """What `layer` makes of `x`; None where it is not fused."""
         part = self._parts.get(layer)
         if part is None:
             return None
-        if x is not self._input:
-            self._input = x  # held, so that no other tensor can be taken for it
+        # Two groups may read one tensor: attention and MLP do, where they run side by side.
+        if self._done is None or self._done[0] is not part.group or self._done[1] is not x:
+            self._done = part.group, x  # held, so that no other tensor can be taken for it
             self._output = nn.functional.linear(x, part.group.weight_OI, part.group.bias_O)
         return self._output[..., part.first : part.last]
 
@@ -86,11 +87,18 @@ class FusedLinear(nn.Linear):
 
 
 def same_inputs(layers: Sequence[nn.Module], run_once: Callable[[], None]) -> list[list[Any]]:
-    """`layers` in the order in which they run, those that get the very same input one after the other together."""
+    """`layers` in the order in which they run, those that get the very same input one after the other together.
+
+    Layers that did not run (experts that no token went to) come last, each by itself.
+    """
     groups: list[list[Any]] = []
     last: list[tuple[Tensor, Tensor]] = []
+    waiting = dict.fromkeys(layers)
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if layer not in waiting:
+            return
+        del waiting[layer]
         x = arguments[0]
         # The same tensor may have been changed in between.
         if last and x is last[0][0] and torch.equal(x, last[0][1]):
@@ -100,10 +108,12 @@ def same_inputs(layers: Sequence[nn.Module], run_once: Callable[[], None]) -> li
             last[:] = [(x, x.clone())]
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    run_once()
-    for hook in hooks:
-        hook.remove()
-    return groups
+    try:
+        run_once()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*groups, *([layer] for layer in waiting)]
 
 
 def _alone(layer: nn.Module) -> bool:

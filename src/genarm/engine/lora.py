@@ -29,7 +29,7 @@ _Column = tuple[int, float]
 
 
 def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
-    """Whether all of `adapters` are plain low-rank sums on linear layers (no DoRA, no embeddings, no biases)."""
+    """Whether all of `adapters` are plain low-rank sums on linear layers (no DoRA, embeddings, biases or experts)."""
     for layer in adapter_layers(model):
         if not isinstance(layer, LoraLayer):
             return False
@@ -38,6 +38,8 @@ def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
                 return False
             if name in layer.lora_A and not isinstance(layer.lora_A[name], nn.Linear):
                 return False
+            if hasattr(layer, "parameter_name"):  # peft's wrapper of a parameter, such as that of all experts
+                return False
         if layer.merged:
             return False
     return True
@@ -45,12 +47,18 @@ def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
 
 @dataclass(eq=False)
 class _Group:
-    """Layers that get the same input (query, key and value, say): one product serves them all."""
+    """Layers that get the same input (query, key and value, say): one product serves them all.
+
+    Attributes:
+        scaling: of all columns, or of each [R] where adapters differ in it.
+        foreign_TR: for each token of a pass, the columns that are not its own.
+    """
 
     columns: list[_Column] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
     down_RI: Tensor = field(default_factory=lambda: torch.empty(0))
-    mask_TR: Tensor = field(default_factory=lambda: torch.empty(0))
+    scaling: float | Tensor = 1.0
+    foreign_TR: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(eq=False)
@@ -79,16 +87,17 @@ class SharedAdapters:
         """
         layers: list[Any] = [*adapter_layers(model)]
         self._stacks: dict[nn.Module, _Stack] = {}
-        for group in same_inputs([layer for layer in layers if _members_of(layer, adapters)], run_once):
-            self._stacks.update(_stack(group, adapters, dtype))
-        self._tables: dict[tuple[_Column, ...], Tensor] = {}
-        for stack in self._stacks.values():
-            columns = tuple(stack.group.columns)
-            if columns not in self._tables:
-                self._tables[columns] = _table(columns, len(adapters)).to(stack.up_RO)
+        for alike in same_inputs([layer for layer in layers if _members_of(layer, adapters)], run_once):
+            self._stacks.update(_stack(alike, adapters, dtype))
         self._groups = list({id(stack.group): stack.group for stack in self._stacks.values()}.values())
-        self._table_of = [self._tables[tuple(group.columns)] for group in self._groups]
-        self._input: Tensor | None = None
+        self._tables: dict[tuple[Any, ...], Tensor] = {}
+        self._table_of: list[Tensor] = []
+        for group in self._groups:
+            key = (group.down_RI.device, *group.columns)
+            if key not in self._tables:
+                self._tables[key] = _foreign(group.columns, len(adapters)).to(group.down_RI.device)
+            self._table_of.append(self._tables[key])
+        self._done: tuple[_Group, Tensor] | None = None
         self._low_TR = torch.empty(0)
 
     @contextmanager
@@ -96,24 +105,29 @@ class SharedAdapters:
         """Run tokens each with the adapter of its member, in this thread."""
         masks = {id(t): t.index_select(0, adapters_T.to(t.device)) for t in self._tables.values()}
         for group, table in zip(self._groups, self._table_of, strict=True):
-            group.mask_TR = masks[id(table)]
+            group.foreign_TR = masks[id(table)]
         _current.adapters = self
         try:
             yield
         finally:
-            _current.adapters = self._input = None
+            _current.adapters = self._done = None
 
     def add(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """`output` of the layer's base for `x`, plus the low-rank parts."""
         stack = self._stacks.get(layer)
         if stack is None:  # it carries adapters of another engine only
             return output
-        if x is not self._input:
-            group = stack.group
-            self._input = x  # held, so that no other tensor can be taken for it
-            self._low_TR = (x.view(-1, x.shape[-1]).to(group.down_RI.dtype) @ group.down_RI.t()).mul_(group.mask_TR)
+        group = stack.group
+        if self._done is None or self._done[0] is not group or self._done[1] is not x:  # see FusedLinears.output
+            self._done = group, x  # held, so that no other tensor can be taken for it
+            self._low_TR = x.reshape(-1, x.shape[-1]).to(group.down_RI.dtype) @ group.down_RI.t()
+            # Filled, not multiplied by 0: another's columns may overflow for this token, and inf · 0 is NaN.
+            self._low_TR.masked_fill_(group.foreign_TR, 0.0)
+            if isinstance(group.scaling, Tensor):
+                self._low_TR.mul_(group.scaling)
+        scaling = 1.0 if isinstance(group.scaling, Tensor) else group.scaling
         # In place: the layer's output is fresh, nobody else holds it. [T, O] fits [1, T, O].
-        return output.add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO)
+        return output.add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO, alpha=scaling)
 
 
 _current = threading.local()
@@ -145,12 +159,16 @@ class _Sharing:
         return adapters.add(layer, x, base.forward(x) if type(base) is FusedLinear else base(x))
 
 
-def _table(columns: Sequence[_Column], members: int) -> Tensor:
-    """[members, R]: a member's scaling in its own columns, 0 in the others."""
-    table = torch.zeros(members, len(columns))
-    for column, (member, scaling) in enumerate(columns):
-        table[member, column] = scaling
-    return table
+def _foreign(columns: Sequence[_Column], members: int) -> Tensor:
+    """Bool [members, R]: the columns that are not a member's own."""
+    owners_R = torch.tensor([member for member, _ in columns])
+    return torch.arange(members)[:, None] != owners_R
+
+
+def _scaling(columns: Sequence[_Column], like: Tensor) -> float | Tensor:
+    """One number for all columns, as nearly always; else one for each, on the device and in the dtype of `like`."""
+    scalings = [scaling for _, scaling in columns]
+    return scalings[0] if len(set(scalings)) == 1 else torch.tensor(scalings).to(like)
 
 
 def _members_of(layer: Any, adapters: Sequence[str | None]) -> list[tuple[int, str]]:
@@ -173,6 +191,7 @@ def _stack(layers: Sequence[Any], adapters: Sequence[str | None], dtype: torch.d
         kind: Any = type(layer)
         layer.__class__ = _sharing(kind)
     group.down_RI = torch.cat(group.parts)
+    group.scaling = _scaling(group.columns, group.down_RI)
     group.parts.clear()
     for layer, stack in stacks.items():
         _make_views(layer, _members_of(layer, adapters), stack)

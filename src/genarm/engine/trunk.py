@@ -24,11 +24,12 @@ from genarm.engine.fused import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.errors import UnsupportedError
-from genarm.model.adapters import running
+from genarm.model.adapters import adapter_layers, running
 from genarm.model.combine import log_probs
 from genarm.model.vocabulary import Alignment
 
 _KNOWN = {"scaling", "sliding_window", "softcap", "dropout", "is_causal", "position_ids", "use_cache", "cache_position"}
+_KNOWN |= {"output_router_logits", "logits_to_keep"}  # no matter of attention, but some models pass on everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Trunk:
         embedding: Any = model.get_input_embeddings()
         self.embedding_size = int(embedding.weight.shape[0])
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        # Adapters of the output layer would get the wanted tokens only, and in another order than the others.
+        self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, adapter_layers(model))
         self._plug = Plug(model)
         shapes = _probe(model, self._plug, self._arguments, self.device)
         self.arena = Arena(shapes, rows=rows, capacity=capacity)
@@ -102,6 +105,11 @@ class Trunk:
         Returns:
             For each feed, float32 log-probs [want, V] after its last `want` tokens.
         """
+        return [self._fit(log_probs_WV) for log_probs_WV in self.run(feeds)]
+
+    @torch.inference_mode()
+    def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """As `forward`, over the ids of the model's own vocabulary."""
         self.passes += 1
         groups = [feeds] if self.shared else _by_member(feeds)
         wanted: dict[int, Tensor] = {}
@@ -114,7 +122,7 @@ class Trunk:
             wanted.update((id(feed), piece) for feed, piece in zip(group, pieces, strict=True))
         for feed in feeds:
             feed.row.ids.extend(feed.ids)
-        return [self._fit(wanted[id(feed)]) for feed in feeds]
+        return [wanted[id(feed)] for feed in feeds]
 
     def _run_once(self) -> None:
         """One token, whose keys and values go nowhere."""
@@ -126,7 +134,7 @@ class Trunk:
     def _logits(self, plan: Pass) -> Tensor:
         """Logits [W, V] of a pass: tensors in, a tensor out, nothing that waits for the device."""
         inputs: dict[str, Any] = {"input_ids": plan.ids_T[None], "position_ids": plan.positions_T[None]}
-        if "logits_to_keep" in self._arguments:
+        if self._keeps:
             inputs["logits_to_keep"] = plan.outputs_W
         with self._plug.attending(plan), self._fused.active():
             if self._adapters is None or not plan.adapted:
@@ -135,7 +143,21 @@ class Trunk:
                 with self._adapters.masked(plan.adapters_T):
                     output = self.model(**inputs, use_cache=False, return_dict=True)
         logits_TV: Tensor = output.logits[0]
-        return logits_TV if "logits_to_keep" in inputs else logits_TV.index_select(0, plan.outputs_W)
+        return logits_TV if self._keeps else logits_TV.index_select(0, plan.outputs_W)
+
+
+def _beyond_the_body(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
+    """Whether some of `layers` come after the model's last hidden states."""
+    body = set(model.base_model.modules())
+    return any(layer not in body for layer in layers)
+
+
+def cannot_run(model: PreTrainedModel, problem: str) -> UnsupportedError:
+    """The error that says so, on one line."""
+    return UnsupportedError(
+        f"the engine cannot run a {type(model).__name__} ({' '.join(problem.split())}); use "
+        "GuidedForCausalLM.generate, which leaves everything to transformers"
+    )
 
 
 def _adapter_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -161,7 +183,9 @@ class _Probe:
         self.foreign: set[str] = set()
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        self.foreign |= {name for name, given in options.items() if name not in _KNOWN and given is not None}
+        self.foreign |= {
+            name for name, given in options.items() if name not in _KNOWN and not (given is None or given is False)
+        }
         self.shapes[int(module.layer_idx)] = LayerShape(  # type: ignore[arg-type]
             heads=key.shape[1],
             key_size=key.shape[-1],
@@ -185,8 +209,5 @@ def _probe(model: PreTrainedModel, plug: Plug, arguments: frozenset[str], device
             model(input_ids=one, position_ids=one, use_cache=False, return_dict=True)
     if probe.foreign or sorted(probe.shapes) != list(range(layers)):
         problem = ", ".join(sorted(probe.foreign)) or f"{len(probe.shapes)} of its {layers} layers are attention"
-        raise UnsupportedError(
-            f"the engine cannot run a {type(model).__name__} ({problem}); use GuidedForCausalLM.generate, which leaves "
-            "everything to transformers"
-        )
+        raise cannot_run(model, problem)
     return [probe.shapes[i] for i in range(layers)]
