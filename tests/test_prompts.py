@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from genarm.accuracy.pairs import Limits, encode, read_pairs
+from genarm.accuracy.report import command
+from genarm.accuracy.settings import AccuracySettings
 from genarm.detokenizer import token_texts
 from genarm.errors import ConfigError, ConversationError, DataError
+from genarm.evaluation.prompts import read_questions
+from genarm.evaluation.recipe import PromptSpec
 from genarm.prompts import (
     OWN_ARGUMENTS,
     Reading,
@@ -20,7 +27,9 @@ from genarm.prompts import (
     plain_message,
     read_template_args,
 )
-from tiny import SHARED, tiny_tokenizer
+from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
+from genarm.train.data import load_pairs, load_prompts
+from tiny import SHARED, save_member, tiny_model, tiny_tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -157,3 +166,44 @@ def test_messages_as_clients_send_them() -> None:
     nothing = [{"role": "user", "content": None}, {"role": "user", "content": []}, {"role": "user"}, "w1", 3]
     for message in (called, image, *nothing):
         assert plain_message(message) == message
+
+
+def test_template_arguments_in_training_and_accuracy(tmp_path: Path) -> None:
+    """Pairs and prompts are encoded as `generate` will with the same argument, and the settings keep it."""
+    tokenizer = tiny_tokenizer()
+    thought = "{{ 'w0 ' if m['role'] == 'assistant' and enable_thinking is defined and not enable_thinking else '' }}"
+    tokenizer.chat_template = THINKING.replace("{{ m['content'] }}", thought + "{{ m['content'] }}")
+    said = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "w2 w2"), ("rejected", "w3"))}
+    pair = {"prompt": as_conversation("w1"), **said}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps(pair) + "\n")
+    settings = {"model": str(save_member(tiny_model(), tmp_path / "model", tokenizer)), "data": str(data)}
+    config = TrainConfig(
+        **settings,
+        output=tmp_path / "out",
+        template_arg=["enable_thinking=false"],
+        eval_fraction=0.0,
+        max_prompt_tokens=20,
+        max_response_tokens=20,
+    )
+    expected = encode_prompt(tokenizer, pair["prompt"], config.reading)
+    assert expected != encode_prompt(tokenizer, pair["prompt"])
+    assert list(load_pairs(config, tokenizer).training[0].prompt_ids) == expected
+    assert load_prompts(config, tokenizer).training[0] == expected
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    again = make_config({}, tmp_path / "run.toml")
+    assert again.template_arg == config.template_arg == ("enable_thinking=false",)
+    other = dataclasses.replace(config, template_arg=())
+    assert training_differences(config, other) == ["--template-arg was ('enable_thinking=false',), is ()"]
+    with pytest.raises(ConfigError, match="no argument 'x'"):
+        load_pairs(dataclasses.replace(config, template_arg=("x=1",)), tokenizer)
+    with pytest.raises(ConfigError, match="write NAME=VALUE"):
+        dataclasses.replace(config, template_arg=("x",))
+    accuracy = AccuracySettings(models=(settings["model"],), data=str(data), template_arg=config.template_arg)
+    assert "--template-arg enable_thinking=false" in command(accuracy)
+    encoded = encode(tokenizer, read_pairs(accuracy), Limits(prompt=20, response=20), [1], accuracy.reading)
+    assert list(encoded.pairs[0].prompt_ids) == expected
+    spec = PromptSpec(data=str(data), count=1, template_args={"enable_thinking": False})
+    assert list(read_questions(spec, str(data), tokenizer, 20)[0].ids) == expected
+    with pytest.raises(ConfigError, match="no argument 'x'"):
+        read_questions(dataclasses.replace(spec, template_args={"x": 1}), str(data), tokenizer, 20)

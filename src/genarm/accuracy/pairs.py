@@ -12,6 +12,7 @@ from genarm.data.preferences import Format, normalise, to_preferences
 from genarm.data.sources import Rows, load_rows
 from genarm.data.tokens import TokenPair, TokenReport, encode_preference, fit_lengths
 from genarm.errors import DataError
+from genarm.prompts import USUAL, Reading, check_reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +93,15 @@ def limits(settings: AccuracySettings, context: int | None, *, model: str) -> Li
     return Limits(prompt=prompt, response=response)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, ends: Sequence[int]) -> EncodedPairs:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, ends: Sequence[int], reading: Reading = USUAL
+) -> EncodedPairs:
     """The pairs of `data` in tokens, cut and dropped as in training; `ends` as for `genarm.prompts.encode_pair`.
 
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.
     """
+    check_reading(tokenizer, reading)
     chat = bool(tokenizer.chat_template) and not data.raw
     dropped: Counter[str] = Counter()
     cuts: Counter[str] = Counter()
@@ -109,7 +113,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, en
         except ValueError as error:
             dropped[str(error)] += 1
             continue
-        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, cuts, ends)
+        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, cuts, ends, reading)
         if isinstance(outcome, TokenPair):
             rows.append(number)
             pairs.append(outcome)

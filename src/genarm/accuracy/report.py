@@ -106,7 +106,8 @@ def command(settings: AccuracySettings) -> str:
         if field.name == "models" or value == field.default:
             continue
         option = f"--{field.name.replace('_', '-')}"
-        words += [option] if value is True else [option, str(value)]
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [option] if item is True else [option, str(item)]
     return shlex.join(words)
 
 

@@ -130,7 +130,9 @@ def _prepare(files: RewardFiles, base: RewardFiles | None, data: PairData, setti
     contexts = [(reader.context, reader.name) for reader in readers if reader.context is not None]
     context, name = min(contexts, default=(None, files.name))
     limit = limits(settings, context, model=name)
-    return _Prepared(files=files, limit=limit, encoded=encode(files.tokenizer, data, limit, files.ends))
+    return _Prepared(
+        files=files, limit=limit, encoded=encode(files.tokenizer, data, limit, files.ends, settings.reading)
+    )
 
 
 def _open_base(settings: AccuracySettings, reference: str, rewards: Sequence[RewardFiles]) -> RewardFiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genarm.errors import ConfigError
+from genarm.prompts import Reading, read_template_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class AccuracySettings:
         base: a causal LM; every causal LM among `models` is also scored by log π(y|x) − log π_base(y|x).
         batch_size: responses that are scored in one forward.
         max_prompt_tokens, max_response_tokens: what is longer is cut; None for the lengths of training.
+        template_arg: arguments of the chat template, each in the form NAME=VALUE.
         dtype, device, trust_remote_code: how models are loaded.
     """
 
@@ -33,11 +35,21 @@ class AccuracySettings:
     batch_size: int = 16
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
+    template_arg: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def reading(self) -> Reading:
+        """How prompts become token ids (raises ConfigError)."""
+        return Reading(template_args=read_template_args(self.template_arg))
+
     def __post_init__(self) -> None:
+        if self.template_arg and self.raw:
+            raise ConfigError(
+                "--raw takes text without the chat template, so --template-arg would do nothing; give one"
+            )
         if not self.models:
             raise ConfigError("there is no model to measure; name one at least")
         twice = sorted({model for model in self.models if self.models.count(model) > 1})

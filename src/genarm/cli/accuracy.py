@@ -11,6 +11,7 @@ from pathlib import Path
 
 from genarm.cli.options import (
     add_device_options,
+    add_template_option,
     open_console,
     quiet_libraries,
     say,
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longer prompts lose their beginning")
     parser.add_argument("--max-response-tokens", type=int, metavar="N", help="longer responses lose their end")
     parser.add_argument("--batch-size", type=int, metavar="N", default=16, help="responses scored in one forward")
+    add_template_option(parser)
     add_device_options(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
     parser.add_argument(
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             max_prompt_tokens=arguments.max_prompt_tokens,
             max_response_tokens=arguments.max_response_tokens,
+            template_arg=tuple(arguments.template_arg),
             dtype=arguments.dtype,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,

@@ -87,8 +87,11 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 def reading_of(arguments: argparse.Namespace) -> Reading:
     """How prompts become token ids (raises ConfigError)."""
+    from genarm.errors import ConfigError
     from genarm.prompts import Reading, read_template_args
 
+    if arguments.template_arg and getattr(arguments, "raw", False):
+        raise ConfigError("--raw sends text without the chat template, so --template-arg would do nothing; give one")
     return Reading(
         template_args=read_template_args(arguments.template_arg),
         plain_user_text=getattr(arguments, "plain_user_text", False),

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from genarm.cli.options import quiet_libraries
 from genarm.train.config import TrainConfig, make_config, option_name
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = field.metadata["help"].replace("%", "%%")
-    if field.default is None or field.default is dataclasses.MISSING or isinstance(field.default, bool):
+    if field.default in (None, ()) or field.default is dataclasses.MISSING or isinstance(field.default, bool):
         return text
     return f"{text} (default: {field.default})"
 
@@ -74,6 +74,8 @@ def _kind(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     kind = next((k for k in get_args(hint) if k is not NoneType), hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is tuple:
+        return {"action": "append", "metavar": field.metadata["metavar"]}
     return {
         "type": kind,
         "metavar": field.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}.get(kind)),

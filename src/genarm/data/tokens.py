@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from genarm.data.preferences import Preference, PreferenceSet
 from genarm.errors import ConfigError, ConversationError, DataError
-from genarm.prompts import encode_pair, end_ids
+from genarm.prompts import USUAL, Reading, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,6 +115,7 @@ def tokenize(
     max_response_tokens: int,
     malformed: Mapping[str, int] | None = None,
     ends: Sequence[int] | None = None,
+    reading: Reading = USUAL,
 ) -> TokenSet:
     """Token ids of each pair that is worth training on; `malformed` rows join the report's dropped ones.
 
@@ -128,7 +129,7 @@ def tokenize(
     kept: list[TokenPair] = []
     ends = end_ids(None, tokenizer) if ends is None else ends
     for preference in preferences:
-        outcome = encode_preference(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts, ends)
+        outcome = encode_preference(tokenizer, preference, max_prompt_tokens, max_response_tokens, cuts, ends, reading)
         if isinstance(outcome, TokenPair):
             kept.append(outcome)
         else:
@@ -210,6 +211,7 @@ def encode_preference(
     max_response_tokens: int,
     cuts: Counter[str],
     ends: Sequence[int] | None = None,
+    reading: Reading = USUAL,
 ) -> TokenPair | str:
     """The pair in tokens, or the reason to drop it. Only pairs that are kept count as cut."""
     if not preference.chosen.strip() or not preference.rejected.strip():
@@ -219,8 +221,8 @@ def encode_preference(
     if preference.chosen == preference.rejected:
         return IDENTICAL
     try:
-        prompt_ids, chosen_ids = encode_pair(tokenizer, preference.prompt, preference.chosen, ends=ends)
-        _, rejected_ids = encode_pair(tokenizer, preference.prompt, preference.rejected, ends=ends)
+        prompt_ids, chosen_ids = encode_pair(tokenizer, preference.prompt, preference.chosen, reading, ends=ends)
+        _, rejected_ids = encode_pair(tokenizer, preference.prompt, preference.rejected, reading, ends=ends)
     except ConversationError as error:  # such as: roles must alternate
         return str(error)
     if chosen_ids[:max_response_tokens] == rejected_ids[:max_response_tokens]:

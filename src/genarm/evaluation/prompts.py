@@ -11,7 +11,7 @@ from genarm.data.sources import load_rows
 from genarm.errors import DataError
 from genarm.evaluation.recipe import PromptSpec
 from genarm.judges.protocol import as_text
-from genarm.prompts import Prompt, as_conversation, encode_prompt
+from genarm.prompts import Prompt, Reading, as_conversation, check_reading, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizer
     Raises:
         DataError: the data cannot be read or has too few of them.
     """
+    reading = Reading(template_args=spec.template_args)
+    check_reading(tokenizer, reading)
     chat = bool(tokenizer.chat_template)
     found: dict[str, Question] = {}
     too_long = 0
@@ -40,7 +42,7 @@ def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizer
         text = as_text(prompt)
         if text in found:
             continue
-        ids = encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt, reading)
         if len(ids) > room:
             too_long += 1
             continue

@@ -82,6 +82,7 @@ class PromptSpec:
         objective: of data that is labelled twice.
         column: where the prompts are, if not in preference pairs or under "prompt"; judges see the whole row then.
         template: what a prompt of text is put into, at {}.
+        template_args: arguments of the chat template.
     """
 
     data: str
@@ -90,6 +91,7 @@ class PromptSpec:
     objective: str | None = None
     column: str | None = None
     template: str = "{}"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from genarm.errors import ConfigError
 from genarm.train.kinds import BETAS, GENERATIONS, KINDS, LORA_DROPOUT, check_kind
+
+if TYPE_CHECKING:
+    from genarm.prompts import Reading
 
 SCHEDULES = ("cosine", "linear", "constant")
 OBJECTIVES = ("better", "safer")
@@ -109,6 +112,14 @@ class TrainConfig:
         default=0.05,
         metadata=_about(
             _DATA, "share of the prompts of --data to hold out where no evaluation data is named; 0 for none"
+        ),
+    )
+    template_arg: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            _DATA,
+            "an argument of the chat template, as in enable_thinking=false; JSON, or else text; repeatable",
+            metavar="NAME=VALUE",
         ),
     )
     max_prompt_tokens: int | None = field(
@@ -212,6 +223,13 @@ class TrainConfig:
         ),
     )
 
+    @property
+    def reading(self) -> Reading:
+        """How prompts become token ids (raises ConfigError)."""
+        from genarm.prompts import Reading, read_template_args
+
+        return Reading(template_args=read_template_args(self.template_arg))
+
     def __post_init__(self) -> None:
         for name in ("output", "chat_template"):
             value = getattr(self, name)
@@ -221,6 +239,11 @@ class TrainConfig:
         _check_ranges(self)
         check_kind(self)
         _check_together(self)
+        if self.template_arg and self.raw:
+            raise ConfigError(
+                "--raw takes text without the chat template, so --template-arg would do nothing; give one"
+            )
+        _ = self.template_arg and self.reading
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -306,6 +329,11 @@ def _refuse_unknown(settings: Iterable[str], source: str) -> None:
 def _check_types(config: TrainConfig) -> None:
     for name, hint in get_type_hints(TrainConfig).items():
         value = getattr(config, name)
+        if get_origin(hint) is tuple:
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{option_name(name)} must be a list of texts, got {value!r}")
+            object.__setattr__(config, name, tuple(value))  # TOML has lists
+            continue
         kinds = get_args(hint) or (hint,)
         if float in kinds and type(value) is int:
             object.__setattr__(config, name, float(value))  # TOML's 1 for 1.0

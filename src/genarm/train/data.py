@@ -16,7 +16,7 @@ from genarm.data.prompts import to_prompts
 from genarm.data.sources import load_rows
 from genarm.data.tokens import TokenPair, TokenReport, split_by_prompt, tokenize
 from genarm.errors import ConversationError, DataError
-from genarm.prompts import Prompt, encode_prompt
+from genarm.prompts import Prompt, check_reading, encode_prompt
 from genarm.train.config import TrainConfig
 from genarm.train.loading import decoding_ends
 
@@ -50,6 +50,7 @@ class PromptReport(TokenReport):
 
 def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[TokenPair]:
     """Training and held-out pairs, the latter from evaluation data if named, else from the training data."""
+    check_reading(tokenizer, config.reading)
     chat = bool(tokenizer.chat_template) and not config.raw
     training = load_preferences(config.data, split=config.split, objective=config.objective, chat=chat)
     sources: dict[str, tuple[PreferenceSet, Sequence[Preference]]] = {TRAINING: (training, training.pairs)}
@@ -70,6 +71,7 @@ def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Train
             tokenizer,
             pairs,
             ends=ends,
+            reading=config.reading,
             max_prompt_tokens=config.max_prompt_tokens,
             max_response_tokens=config.max_response_tokens,
             malformed=source.malformed,
@@ -91,6 +93,7 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
 
     A prompt of the latter is taken as in the former.
     """
+    check_reading(tokenizer, config.reading)
     chat = bool(tokenizer.chat_template) and not config.raw
     sources = {TRAINING: _read_prompts(config.data, config.split, config, chat)}
     if config.eval_data is not None or config.eval_split is not None:
@@ -102,10 +105,7 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
         sources[TRAINING] = dataclasses.replace(whole, pairs=kept)
         sources[HELD_OUT] = dataclasses.replace(whole, pairs=split_off, malformed={})
     assert config.max_prompt_tokens is not None
-    sets = {
-        name: _encode_prompts(tokenizer, source, config.max_prompt_tokens, f"{name} prompts")
-        for name, source in sources.items()
-    }
+    sets = {name: _encode_prompts(tokenizer, source, config, f"{name} prompts") for name, source in sources.items()}
     trained = {pair.prompt_key for pair in sources[TRAINING].pairs}
     held_out = {pair.prompt_key for pair in sources[HELD_OUT].pairs} if HELD_OUT in sources else set()
     return TrainData(
@@ -128,14 +128,16 @@ def _read_prompts(source: str, split: str, config: TrainConfig, chat: bool) -> P
 
 
 def _encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, source: PreferenceSet, longest: int, what: str
+    tokenizer: PreTrainedTokenizerBase, source: PreferenceSet, config: TrainConfig, what: str
 ) -> tuple[list[Ids], TokenReport]:
+    longest = config.max_prompt_tokens
+    assert longest is not None
     dropped: Counter[str] = Counter(source.malformed)
     kept: list[Ids] = []
     cut = 0
     for prompt in _distinct(source.pairs, dropped):
         try:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, config.reading)
         except ConversationError as error:  # such as: roles must alternate
             dropped[str(error)] += 1
             continue
