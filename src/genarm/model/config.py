@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from genarm.errors import ConfigError, MemberError, UnsupportedError
 
@@ -162,6 +162,8 @@ class GuidedConfig(PreTrainedConfig):
 
     def _read_base(self) -> Any:
         """The base's configuration, from its files; None where there are none or they cannot be reached."""
+        from transformers import AutoConfig  # at the top it would register this module's class before there is one
+
         from genarm.model.loading import HubOptions, load_model_config
 
         place = self.__dict__.get("_name_or_path")
