@@ -29,6 +29,7 @@ from tiny import SPECIAL, save_member, tiny_tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'genarm[dev]'")
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
+expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
 
 PAGE = Path(__file__).resolve().parents[1] / "src/genarm/server/page"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
