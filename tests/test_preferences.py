@@ -269,6 +269,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
             "answer different prompts",
         ),
         ({"prompt": [SYSTEM], **REPLIES}, "there is no prompt"),
+        ({"prompt": [user("Why?"), assistant("As")], **REPLIES}, "ends with a turn of the assistant"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reason: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from genarm.data.preferences import Preference
 from genarm.data.tokens import TokenPair, tokenize
@@ -373,3 +373,28 @@ def test_toml_round_trip_and_overrides(tmp_path: Path) -> None:
         make_config({}, file)
     with pytest.raises(ConfigError, match="--data and --output missing"):
         make_config({"model": "m"})
+
+
+def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
+    settings = write_toy(tmp_path, n=8)
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "recurrent_gemma",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        lru_width=32,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    save_member(model, tmp_path / "model", tokenizer)
+    with pytest.raises(
+        MemberError, match=r"the reward of a pair is .* nats off beside a longer one; train with --batch"
+    ):
+        train_arm(make_config({**settings, "max_steps": 1}))
+    train_arm(make_config({**settings, "max_steps": 1, "batch_size": 1}))

@@ -170,7 +170,7 @@ def normalise(row: Row, found: Format, *, objective: str | None = None, chat: bo
         raise MalformedError("a system message or a history needs a chat template; put it into the prompt's own text")
     match found:
         case Format.PROMPTS:
-            return Preference(prompt=_asked(prompt, context, chat=chat), chosen="", rejected="")
+            return Preference(prompt=_answerable(_asked(prompt, context, chat=chat)), chosen="", rejected="")
         case Format.PKU:
             return _from_pku(row, objective, [*context, *as_conversation(_text(row, "prompt"))] if chat else None)
         case Format.TRANSCRIPTS:
@@ -247,9 +247,18 @@ def _from_messages(given: list[Message], chosen: list[Message], rejected: list[M
     if {reply["role"], reply_rejected["role"]} != {"assistant"}:
         raise MalformedError("chosen or rejected does not end with an assistant message")
     prompt = _joined(given, before)
+    return Preference(prompt=_answerable(prompt), chosen=reply["content"], rejected=reply_rejected["content"])
+
+
+def _answerable(prompt: Prompt) -> Prompt:
+    """`prompt`, which must end with something to answer (raises MalformedError)."""
+    if isinstance(prompt, str):
+        return prompt
     if all(message["role"] == "system" for message in prompt):
         raise MalformedError("there is no prompt before the response")
-    return Preference(prompt=prompt, chosen=reply["content"], rejected=reply_rejected["content"])
+    if prompt[-1]["role"] == "assistant":
+        raise MalformedError("the prompt ends with a turn of the assistant; it must end with one to answer")
+    return prompt
 
 
 def _joined(first: list[Message], then: list[Message]) -> list[Message]:

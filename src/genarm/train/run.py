@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from genarm.data.tokens import example_lines, report_table
-from genarm.errors import ConfigError
+from genarm.errors import ConfigError, MemberError
 from genarm.terminal import PlainConsole
 from genarm.train.arguments import training_options
 from genarm.train.baseline import require_trl
@@ -114,6 +115,15 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
     trainer = _make_trainer(config, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
+
+    if isinstance(trainer, ArmTrainer):
+        try:
+            trainer.check_padding()
+        except MemberError:
+            with suppress(OSError):  # the trainer has made its folder already; what is not empty stays
+                Path(trainer.args.output_dir or "").rmdir()
+                folder.path.rmdir()
+            raise
 
     process.wait_for_everyone()  # nobody looks at the folder any more
     if process.is_main_process:

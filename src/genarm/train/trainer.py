@@ -19,7 +19,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from genarm.data.tokens import TokenPair
-from genarm.errors import GenarmError
+from genarm.errors import GenarmError, MemberError
 from genarm.statistics import proportion
 from genarm.train.collator import PairCollator
 from genarm.train.loss import arm_loss, response_log_probs
@@ -28,6 +28,10 @@ Batch: TypeAlias = Mapping[str, torch.Tensor]
 
 # What the trainer adds to each entry of the log, beside the loss, as means over pairs since the last entry.
 TRAIN_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+
+
+# How many pairs are looked at for a short and a long prompt.
+PADDING_ROWS = 256
 
 
 class CheckedTrainer(Trainer):
@@ -112,6 +116,36 @@ class ArmTrainer(PairTrainer):
         return torch.autocast(
             self.args.device.type, torch.bfloat16, enabled=self._bf16_autocast, cache_enabled=cache_enabled
         )
+
+    @torch.no_grad()
+    def check_padding(self) -> None:
+        """Refuse a model for which the rewards of a pair depend on the pairs beside it.
+
+        The pair with the shortest prompt of the first ones, alone and beside the one with the longest: prompts are
+        padded on the left, which some models (Recurrent Gemma) read as if it were text.
+
+        Raises:
+            MemberError: the rewards differ by more than rounding.
+        """
+        data: Any = self.train_dataset
+        pairs = sorted(data[:PADDING_ROWS], key=lambda pair: len(pair.prompt_ids))
+        if self.args.per_device_train_batch_size == 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        beside, alone = (
+            self.rewards(model, self._prepare_inputs(self.data_collator(batch)))[:, 0]
+            for batch in ([pairs[0], pairs[-1]], [pairs[0]])
+        )
+        model.train(training)
+        off = float((beside - alone).abs().max())
+        exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        if off > (0.01 if exact and not self._bf16_autocast else 0.5) + 0.01 * float(alone.abs().max()):
+            raise MemberError(
+                f"padding changes what this model says: the reward of a pair is {off:.2g} nats off beside a longer "
+                "one; train with --batch-size 1 (and more --accumulation), or a model of another family"
+            )
 
     def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
