@@ -333,16 +333,70 @@ def test_paired_difference_against_resampled_pairs() -> None:
     assert found.p_value == pytest.approx(min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n))
 
 
-def test_newcombes_own_example() -> None:
-    """36 pairs right for both, 12 for one alone, 2 for the other alone, none for neither: 0.0569 to 0.3404."""
-    first = scores_of([1] * 36 + [-1] * 12 + [1] * 2, [0] * 50)
-    second = scores_of([1] * 36 + [1] * 12 + [-1] * 2, [0] * 50)
+def both_right(both: int, one: int, other: int, neither: int) -> tuple[Scores, Scores]:
+    """Pairs that both rewards have right, the first alone, the second alone, and neither."""
+    first = [1.0] * (both + one) + [-1.0] * (other + neither)
+    second = [1.0] * both + [-1.0] * one + [1.0] * other + [-1.0] * neither
+    return scores_of(first, [0] * len(first)), scores_of(second, [0] * len(first))
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((6, 0, 0, 6), -0.2425, 0.2425), ((50, 0, 0, 50), -0.0370, 0.0370), ((0, 0, 0, 1), -0.7935, 0.7935)],
+)
+def test_rewards_that_agree_everywhere_still_have_an_interval(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    first, second = both_right(*cells)
     found = difference(("one", first), ("two", second))
     assert found is not None
-    assert (found.accuracy.low, found.accuracy.high) == pytest.approx((0.0569, 0.3404), abs=1e-4)
-    back = difference(("two", second), ("one", first))
+    assert (found.accuracy.value, found.accuracy.low, found.accuracy.high) == pytest.approx((0, low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cells", [(36, 12, 2, 0), (99, 1, 0, 0), (43, 0, 1, 0), (3, 0, 9, 0), (10, 4, 4, 2), (0, 5, 0, 0)]
+)
+def test_paired_interval_is_what_the_score_test_does_not_refuse(cells: tuple[int, int, int, int]) -> None:
+    """Against the likelihood under each difference, maximised by trying everything."""
+    n, one, other = sum(cells), cells[1], cells[2]
+    found = difference(*zip(("one", "two"), both_right(*cells), strict=True))  # type: ignore[arg-type]
+    assert found is not None
+    p = np.linspace(0, 1, 20_001)
+    accepted = []
+    for tried in np.linspace(-1, 1, 1001):
+        q = p + tried  # p: the first alone; q: the second alone
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = [
+                np.where(k == 0, 0.0, k * np.log(x)) for k, x in ((one, p), (other, q), (n - one - other, 1 - p - q))
+            ]
+        possible = (q >= 0) & (p + q <= 1)
+        likely = np.where(possible, np.nan_to_num(sum(parts), nan=-np.inf), -np.inf)
+        if not possible.any() or np.isneginf(likely.max()):
+            continue
+        best = p[likely.argmax()]
+        variance = n * (2 * best + tried - tried**2)
+        if (other - one - n * tried) ** 2 <= 1.959964**2 * variance + 1e-9:
+            accepted.append(tried)
+    assert (found.accuracy.low, found.accuracy.high) == pytest.approx((min(accepted), max(accepted)), abs=4e-3)
+    back = difference(*zip(("two", "one"), reversed(both_right(*cells)), strict=True))  # type: ignore[arg-type]
     assert back is not None
-    assert (back.accuracy.low, back.accuracy.high) == pytest.approx((-0.3404, -0.0569), abs=1e-4)
+    assert (-back.accuracy.high, -back.accuracy.low) == pytest.approx((found.accuracy.low, found.accuracy.high))
+
+
+def test_paired_interval_covers_the_truth() -> None:
+    """Exactly, by all outcomes of 12 pairs: where rewards hardly ever differ too."""
+    n = 12
+    for p, q in ((0.0, 0.0), (0.02, 0.01), (0.1, 0.1), (0.3, 0.1)):
+        covered = 0.0
+        for one in range(n + 1):
+            for other in range(n + 1 - one):
+                rest = n - one - other
+                ways = math.comb(n, one) * math.comb(n - one, other)
+                found = difference(*zip(("1", "2"), both_right(rest, one, other, 0), strict=True))  # type: ignore[arg-type]
+                assert found is not None
+                if found.accuracy.low - 1e-9 <= q - p <= found.accuracy.high + 1e-9:
+                    covered += ways * p**one * q**other * (1 - p - q) ** rest
+        assert covered > 0.93
 
 
 def test_difference_is_on_common_pairs_and_a_tie_is_not_right() -> None:

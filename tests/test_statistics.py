@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -134,3 +135,19 @@ def test_shares_cover_the_truth():
 
     found = [bootstrap(share, rows_NK)[0] for rows_NK in rows_SNK]
     assert COVERED[0] <= covered([(of.low, of.high) for of in found], 0.75) <= COVERED[1]
+
+
+def test_memory_of_a_bootstrap_does_not_grow_with_its_rows():
+    rows = np.random.default_rng(0).normal(size=(20_000, 1))
+    tracemalloc.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("genarm.statistics.RESAMPLES", 400)
+            found = bootstrap(lambda means_SK: means_SK, rows)[0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6
+    # the same resamples as in one piece
+    drawn = np.random.default_rng(0).multinomial(20_000, np.full(20_000, 1 / 20_000), size=400) @ rows / 20_000
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))))

@@ -6,7 +6,7 @@ Shapes: N rows that were drawn independently (prompts, mostly), K columns, S boo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # numpy and scipy take a while to import
 
 RESAMPLES = 4000
 """Of every bootstrap."""
+
+_CELLS = 4_000_000
+"""How many counts of rows are held at once: 32 MB."""
 
 Outcome: TypeAlias = Literal["win", "tie", "lose"]
 
@@ -116,7 +119,7 @@ def bootstrap(
             return statistic((counts_SN @ filled) / (counts_SN @ known))
 
     values_F = figures(np.ones((1, len(rows))))[0]
-    drawn_SF = figures(_resampled(len(rows), seed))
+    drawn_SF = np.concatenate([figures(counts_SN) for counts_SN in _resampled(len(rows), seed)])
     n = int(known.any(axis=1).sum())
     return tuple(
         Estimate(value=float(value), low=low, high=high, n=n)
@@ -132,12 +135,26 @@ def mean_difference(first: Sequence[float], second: Sequence[float], *, seed: in
     return bootstrap(lambda means_SK: means_SK, differences_NK, seed=seed)[0]
 
 
+def _resampled(n: int, seed: int) -> Iterable[NDArray[Any]]:
+    """How often each of `n` rows is in each resample: some resamples after the others, (S, N) all together."""
+    return _few(n, seed) if n * RESAMPLES <= _CELLS else _drawn(n, seed)
+
+
 @lru_cache(maxsize=4)
-def _resampled(n: int, seed: int) -> NDArray[Any]:
-    """How often each of `n` rows is in each resample: (S, N)."""
+def _few(n: int, seed: int) -> tuple[NDArray[Any], ...]:
+    """All of them, which are asked for many times."""
+    return tuple(_drawn(n, seed))
+
+
+def _drawn(n: int, seed: int) -> Iterator[NDArray[Any]]:
+    """As many at once as `_CELLS` allows: of many rows, all would take gigabytes."""
     import numpy as np
 
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+    generator, chances = np.random.default_rng(seed), np.full(n, 1 / n)
+    size = max(1, _CELLS // n)
+    for start in range(0, RESAMPLES, size):
+        drawn = generator.multinomial(n, chances, size=min(size, RESAMPLES - start))
+        yield drawn.astype(np.float64)
 
 
 def _percentiles(drawn_S: NDArray[Any]) -> tuple[float, float]:

@@ -19,6 +19,8 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_Z = 1.959964  # of 95%
+
 CHOSEN_LONGER, REJECTED_LONGER, SAME_LENGTH = "chosen longer", "rejected longer", "same length"
 
 
@@ -157,8 +159,8 @@ def correlation(first_B: Floats, second_B: Floats) -> Interval | None:
 def difference(first: tuple[str, Scores], second: tuple[str, Scores]) -> Difference | None:
     """How two rewards, each with its name, differ on the pairs that both scored; None where there are none.
 
-    The interval is Newcombe's for paired proportions, made from both Wilson intervals and the correlation of what is
-    right (Statistics in Medicine 17, 1998).
+    The interval is Tango's score interval for paired proportions (Statistics in Medicine 17, 1998): no narrower for
+    rewards that agree everywhere than the number of pairs allows.
     """
     common = np.intersect1d(first[1].rows, second[1].rows)
     if not len(common):
@@ -174,27 +176,29 @@ def difference(first: tuple[str, Scores], second: tuple[str, Scores]) -> Differe
         n=len(common),
         only_first=only_1,
         only_second=only_2,
-        accuracy=_paired(right_1_B, right_2_B),
+        accuracy=_paired(only_1, only_2, len(common)),
         p_value=float(binomtest(only_1, discordant).pvalue) if discordant else 1.0,
     )
 
 
-def _paired(right_1_B: Bools, right_2_B: Bools) -> Interval:
-    """Rate of the second minus rate of the first, with Newcombe's interval."""
-    first, second = (proportion(int(right_B.sum()), len(right_B)) for right_B in (right_1_B, right_2_B))
-    constant = first.count in (0, first.n) or second.count in (0, second.n)
-    phi = 0.0 if constant else float(np.corrcoef(right_1_B, right_2_B)[0, 1])
+def _paired(only_1: int, only_2: int, n: int) -> Interval:
+    """Rate of the second minus rate of the first, with Tango's interval."""
+    return Interval(value=(only_2 - only_1) / n, low=-_limit(only_1, only_2, n), high=_limit(only_2, only_1, n))
 
-    def distance(of_second: float, of_first: float) -> float:
-        squared = of_second**2 - 2 * phi * of_second * of_first + of_first**2
-        return math.sqrt(max(squared, 0.0))
 
-    value = second.rate - first.rate
-    return Interval(
-        value=value,
-        low=value - distance(second.rate - second.low, first.high - first.rate),
-        high=value + distance(second.high - second.rate, first.rate - first.low),
-    )
+def _limit(more: int, less: int, n: int) -> float:
+    """The largest difference that Tango's score test does not refuse, `more` pairs speaking for it and `less` against.
+
+    The pairs that one side alone has right have the probabilities p and p + difference; p is the likeliest under it.
+    """
+    inside, outside = (more - less) / n, 1.0
+    for _ in range(60):
+        tried = (inside + outside) / 2
+        linear = (2 * n - more + less) * tried - more - less
+        p = (math.sqrt(linear**2 + 8 * n * less * tried * (1 - tried)) - linear) / (4 * n)
+        accepted = (more - less - n * tried) ** 2 <= _Z**2 * n * (2 * p + tried * (1 - tried))
+        inside, outside = (tried, outside) if accepted else (inside, tried)
+    return inside
 
 
 def _accuracy(margin_B: Floats) -> Accuracy:
