@@ -37,6 +37,7 @@ class Memory:
     pieces: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     pairs: list[tuple[Answer, Answer]] = field(default_factory=list)
+    sharpened: list[tuple[float, Answer] | None] = field(default_factory=list)
     heats: list[TokenRewards] = field(default_factory=list)
     on_piece: Callable[[], None] = lambda: None
 
@@ -53,8 +54,9 @@ class Memory:
     def answered(self, answer: Answer) -> None:
         self.answers.append(answer)
 
-    def compared(self, base: Answer, guided: Answer) -> None:
+    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
         self.pairs.append((base, guided))
+        self.sharpened.append(sharpened)
 
     def heat(self, rewards: TokenRewards) -> None:
         self.heats.append(rewards)
@@ -161,6 +163,23 @@ def test_compare_is_the_base_beside_the_guided_model(chat: Chat, screen: Memory)
     assert screen.pairs[0][0].text != screen.pairs[0][1].text
     assert screen.pairs[0][1].text == screen.answers[0].text
     assert chat.history == history
+
+
+def test_a_comparison_has_the_base_sharpened_as_rewards_that_learnt_nothing_would(
+    opened: tuple[Engine, ModelFiles], screen: Memory
+) -> None:
+    """The third answer is the base's own at T / (1 + Σw); none where that is no lower temperature."""
+    chat = Chat(*opened, screen, Sampling(max_new_tokens=8, temperature=0.9), seed=3, weights={"helpful": 1.5})
+    chat.handle("/compare w1")
+    temperature, answer = screen.sharpened[0] or (0, None)
+    assert temperature == pytest.approx(0.9 / 3)
+    alone = Chat(*opened, screen, Sampling(max_new_tokens=8, temperature=0.9 / 3), seed=3)
+    alone.weights = dict.fromkeys(alone.weights, 0.0)
+    alone.handle("w1")
+    assert answer == screen.answers[0]
+    for weights, sampling in (({"helpful": -2}, {"temperature": 0.9}), ({}, {"temperature": 0.0})):
+        Chat(*opened, screen, Sampling(max_new_tokens=8, **sampling), weights=weights).handle("/compare w1")
+        assert screen.sharpened[-1] is None
 
 
 def test_tokens_shows_the_last_answer_as_it_was_given(chat: Chat, screen: Memory) -> None:
@@ -315,12 +334,15 @@ def test_two_columns_and_no_tricks_on_the_terminal() -> None:
     screen.compared(
         Answer(text=f"left {evil}", ended="stop", weights={"helpful": 0.0}),
         Answer(text="right", ended="interrupted", weights=weights),
+        (0.25, Answer(text="third", ended="stop", weights={"helpful": 0.0})),
     )
     text = file.getvalue()
     assert not {"\x1b", "\x9b", "\x07"} & set(text)
     assert text.count("[bold]x[/bold]") == 4
     line = next(line for line in text.splitlines() if "left" in line)
     assert "right" in line
+    assert "third" in line
+    assert "sharpened" in text
     assert "[stopped]" in text
     assert "guided helpful=2" in text
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 HELP = """\
 /weights              show the reward weights
 /weights NAME=W …     change them from the next answer on; those not named stay as they are
-/compare [TEXT]       the base's and the guided model's answer to the last message, or to TEXT, side by side;
-                      the conversation stays as it was
+/compare [TEXT]       the base's and the guided model's answer to the last message, or to TEXT, side by side, and
+                      the base's at the lower temperature that rewards which learnt nothing would amount to
 /tokens               heat map of the last answer: which tokens each reward likes more than the base does
 /system TEXT          set the system message from the next answer on; /system shows it, /system off removes it
 /reset                begin a new conversation; weights and system message stay
@@ -60,8 +60,8 @@ class Screen(Protocol):
     def answered(self, answer: Answer) -> None:
         """The answer is complete; its pieces have all been shown."""
 
-    def compared(self, base: Answer, guided: Answer) -> None:
-        """Two answers to show side by side."""
+    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+        """Answers to show side by side; `sharpened` is the base's at a lower temperature, where there is one."""
 
     def heat(self, rewards: TokenRewards) -> None:
         """The rewards of each token of an answer."""
@@ -164,11 +164,14 @@ class Chat:
         self._last = (prompt, answer)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
 
-    def _begin(self, prompt: Prompt, weights: Mapping[str, float], seed: int) -> Stream:
+    def _begin(
+        self, prompt: Prompt, weights: Mapping[str, float], seed: int, sampling: Sampling | None = None
+    ) -> Stream:
         """Begin an answer to `prompt`."""
         ids = self.files.encode(prompt)
         room = self._room(prompt, len(ids))
-        sampling = replace(self.sampling, max_new_tokens=min(room, self.sampling.max_new_tokens))
+        sampling = sampling or self.sampling
+        sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         return self.engine.stream(Request(prompt=ids, weights=weights, sampling=sampling, seed=seed))
 
     def _prompt(self, messages: list[Message]) -> Prompt:
@@ -215,16 +218,22 @@ class Chat:
         else:
             raise ConfigError("there is no message to compare answers to yet; say something, or use /compare TEXT")
         prompt = self._prompt(messages)
-        seed = self._next_seed()  # the same for both, so that only the weights differ
-        both = (dict.fromkeys(self.weights, 0.0), self.weights)
-        streams = [self._begin(prompt, weights, seed) for weights in both]
-        base, guided = (_read(stream, w, on_text=_unseen) for stream, w in zip(streams, both, strict=True))
-        if "interrupted" in (base.ended, guided.ended):
+        seed = self._next_seed()  # the same for all, so that only what is compared differs
+        none = dict.fromkeys(self.weights, 0.0)
+        total, temperature = sum(self.weights.values()), self.sampling.temperature
+        settings = [(none, self.sampling), (self.weights, self.sampling)]
+        if total > 0 and temperature > 0:  # what rewards that learnt nothing would do by themselves
+            temperature /= 1 + total
+            settings.append((none, replace(self.sampling, temperature=temperature)))
+        streams = [self._begin(prompt, weights, seed, sampling) for weights, sampling in settings]
+        answers = [_read(stream, w, on_text=_unseen) for stream, (w, _) in zip(streams, settings, strict=True)]
+        if any(answer.ended == "interrupted" for answer in answers):
             for stream in streams:
                 stream.cancel()
             self.screen.note("comparison stopped")
             return
-        self.screen.compared(base, guided)
+        base, guided, *sharpened = answers
+        self.screen.compared(base, guided, (temperature, sharpened[0]) if sharpened else None)
 
     def _tokens(self, text: str) -> None:
         self._need_rewards()

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
         )
         weights = weights_of(arguments, files)
-        engine = open_engine(arguments, files, draft_files(arguments), streams=2, context=arguments.context)
+        engine = open_engine(arguments, files, draft_files(arguments), streams=3, context=arguments.context)
         chat = Chat(
             engine,
             files,
@@ -182,18 +182,20 @@ class TerminalScreen:
         if answer.ended != "stop" or not answer.text:
             self.note(_ENDINGS[answer.ended])
 
-    def compared(self, base: Answer, guided: Answer) -> None:
-        """Two columns."""
+    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+        """A column for each."""
         from rich.table import Table
         from rich.text import Text
 
         from genarm.chat import describe_weights
 
+        columns = [("base", base), (f"guided {describe_weights(guided.weights)}", guided)]
+        if sharpened is not None:
+            columns.append((f"sharpened base, temperature {sharpened[0]:.3g}", sharpened[1]))
         table = Table(width=min(self.console.width, _COLUMNS_WIDTH))
-        for heading in ("base", f"guided {describe_weights(guided.weights)}"):
-            table.add_column(Text(heading), ratio=1, overflow="fold")
         cells = []
-        for answer in (base, guided):
+        for heading, answer in columns:
+            table.add_column(Text(heading), ratio=1, overflow="fold")
             text = Text(answer.text)
             if answer.ended != "stop" or not answer.text:
                 text.append(f"\n{_ENDINGS[answer.ended]}", style="dim")
