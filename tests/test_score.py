@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from genarm.cli.main import main
 from genarm.heatmap import (
@@ -81,6 +82,29 @@ def test_json_equals_each_member_asked_by_itself(folder: Path, capsys: Any, raw:
     assert close([t["guided"] for t in tokens], guided)
     assert record["weights"] == {"helpful": -2, "harmless": 0.5}
     assert record["totals"]["harmless"] == pytest.approx(float(logs[2][at].sum()), abs=1e-4)
+
+
+def test_members_in_bfloat16_are_scored_exactly_on_a_cpu(tmp_path: Path, capsys: Any) -> None:
+    """A token's log-prob does not depend on what follows it; where it is computed in bfloat16, that is said."""
+    members = [save_member(tiny_model(seed=i, dtype=torch.bfloat16), tmp_path / f"m{i}") for i in range(2)]
+    compose(members[0], {"r": members[1]}, tmp_path / "guided")
+    exact = AutoModelForCausalLM.from_pretrained(members[0], dtype=torch.float32)
+    capsys.readouterr()
+    found = []
+    for response in ("w3 w4", "w3 w4 w5 w6 w7 w8 w9"):
+        words = ["--raw", "--prompt", "w1 w2", "--response", response, "--json"]
+        assert main(["score", str(tmp_path / "guided"), *words]) == 0
+        out, err = capsys.readouterr()
+        assert "computed in" not in err
+        found.append([token["base"] for token in json.loads(out)["tokens"][:2]])
+    ids = tiny_tokenizer()("w1 w2 w3 w4", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logs = exact(ids).logits[0].double().log_softmax(-1)
+    expected = [float(logs[1, ids[0, 2]]), float(logs[2, ids[0, 3]])]
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    assert found[1] == pytest.approx(expected, abs=1e-5)
+    assert main(["score", str(tmp_path / "guided"), *words, "--dtype", "bfloat16"]) == 0
+    assert "computed in bfloat16" in capsys.readouterr().err
 
 
 def test_table_on_a_pipe_has_every_number_and_no_colour(folder: Path, capsys: Any) -> None:

@@ -72,8 +72,14 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     prompt = files.conversation(arguments.prompt, system=arguments.system, raw=arguments.raw)
     prompt_ids, response_ids = files.encode_pair(prompt, arguments.response)
     check_length(files, len(prompt_ids), len(response_ids), where="--prompt and --response")
-    model = files.load(dtype=arguments.dtype, device=device)
+    # In bfloat16 a token's log-prob moves by a tenth with what follows it, which would be coloured as if it meant much.
+    exact = arguments.dtype == "auto" and device == "cpu"
+    model = files.load(dtype="float32" if exact else arguments.dtype, device=device)
     assert isinstance(model, GuidedForCausalLM)
+    rounding = sorted({str(m.model.dtype).removeprefix("torch.") for m in model.members} - {"float32"})
+    if rounding:
+        note = f"computed in {', '.join(rounding)}: differences of about 0.1 may be rounding (--dtype float32 is exact)"
+        print(note, file=sys.stderr)
     return model.token_rewards(
         prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights, reading=files.reading
     )
