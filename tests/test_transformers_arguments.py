@@ -26,6 +26,7 @@ from transformers import (
 from genarm import GuidedConfig, GuidedForCausalLM
 from genarm.errors import UnsupportedError, WeightsError
 from genarm.model.compose import compose
+from genarm.prefix import Prefix
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
@@ -208,6 +209,24 @@ def test_an_argument_that_nobody_takes_is_an_error(pair: Any) -> None:
                 model.generate(IDS, max_new_tokens=2, **{name: 1})
     with pytest.raises(UnsupportedError, match="router logits"):
         pair[1](IDS, output_router_logits=True)
+
+
+def test_a_prefill_gives_the_output_layer_contiguous_states() -> None:
+    """Of states that are no unbroken memory, torch copies a frozen output layer for every row."""
+    model = GuidedForCausalLM.from_members(tiny_model(seed=0), {"r": tiny_model(seed=1)})
+    seen: list[bool] = []
+    for member in model.members:
+        head = member.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    whole = model(IDS).logits
+    for keep in (1, 2, torch.tensor([3])):
+        kept = model(IDS, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, whole[:, -kept.shape[1] :])
+    model.generate(IDS, max_new_tokens=2)
+    prefix = Prefix(model.base)
+    prefix.extend([[7, 8, 9], [10, 11, 12]])
+    assert len(seen) > 10
+    assert all(seen)
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from genarm.errors import UnsupportedError
 from genarm.model.cache import GuidedCache
 from genarm.model.config import GuidedConfig
+from genarm.model.generation import last_positions
 
 Ids: TypeAlias = Sequence[int]
 Counter: TypeAlias = Callable[[int, int], None]
@@ -148,7 +149,7 @@ class Prefix:
         }
         arguments = {name: value.to(self.model.device) for name, value in inputs.items() if name in self._arguments}
         if "logits_to_keep" in self._arguments:
-            arguments["logits_to_keep"] = keep
+            arguments["logits_to_keep"] = last_positions(keep, ids_BT)
         return {**arguments, **self._options, "past_key_values": self._cache, "use_cache": True, "return_dict": True}
 
     def _move(self, ends: Sequence[int]) -> None:

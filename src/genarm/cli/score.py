@@ -79,7 +79,7 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     rounding = sorted({str(m.model.dtype).removeprefix("torch.") for m in model.members} - {"float32"})
     if rounding:
         note = f"computed in {', '.join(rounding)}: differences of about 0.1 may be rounding (--dtype float32 is exact)"
-        print(note, file=sys.stderr)
+        say(note, stderr=True)
     return model.token_rewards(
         prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights, reading=files.reading
     )

@@ -30,7 +30,7 @@ from genarm.model.assembly import gather_guided, load_guided
 from genarm.model.cache import GuidedCache
 from genarm.model.combine import combine, log_probs
 from genarm.model.config import BASE, GuidedConfig
-from genarm.model.generation import GuidedGeneration, forward_arguments
+from genarm.model.generation import GuidedGeneration, forward_arguments, last_positions
 from genarm.model.loading import HubOptions, Member, load_tokenizer
 from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
@@ -485,18 +485,6 @@ def _refuse(
 def _positions(attention_mask_BT: Tensor) -> Tensor:
     """Position of each token counted from the row's first real one; padding gets 0."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def last_positions(count: int | Tensor, ids_BT: Tensor) -> int | Tensor:
-    """`logits_to_keep`, as indices where a slice would leave some positions out.
-
-    A slice of several rows is not contiguous, and for such hidden states torch copies a frozen output layer once for
-    each row (in bfloat16 on a CPU, seven times a whole prefill's time). Indices make a copy of the states instead.
-    """
-    length = ids_BT.shape[1]
-    if isinstance(count, Tensor) or count == 0 or count >= length:
-        return count
-    return torch.arange(length - count, length, device=ids_BT.device)
 
 
 def _takes(arguments: frozenset[str], name: str) -> bool:

@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallba
 
 from genarm.data.tokens import TokenPair
 from genarm.errors import GenarmError, MemberError
+from genarm.model.generation import last_positions
 from genarm.statistics import proportion
 from genarm.train.collator import PairCollator
 from genarm.train.loss import arm_loss, response_log_probs
@@ -156,7 +157,7 @@ class ArmTrainer(PairTrainer):
         if "position_ids" in self.forward_options:
             options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in self.forward_options:
-            options["logits_to_keep"] = width_R + 1
+            options["logits_to_keep"] = width_R + 1 if model.training else last_positions(width_R + 1, ids_BT)
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
         # Labels and mask are shifted and padded to the width of the logits: slicing the logits instead would
         # cost a copy of them in the backward.
