@@ -160,15 +160,18 @@ def test_changed_settings_are_never_mixed(tmp_path: Path) -> None:
 
     colder = [methods[0], {**methods[1], "sampling": {"temperature": 0.4}}]
     changed = shrunk(EXPERIMENTS[0], tmp_path / "colder.toml", **{**SMALL, "methods": colder})
-    with pytest.raises(DataError, match=r"cold.jsonl, line 1 was made with other settings"):
+    with pytest.raises(
+        DataError,
+        match=r"cold.jsonl was made with other settings: temperature of sampling of method was 0.5 and is 0.4",
+    ):
         evaluate(changed, options(tmp_path / "run"), QUIET)
-    with pytest.raises(DataError, match="holds another run: seed differ; go on with"):
+    with pytest.raises(DataError, match="run was made with other settings: seed was 0 and is 5; go on with"):
         evaluate(shrunk(EXPERIMENTS[0], tmp_path / "s.toml", **{**SMALL, "seed": 5}), options(tmp_path / "run"), QUIET)
-    with pytest.raises(DataError, match="holds another run: dtype differ"):
+    with pytest.raises(DataError, match="dtype was 'auto' and is 'bfloat16'"):
         evaluate(recipe, dataclasses.replace(options(tmp_path / "run"), dtype="bfloat16"), QUIET)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="is not empty and holds no comparison"):
+    with pytest.raises(DataError, match=r"already has content and no recipe\.json in it"):
         evaluate(recipe, options(tmp_path / "other"), QUIET)
 
 

@@ -265,17 +265,17 @@ def test_another_run_never_touches_an_existing_output(folder: Path, tmp_path: Pa
     out.write_bytes(content[:-5])
     other = write_prompts(tmp_path / "other.jsonl", [*PROMPTS[:-1], "w40"])
     changes = {
-        "temperature 1.0 and this run has 0.5": ["--temperature", "0.5"],
-        "top_p 1.0 and this run has 0.9": ["--top-p", "0.9"],
-        "max_new_tokens 8 and this run has 9": ["--max-new-tokens", "9"],
-        "seed 11 and this run has 12": ["--seed", "12"],
-        "speculate 8 and this run has 0": ["--speculate", "0"],
-        "num_samples 1 and this run has 2": ["--num-samples", "2"],
-        "system None and this run has 'w1'": ["--system", "w1"],
-        "raw False and this run has True": ["--raw"],
-        "dtype 'auto' and this run has 'bfloat16'": ["--dtype", "bfloat16"],
+        "temperature was 1.0 and is 0.5": ["--temperature", "0.5"],
+        "top_p was 1.0 and is 0.9": ["--top-p", "0.9"],
+        "max_new_tokens was 8 and is 9": ["--max-new-tokens", "9"],
+        "seed was 11 and is 12": ["--seed", "12"],
+        "speculate was 8 and is 0": ["--speculate", "0"],
+        "num_samples was 1 and is 2": ["--num-samples", "2"],
+        "system was None and is 'w1'": ["--system", "w1"],
+        "raw was False and is True": ["--raw"],
+        "dtype was 'auto' and is 'bfloat16'": ["--dtype", "bfloat16"],
         "weights {'helpful': 1.0, 'harmless': 0.5} and this run has": ["--weights", "helpful=1.5"],
-        "prompts_digest": ["--input", str(other)],
+        "prompts_content has changed": ["--input", str(other)],
     }
     for difference, options in changes.items():
         capsys.readouterr()
@@ -284,7 +284,7 @@ def test_another_run_never_touches_an_existing_output(folder: Path, tmp_path: Pa
         assert out.read_bytes() == content[:-5]
     settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
     assert {row["settings"] for row in map(json.loads, content.splitlines())} == {settings["digest"]}
-    assert settings["settings"]["max_new_tokens"] == 8
+    assert settings["record"]["max_new_tokens"] == 8
 
 
 def test_files_that_are_not_ours_are_left_alone(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -95,7 +95,7 @@ def test_a_whole_run(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
         {"reply": "1 4\nBy length.", "failure": None, "outcome": "win"},
     ]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     assert KEY not in said.out + said.err
     assert not any(KEY.encode() in path.read_bytes() for path in files)
 
@@ -269,7 +269,7 @@ def test_mistakes_before_anything_is_asked(tmp_path: Path, capsys: Any) -> None:
         assert "lacks 1 answers" in refused(capsys, command(server, first, other, output))
         assert f"{other} lacks 1 answers" in refused(capsys, command(server, other, second, output))
         assert "cannot read" in refused(capsys, command(server, first, tmp_path / "none.jsonl", output))
-        assert "cannot write" in refused(capsys, command(server, first, second, tmp_path))
+        assert "is a folder; name a file" in refused(capsys, command(server, first, second, tmp_path))
         assert server.seen == []
     assert "cannot reach" in refused(capsys, command(server, first, second, output))
     assert not output.exists()
@@ -308,13 +308,13 @@ def test_an_output_of_other_settings_is_left_alone(tmp_path: Path, capsys: Any) 
         assert main(command(server, first, second, output)) == 0
         written = output.read_bytes()
         capsys.readouterr()
-        for others in (
-            command(server, first, second, output, "--model", "another"),
-            command(server, second, first, output),
-            command(server, first, second, first),
-            command(server, first, second, notes),
+        for others, problem in (
+            (command(server, first, second, output, "--model", "another"), "model was "),
+            (command(server, second, first, output), f"answers of first ({second}) has changed"),
+            (command(server, first, second, first), "no a.jsonl.settings.json beside it"),
+            (command(server, first, second, notes), "no notes.txt.settings.json beside it"),
         ):
-            assert "holds something else" in refused(capsys, others)
+            assert problem in refused(capsys, others)
         assert len(server.seen) == 24
     assert output.read_bytes() == written
     assert notes.read_text() == "one line"

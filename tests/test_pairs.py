@@ -170,7 +170,7 @@ def test_a_guided_folder_samples_with_weights(base: Path, here: Path) -> None:
     assert [row["response"] for row in rows_of("pairs.samples.jsonl")] == [
         row["response"] for row in rows_of("all.jsonl")
     ]
-    assert settings()["settings"]["weights"] == {"kind": 3.0}
+    assert settings()["record"]["weights"] == {"kind": 3.0}
 
 
 def test_text_without_a_chat_template(here: Path) -> None:
@@ -324,22 +324,22 @@ def test_a_changed_setting_is_named(base: Path, capsys: pytest.CaptureFixture[st
     assert main(command(base)) == 0
     whole = contents()
     changes = {
-        "num_samples 6 and this run has 7": ["--samples", "7"],
-        "temperature 1.0 and this run has 0.5": ["--temperature", "0.5"],
-        "seed 5 and this run has 6": ["--seed", "6"],
-        "select 'extremes' and this run has 'all'": ["--select", "all"],
-        "margin 0.0 and this run has 0.5": ["--margin", "0.5"],
-        "score {'kind': 'function', 'function': 'wish:score'": ["--score", "function=wish:flat"],
+        "num_samples was 6 and is 7": ["--samples", "7"],
+        "temperature was 1.0 and is 0.5": ["--temperature", "0.5"],
+        "seed was 5 and is 6": ["--seed", "6"],
+        "select was 'extremes' and is 'all'": ["--select", "all"],
+        "margin was 0.0 and is 0.5": ["--margin", "0.5"],
+        "function of score was 'wish:score' and is 'wish:flat'": ["--score", "function=wish:flat"],
     }
     for difference, options in changes.items():
         capsys.readouterr()
         assert main(command(base, *options)) == 2
-        assert f"pairs.jsonl was made with {difference}" in capsys.readouterr().err
+        assert f"pairs.jsonl was made with other settings: {difference}" in capsys.readouterr().err
         assert contents() == whole
     Path("wish.py").write_text(WISH.replace('count("w5")', 'count("w6")'), encoding="utf-8")
     sys.modules.pop("wish")
     assert main(command(base)) == 2
-    assert "pairs.jsonl was made with score" in capsys.readouterr().err
+    assert "wish.py of code (" in capsys.readouterr().err
     assert contents() == whole
 
 
@@ -353,7 +353,7 @@ def test_files_that_are_not_ours_are_left_alone(base: Path, capsys: pytest.Captu
     assert "cannot read pairs.jsonl.settings.json" in capsys.readouterr().err
     Path("pairs.jsonl.settings.json").write_text('{"settings": 3}', encoding="utf-8")
     assert main(command(base)) == 2
-    assert "pairs.jsonl was made with model" in capsys.readouterr().err
+    assert "has no record of what pairs.jsonl was made with" in capsys.readouterr().err
     assert main(command(base, "--output", ".")) == 2
     assert "is a folder" in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from genarm.errors import ConfigError, DataError
 from genarm.pairs.scorers import Item, Scorer, ScorerOptions, make_scorer
 from genarm.pairs.select import Scored, Selection, select
 from genarm.prompts import encode_pair
+from genarm.provenance import model_record
 from judge_server import Act, JudgeServer, Seen, says
 from tiny import tiny_model, tiny_tokenizer
 
@@ -121,7 +122,7 @@ def test_a_reward_model(tmp_path: Path) -> None:
         expected.append(float(model(torch.tensor([prompt + reply])).logits))
     assert scorer.score(items) == pytest.approx(expected, abs=1e-4)
     assert len(set(expected)) == 3
-    assert scorer.record["reward"] == str(tmp_path / "reward")
+    assert scorer.record["reward"] == model_record(str(tmp_path / "reward"))
 
 
 def judge_of(words: dict[str, str]) -> Any:

@@ -52,32 +52,6 @@ def test_a_grid_of_weights_is_a_row_each(tmp_path: Path) -> None:
     assert second.weights == {"a": 0.5, "b": 1.0}
 
 
-def test_digests_know_what_decides_the_rows(tmp_path: Path) -> None:
-    def digests(**changes: Any) -> list[str]:
-        recipe = read(tmp_path, **changes)
-        base, guided = recipe.methods[:2]
-        (judge,) = recipe.judges
-        return [
-            recipe.answers_digest(base),
-            recipe.answers_digest(guided),
-            recipe.judgement_digest(judge, guided),
-        ]
-
-    before = digests()
-    base, guided = MINIMAL["methods"]
-    assert digests(methods=[base, {**guided, "name": "called otherwise"}]) == before
-    assert digests(methods=[base, guided, {**guided, "name": "another"}]) == before
-    assert digests(reference="guided") == before
-    heavier = digests(methods=[base, {**guided, "weights": {"b": 0.6}}])
-    assert heavier[0] == before[0]
-    assert not {*heavier[1:]} & {*before}
-    judged = digests(judges=[{"name": "truth", "kind": "function", "source": "m:g"}])
-    assert judged[:2] == before[:2]
-    assert judged[2] != before[2]
-    for changes in ({"seed": 5}, {"sampling": {"temperature": 0.5}}, {"prompts": {"data": "x", "count": 4}}):
-        assert not set(digests(**changes)) & set(before)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -6,14 +6,58 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from genarm.errors import DataError
 
 
+def check_output(path: Path, *, option: str = "--output", folder: bool = False) -> None:
+    """Find out, before any work is done, whether an output can be written at `path`; nothing is left behind.
+
+    Args:
+        path: a file (or a folder, if `folder`) that is there already, or shall be made with all folders above it.
+        option: what names it on the command line.
+        folder: whether it is a folder.
+
+    Raises:
+        DataError: it cannot be made or written to, or something of another kind is there.
+    """
+    if path.exists() and path.is_dir() != folder:
+        other = "a file; name a folder" if folder else "a folder; name a file in it"
+        raise DataError(f"{option} {path} is {other}")
+    if path.exists() and not (folder or path.is_file()):
+        raise DataError(f"{option} {path} is a device or a pipe; name a file")
+    made: list[Path] = []
+    inside = path if folder else path.parent
+    try:
+        for above in reversed([inside, *inside.parents]):
+            if not above.exists():
+                above.mkdir()
+                made.append(above)
+        # Long enough for the names of what is written beside it.
+        handle, probe = tempfile.mkstemp(dir=inside, prefix="." if folder else f".{path.name}.settings.json.")
+        os.close(handle)
+        os.unlink(probe)
+        if path.is_file():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except OSError as error:
+        raise DataError(f"cannot write {option} {path}: {error.strerror}; name another place") from error
+    finally:
+        for above in reversed(made):
+            with suppress(OSError):
+                above.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part (raises DataError)."""
+    try:
+        _write_text(path, text)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -33,10 +77,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes the name `path` when the block ends well.
 
     Raises:
-        DataError: `path` exists and is not an empty folder; nothing is ever overwritten.
+        DataError: `path` exists and is not an empty folder, or cannot be made; nothing is ever overwritten.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path} already exists and is not empty; choose another --output or remove it")
+    check_output(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

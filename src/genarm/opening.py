@@ -6,8 +6,6 @@ loaded. A guided folder and an ordinary causal LM are opened in the same way; th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,12 +69,6 @@ class ModelFiles:
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a reply."""
         return tuple(end_ids(self.generation_config, self.tokenizer))
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the configuration: for a guided folder, of its members and weights too."""
-        record = {key: value for key, value in self.config.to_dict().items() if key != "transformers_version"}
-        return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def weights(self, given: Mapping[str, float], defaults: Mapping[str, float] | None = None) -> dict[str, float]:
         """`given` over `defaults` (the folder's own if None), in the order of the rewards.

@@ -15,24 +15,30 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add `rows` to the end of the file at `path` (made if need be), and have them on the disk before returning.
 
     Raises:
-        OSError: as the operating system says.
+        DataError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}") from error
 
 
-def resume_rows(path: Path, settings: str) -> list[dict[str, Any]]:
+def resume_rows(path: Path, settings: str, *, count: int | None = None, samples: int = 1) -> list[dict[str, Any]]:
     """The whole rows of an unfinished file, each with `settings` under the key "settings"; a torn last line is cut off.
 
     Args:
         path: the file; nothing is there before the first row is written.
         settings: digest of everything that decides what the rows are.
+        count: how many rows the finished file has, if their places are to be checked: "index" and "sample" of row n.
+        samples: rows of one index.
 
     Raises:
-        DataError: a row of other settings, or a line that is no row, nor the beginning of one at the file's end.
+        DataError: a row of other settings or in another's place, or a line that is no row, nor the beginning of one at
+            the file's end.
     """
     if not path.exists():
         return []
@@ -45,6 +51,13 @@ def resume_rows(path: Path, settings: str) -> list[dict[str, Any]]:
                 raise DataError(f"{path}, line {number} is no row of a run; remove it, or choose another --output")
             if row is None:
                 break
+            if count is not None and (
+                number > count or (row.get("index"), row.get("sample")) != divmod(number - 1, samples)
+            ):
+                raise DataError(
+                    f"{path}, line {number} is not row {number - 1} of this run; the file was changed since: choose "
+                    "another --output or remove it"
+                )
             if row.get("settings") != settings:
                 raise DataError(
                     f"{path}, line {number} was made with other settings; use the same settings to go on with it, "

@@ -64,6 +64,7 @@ def as_json(result: AccuracyResult) -> dict[str, Any]:
         "code": code_version(),
         "machine": asdict(this_machine(find_device(None if device == "auto" else device))),
         "settings": asdict(result.settings),
+        "record": result.record,
         "format": result.format,
         "rows": result.rows,
         "models": [

@@ -18,6 +18,7 @@ from genarm.accuracy.pairs import EncodedPairs, Limits, PairData, encode, limits
 from genarm.accuracy.settings import AccuracySettings
 from genarm.data.tokens import TokenReport, example_lines
 from genarm.errors import MemberError, VocabularyError
+from genarm.provenance import AT, Record, content_of, model_record
 
 Kind: TypeAlias = Literal["arm", "implicit", "trajectory"]
 
@@ -49,7 +50,7 @@ class Measured:
 class AccuracyResult:
     """Every reward, in the order of the settings, and how the others differ from the first.
 
-    `rows` is the number of rows of the data, `categories` the category of each.
+    `rows` is the number of rows of the data, `categories` the category of each, `record` what decides the scores.
     """
 
     settings: AccuracySettings
@@ -58,6 +59,7 @@ class AccuracyResult:
     categories: tuple[str, ...] | None
     measured: tuple[Measured, ...]
     differences: tuple[Difference, ...]
+    record: Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
         categories=data.categories,
         measured=tuple(measured),
         differences=_differences(measured),
+        record=_record(settings, data),
     )
 
 
@@ -111,6 +114,13 @@ def _reading(data: PairData, prepared: Sequence[_Prepared]) -> Iterator[str]:
         yield f"columns not read: {', '.join(data.unread)}"
     yield f"the first pair, as {first.files.name} reads it:"
     yield from example_lines(first.files.tokenizer, first.encoded.pairs[0])
+
+
+def _record(settings: AccuracySettings, data: PairData) -> Record:
+    """The content of the data and the models."""
+    models = {name: model_record(name) for name in settings.models}
+    base = {} if settings.base is None else {"base": model_record(settings.base)}
+    return {"data": {AT: settings.data, "rows": content_of(map(dict, data.rows))}, **models, **base}
 
 
 def _open(settings: AccuracySettings) -> list[RewardFiles]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 from genarm.errors import DataError
 from genarm.prompts import Prompt, plain_message
+from genarm.provenance import content_of
 
 ROW_KEYS = (
     "index",
@@ -93,10 +93,9 @@ def read_requests(path: Path) -> tuple[Request, ...]:
     return tuple(_request(line, where) for where, line in lines)
 
 
-def digest(requests: Sequence[Request]) -> str:
-    """A fingerprint of what the requests say, wherever they were read."""
-    records = [{key: value for key, value in asdict(r).items() if key != "where"} for r in requests]
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16]
+def content(requests: Sequence[Request]) -> str:
+    """A digest of what the requests say, wherever they were read."""
+    return content_of({key: value for key, value in asdict(r).items() if key != "where"} for r in requests)
 
 
 def _request(line: str, where: str) -> Request:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         from genarm.accuracy.report import print_result, write_result
         from genarm.accuracy.run import measure
         from genarm.accuracy.settings import AccuracySettings
-        from genarm.errors import ConfigError, DataError
+        from genarm.files import check_output
 
         datasets.disable_progress_bars()
         settings = AccuracySettings(
@@ -89,14 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
         )
-        if arguments.output is not None and arguments.output.is_dir():
-            raise ConfigError(f"--output {arguments.output} is a folder; give the name of a file, such as result.json")
+        if arguments.output is not None:
+            check_output(arguments.output)
         result = measure(settings, open_console(stderr=True))
     print_result(open_console(), result)
     if arguments.output is not None:
-        try:
-            scores = write_result(arguments.output, result)
-        except OSError as error:
-            raise DataError(f"cannot write --output {arguments.output}: {error}") from error
+        scores = write_result(arguments.output, result)
         say(f"wrote {arguments.output} and {scores}", stderr=True)
     return 0

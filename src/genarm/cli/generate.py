@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then load the model and decode."""
     from genarm.batch.requests import read_requests, requests_of
+    from genarm.files import check_output
 
+    if arguments.output is not None:
+        check_output(arguments.output)
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
     with quiet_libraries():
         from genarm.batch.run import Plan, make_jobs
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         draft = draft_files(arguments)
         weights = weights_of(arguments, files)
         jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)
-        settings = settings_of(arguments, files, requests, plan, weights, raw=arguments.raw)
+        settings = settings_of(arguments, files, requests, plan, weights, draft=draft, raw=arguments.raw)
         return _decode(arguments, files, draft, jobs, plan, settings)
 
 
@@ -101,7 +104,7 @@ def _decode(
     from genarm.batch.run import context_of, decode
 
     output: Path | None = arguments.output
-    done = begin(output, settings) if output else 0
+    done = len(begin(output, settings)) if output else 0
     if done == len(jobs):
         say(f"{output} is complete: {done} of {done} rows", stderr=True)
         return 0
@@ -130,11 +133,11 @@ def _decode(
 
 def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[dict[str, Any]], None]:
     """What to do with a row."""
-    from genarm.batch.output import append
+    from genarm.rows import append_rows
 
     def write(row: dict[str, Any]) -> None:
         if output:
-            append(output, row)
+            append_rows(output, [row])
             return
         say_json(row) if as_json else say(_readable(row, alone=alone))
 

@@ -61,11 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, say what it will take, then ask."""
     from genarm.errors import ConfigError
+    from genarm.files import check_output
     from genarm.judges.answers import match_answers
     from genarm.judges.cache import ReplyCache
-    from genarm.judges.llm import estimate, fingerprint, judge_pairs
+    from genarm.judges.llm import estimate, judge_pairs
     from genarm.judges.protocol import load_protocol
+    from genarm.provenance import claim
+    from genarm.rows import resume_rows
 
+    check_output(arguments.output)
     protocol = load_protocol(arguments.protocol)
     if protocol.single:
         raise ConfigError(f"the protocol {protocol.name} scores single answers; comparing two needs one for pairs")
@@ -73,8 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
     _check_prices(arguments)
     matched = match_answers(arguments.first, arguments.second)
     pairs = [match.pair for match in matched]
-    digest = fingerprint(pairs, protocol, settings.model)
-    _check_output(arguments.output, digest)
     cache = ReplyCache(arguments.output.with_name(f"{arguments.output.name}.replies"))
     expected = estimate(
         pairs,
@@ -87,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     say(_forecast(expected, len(pairs)))
     if arguments.estimate:
         return 0
+    digest = claim(arguments.output, _record(arguments, matched, protocol, settings.model))
+    resume_rows(arguments.output, digest)
     with _progress(2 * len(pairs)) as advance:
         try:
             verdicts = judge_pairs(pairs, protocol, settings, cache, advance)
@@ -129,24 +133,21 @@ def _check_prices(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"the prices are {prices[0]} and {prices[1]}; they must be numbers of at least 0")
 
 
-def _check_output(output: Path, digest: str) -> None:
-    """Refuse to write over anything but verdicts on the same questions (raises DataError)."""
-    from genarm.errors import DataError
+def _record(
+    arguments: argparse.Namespace, matched: Sequence[Matched], protocol: Protocol, model: str
+) -> dict[str, object]:
+    """What decides the verdicts: the answers, what is asked about them, and of whom."""
+    from genarm.provenance import AT, content_of
 
-    if not output.exists():
-        return
-    try:
-        lines = output.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        ours = all(json.loads(line)["settings"] == digest for line in lines)
-    except OSError as error:
-        raise DataError(f"cannot write --output {output}: {error}") from error
-    except (ValueError, LookupError, TypeError):
-        ours = False
-    if not ours:
-        raise DataError(
-            f"{output} holds something else than verdicts on these answers with these settings; choose another "
-            "--output, or remove it"
-        )
+    sides = {"first": arguments.first, "second": arguments.second}
+    answers = {
+        side: {
+            AT: str(path),
+            "answers": content_of((m.index, m.sample, m.pair.prompt, getattr(m.pair, side)) for m in matched),
+        }
+        for side, path in sides.items()
+    }
+    return {"model": model, "protocol": protocol.record, **answers}
 
 
 def _forecast(expected: Estimate, pairs: int) -> str:
@@ -171,7 +172,6 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(output: Path, matched: Sequence[Matched], verdicts: Sequence[Verdict], digest: str) -> None:
-    from genarm.errors import DataError
     from genarm.files import write_text
 
     rows = [
@@ -186,10 +186,7 @@ def _write(output: Path, matched: Sequence[Matched], verdicts: Sequence[Verdict]
         }
         for match, verdict in zip(matched, verdicts, strict=True)
     ]
-    try:
-        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    except OSError as error:
-        raise DataError(f"cannot write --output {output}: {error}") from error
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _report(

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -176,21 +177,21 @@ def settings_of(
     plan: Plan,
     weights: dict[str, float],
     *,
+    draft: ModelFiles | None,
     raw: bool,
 ) -> Settings:
     """All that decides what the rows of an output file are."""
     from genarm.batch.output import Settings
-    from genarm.batch.requests import digest
+    from genarm.batch.requests import content
     from genarm.opening import find_device
+    from genarm.provenance import model_record
 
     return Settings(
-        model=files.reference,
-        model_config=files.fingerprint,
-        revision=files.revision,
+        model=model_record(files.reference, files.revision),
         dtype=arguments.dtype,
         device=find_device(arguments.device),
         prompts=len(requests),
-        prompts_digest=digest(requests),
+        prompts_content=content(requests),
         weights=weights,
         max_new_tokens=plan.sampling.max_new_tokens,
         temperature=plan.sampling.temperature,
@@ -198,9 +199,10 @@ def settings_of(
         seed=plan.seed,
         num_samples=plan.num_samples,
         speculate=arguments.speculate,
-        draft=arguments.draft,
+        draft=None if draft is None else model_record(draft.reference, draft.revision),
         system=arguments.system,
         raw=raw,
+        reading=asdict(files.reading),
     )
 
 

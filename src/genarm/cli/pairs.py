@@ -91,8 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, then sample, score and select."""
     from genarm.batch.requests import read_requests
     from genarm.errors import ConfigError
+    from genarm.files import check_output
     from genarm.pairs.select import Selection
 
+    check_output(arguments.output)
     if arguments.samples < 2:
         raise ConfigError(f"--samples is {arguments.samples}; a pair needs at least 2")
     selection = Selection(which=arguments.select, margin=arguments.margin)
@@ -116,7 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         conversations = [files.conversation(r.prompt, system=arguments.system, raw=False) for r in requests]
         scorer = _scorer(arguments, requests)
         settings = PairSettings(
-            sampling=settings_of(arguments, files, requests, plan, weights_of(arguments, files), raw=False),
+            sampling=settings_of(
+                arguments, files, requests, plan, weights_of(arguments, files), draft=draft, raw=False
+            ),
             score=scorer.record,
             selection=selection,
         )

@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Score one response and show it."""
     from genarm.batch.requests import check_prompt
+    from genarm.files import check_output
 
+    if arguments.html:
+        check_output(arguments.html, option="--html")
     check_prompt(arguments.prompt, "--prompt")
     with quiet_libraries():
         rewards = _score(arguments)
@@ -86,15 +89,11 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
 
 
 def _write_page(arguments: argparse.Namespace, rewards: TokenRewards) -> None:
-    from genarm.errors import DataError
     from genarm.files import write_text
     from genarm.heatmap import html_page
 
     prompt = "\n\n".join(filter(None, [arguments.system, arguments.prompt]))
-    try:
-        write_text(arguments.html, html_page(rewards, model=arguments.folder, prompt=prompt))
-    except OSError as error:
-        raise DataError(f"cannot write --html {arguments.html}: {error}") from error
+    write_text(arguments.html, html_page(rewards, model=arguments.folder, prompt=prompt))
     say(f"wrote {arguments.html}", stderr=True)
 
 

@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
-from genarm.evaluation.recipe import MethodSpec, SamplingSpec, digest
+from genarm.evaluation.recipe import MethodSpec, SamplingSpec
 from genarm.methods.args import Args
 from genarm.methods.best_of_n import BestOfN
 from genarm.methods.best_of_n import kl_bound as bound_of_best
@@ -27,6 +27,7 @@ from genarm.methods.transfer_q import TransferQ
 from genarm.model.compose import compose
 from genarm.model.loading import ADAPTER_FILE
 from genarm.opening import ModelFiles, find_device, open_files
+from genarm.provenance import Record, digest, model_record
 from genarm.sampling import Sampling
 from genarm.trajectory import TrajectoryReward
 
@@ -50,10 +51,18 @@ class Models:
     dtype: str = "auto"
     device: str | None = None
     _loaded: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    _records: dict[str, Record] = dataclasses.field(default_factory=dict)
 
     def resolve(self, reference: str) -> str:
         """`reference` with a path for each part of the run in it; the `@` before a revision is none."""
         return _OWN.sub(lambda found: f"{found[1]}{self.folder}/", reference)
+
+    def record(self, reference: str) -> Record:
+        """A model by its content, as it was when it was first asked for here."""
+        where = self.resolve(reference)
+        if where not in self._records:
+            self._records[where] = model_record(where)
+        return self._records[where]
 
     def keep(self, methods: tuple[MethodSpec, ...]) -> None:
         """Let go of every model that none of `methods` needs."""

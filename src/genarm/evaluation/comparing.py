@@ -101,8 +101,7 @@ def _llm(
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{judge.name}: {first} against {second}", total=2 * len(pairs))
             judged = judge_pairs(pairs, protocol, settings, cache, lambda task=task: progress.advance(task))  # type: ignore[misc]
-        digest = recipe.judgement_digest(judge, recipe.method(first), recipe.method(second))
-        rows = [{"index": i, **verdict.record(), "settings": digest} for i, verdict in enumerate(judged)]
+        rows = [{"index": i, **verdict.record()} for i, verdict in enumerate(judged)]
         found.append(_written(where, judge, first, second, [v.outcome for v in judged], rows))
         notes += _note(f"{judge.name}, {first} against {second}", summarise(judged))
     return found, notes
@@ -143,10 +142,9 @@ def _alpaca_eval(
             for i, (question, one, other) in enumerate(replies)
         ]
         annotations = annotate(outputs, where / f"{slug(first)}--{slug(second)}", settings)
-        digest = recipe.judgement_digest(judge, recipe.method(first), recipe.method(second))
         outcomes = [_outcome(annotation) for annotation in annotations]
         rows = [
-            {"index": a.index, "outcome": outcome, "preference": a.preference, "settings": digest}
+            {"index": a.index, "outcome": outcome, "preference": a.preference}
             for a, outcome in zip(annotations, outcomes, strict=True)
         ]
         found.append(_written(where, judge, first, second, outcomes, rows))

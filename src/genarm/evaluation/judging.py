@@ -20,9 +20,11 @@ from genarm.evaluation.answers import Answers
 from genarm.evaluation.build import Models
 from genarm.evaluation.comparing import COMPARING, compare_all
 from genarm.evaluation.prompts import Question
+from genarm.evaluation.provenance import scores_record
 from genarm.evaluation.recipe import JudgeSpec, Recipe, slug
 from genarm.evaluation.results import Verdicts
 from genarm.pairs.scorers import Item, ScorerOptions, make_scorer
+from genarm.provenance import claim
 from genarm.rows import append_rows, resume_rows
 
 CHUNK = 50
@@ -81,7 +83,7 @@ def judge_all(
                 models,
                 questions,
                 answers[method.name],
-                recipe.judgement_digest(judge, method),
+                method.name,
             )
     return Judged(scores=scores, verdicts=tuple(verdicts), notes=tuple(notes))
 
@@ -105,8 +107,9 @@ def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], lis
 
 
 def _score_all(
-    path: Path, judge: JudgeSpec, models: Models, questions: Sequence[Question], answers: Answers, settings: str
+    path: Path, judge: JudgeSpec, models: Models, questions: Sequence[Question], answers: Answers, method: str
 ) -> tuple[float, ...]:
+    settings = claim(path, scores_record(judge, method, models, questions, answers))
     rows = resume_rows(path, settings)
     replies = [
         Reply(question=question, text=text, ids=ids)

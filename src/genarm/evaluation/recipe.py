@@ -6,8 +6,6 @@ are hub ids or paths.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -236,19 +234,9 @@ class Recipe:
         return {
             "seed": self.seed,
             "world": dict(self.world),
-            "pairs": [asdict(spec) for spec in self.pairs],
+            "pairs": {spec.name: asdict(spec) for spec in self.pairs},
             "train": {spec.name: dict(spec.settings) for spec in self.train},
         }
-
-    def answers_digest(self, method: MethodSpec) -> str:
-        """Equal exactly where two recipes would give the same replies by `method`, whatever it is called."""
-        what = {key: value for key, value in asdict(method).items() if key not in ("name", "family")}
-        asked = {"prompts": asdict(self.prompts), "sampling": asdict(self.sampling)}
-        return digest({**self.foundation, **asked, "method": what})
-
-    def judgement_digest(self, judge: JudgeSpec, *methods: MethodSpec) -> str:
-        """The same for a judge's scores of a method's replies, or its verdicts on those of two."""
-        return digest({"judge": asdict(judge), "answers": [self.answers_digest(method) for method in methods]})
 
     def draw(self, method: MethodSpec) -> SamplingSpec:
         """How `method` draws, its own settings over the recipe's."""
@@ -263,8 +251,3 @@ class Recipe:
 def slug(name: str) -> str:
     """The name of a method or judge as that of its file."""
     return "".join(c if c.isalnum() or c in ".-_=+" else "-" for c in name).strip("-")
-
-
-def digest(record: Mapping[str, Any]) -> str:
-    """A fingerprint of settings."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ none of them:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,24 +27,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from genarm.errors import DataError
 from genarm.evaluation.answers import Answers, answering, read_answers
 from genarm.evaluation.build import Models, base_reference, build, kl_bound
 from genarm.evaluation.comparing import announce
 from genarm.evaluation.figures import Figures, figures, record
 from genarm.evaluation.judging import Judged, judge_all
 from genarm.evaluation.prompts import Question, read_questions
+from genarm.evaluation.provenance import answers_record, training_record
 from genarm.evaluation.recipe import MethodSpec, Recipe, TrainSpec, slug
 from genarm.evaluation.report import report
 from genarm.evaluation.results import Measured, Results, Trained
 from genarm.evaluation.table import markdown, table
 from genarm.evaluation.tasks import held_out_file, make_pairs
 from genarm.evaluation.world import WorldSettings, make_world
-from genarm.files import write_text
+from genarm.files import check_output, write_text
 from genarm.machine import code_version, one_thread, this_machine
 from genarm.methods.interface import Method
 from genarm.methods.sample import Sample
 from genarm.opening import find_device
+from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
 from genarm.train.config import make_config
 from genarm.train.output import METRICS
@@ -71,7 +72,9 @@ def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:
     """
     folder = options.output.resolve()
     announce(recipe, console)
-    _claim_folder(folder, {**recipe.foundation, "dtype": options.dtype, "device": find_device(options.device)})
+    check_output(folder, folder=True)
+    circumstances = {"dtype": options.dtype, "device": find_device(options.device)}
+    claim(folder, {**recipe.foundation, **circumstances}, noted=folder / RECIPE)
     with one_thread() if recipe.world else nullcontext():
         return _evaluate(recipe, options, folder, console)
 
@@ -82,11 +85,14 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
         make_world(folder / "world", WorldSettings.from_table(recipe.world, recipe.seed), console)
     models = Models(folder=folder, dtype=options.dtype, device=options.device)
     for pairs in recipe.pairs:
-        if not held_out_file(folder / "pairs", pairs).exists():
+        made = held_out_file(folder / "pairs", pairs)
+        claim(made, {"data": data_record(models.resolve(pairs.data))})
+        if not made.exists():
             console.print(f"making the pairs {pairs.name} of {pairs.data}", highlight=False, markup=False)
             make_pairs(folder / "pairs", pairs, models.resolve(pairs.data), recipe.seed)
     questions = _questions(recipe, models)
     for number, spec in enumerate(recipe.train, start=1):
+        claim(folder / "train" / spec.name, training_record(spec, models))
         if not (folder / "train" / spec.name / METRICS).exists():
             console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
             _train(folder, spec, models, recipe.seed, console)
@@ -107,30 +113,6 @@ def _write(folder: Path, recipe: Recipe, results: Results, console: Console) -> 
         console.print(note, highlight=False, markup=False)
     console.print(f"wrote {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     return found
-
-
-# --- the folder ------------------------------------------------------------------------------------------------
-
-
-def _claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
-    """Take an empty folder for what `record` says, or go on in one that says the same (raises DataError)."""
-    file = folder / RECIPE
-    foundation = json.loads(json.dumps(record))
-    if not file.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder} is not empty and holds no comparison; choose another --output")
-        write_text(file, json.dumps(foundation, indent=1, ensure_ascii=False) + "\n")
-        return
-    try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        different = [key for key in foundation if written[key] != foundation[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {file}: {error}; choose another --output") from error
-    if different:
-        raise DataError(
-            f"{folder} holds another run: {', '.join(different)} differ; go on with the same ones (judges, and "
-            "methods that need no more training, may be added), or choose another --output"
-        )
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -163,6 +145,9 @@ def _answer(
 ) -> dict[str, Answers]:
     console.print(Text("Answers", style="bold"))
     paths = {spec.name: folder / "answers" / f"{slug(spec.name)}.jsonl" for spec in recipe.methods}
+    settings = {
+        spec.name: claim(paths[spec.name], answers_record(recipe, spec, models, questions)) for spec in recipe.methods
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         running: dict[TaskID, Iterator[int]] = {}
@@ -175,11 +160,11 @@ def _answer(
                 batch_size=recipe.sampling.batch_size,
                 at_once=recipe.draw(spec).batch_size,
                 seed=recipe.seed,
-                settings=recipe.answers_digest(spec),
+                settings=settings[spec.name],
             )
         for task, rows in _in_turns(running) if recipe.sampling.interleave else _one_by_one(running):
             progress.advance(task, rows)
-    return {spec.name: read_answers(paths[spec.name], recipe.answers_digest(spec)) for spec in recipe.methods}
+    return {spec.name: read_answers(paths[spec.name], settings[spec.name]) for spec in recipe.methods}
 
 
 def _in_turns(running: dict[TaskID, Iterator[int]]) -> Iterator[tuple[TaskID, int]]:

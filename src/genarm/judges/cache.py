@@ -61,9 +61,9 @@ class ReplyCache:
         try:
             if self._file is None:
                 self._file = self._new_file()
-            append_rows(self._file, [{"key": key, **asdict(reply)}])
         except OSError as error:
             raise DataError(f"cannot write replies to {self.folder}: {error}") from error
+        append_rows(self._file, [{"key": key, **asdict(reply)}])
 
     def _new_file(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ leaves the pair without an outcome, and so does a question that failed; both are
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -242,12 +241,6 @@ def estimate(
         completion_tokens=written,
         price=price,
     )
-
-
-def fingerprint(items: Sequence[Item], protocol: Protocol, model: str) -> str:
-    """A digest of all that decides what is asked and how replies are read."""
-    keys = [cache_key(model, messages, protocol.sampling) for messages in _questions(items, protocol)]
-    return hashlib.sha256("\n".join([repr(protocol.parser), *keys]).encode()).hexdigest()[:16]
 
 
 def _questions(items: Sequence[Item], protocol: Protocol) -> Iterator[Messages]:

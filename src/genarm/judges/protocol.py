@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ class Protocol:
     def reply_limit(self) -> int:
         """The most tokens of a reply."""
         return int(next(self.sampling[key] for key in _LIMITS if key in self.sampling))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is asked, and how replies are read; not what it is called, nor whom it asks."""
+        asked = {key: value for key, value in asdict(self).items() if key not in ("name", "model", "parser")}
+        return {**asked, "parser": repr(self.parser)}
 
     def messages(self, prompt: Prompt, *answers: str) -> list[Message]:
         """The question about one answer, or about two in the order in which they are shown."""

@@ -13,16 +13,14 @@ get the counts last of all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from genarm.batch.output import Settings as SampleSettings
-from genarm.batch.output import append, begin, settings_file
+from genarm.batch.output import begin
 from genarm.batch.run import Job, Plan, context_of, decode
 from genarm.engine import Engine
 from genarm.errors import DataError
@@ -30,6 +28,7 @@ from genarm.files import write_text
 from genarm.pairs.scorers import Item, Scorer
 from genarm.pairs.select import Scored, Selected, Selection, select
 from genarm.prompts import Message, Prompt
+from genarm.provenance import Record, claim, note, plain, settings_file
 from genarm.rows import append_rows, keep_rows, resume_rows
 
 Row = dict[str, Any]
@@ -55,17 +54,10 @@ class PairSettings:
     selection: Selection
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """All of it, as JSON has it."""
         selection = {"select": self.selection.which, "margin": self.selection.margin}
-        record = {**asdict(self.sampling), "score": dict(self.score), **selection}
-        loaded: dict[str, Any] = json.loads(json.dumps(record))
-        return loaded
-
-    @property
-    def digest(self) -> str:
-        """What the rows of scores name their settings by."""
-        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
+        return plain({**self.sampling.record, "score": dict(self.score), **selection})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +116,10 @@ def make_pairs(
     Raises:
         DataError: files of other settings or of another origin (the setting is named), or no pair at all.
     """
-    _check_output(output, settings)
-    samples = _sample(_beside(output, "samples"), jobs, plan, settings.sampling, open_engine, advance)
-    scores = _score(_beside(output, "scores"), samples, conversations, scorer, settings.digest, advance)
+    sampled, scored = _beside(output, "samples"), _beside(output, "scores")
+    digest = claim(output, settings.record, parts=(sampled, scored))
+    samples = _sample(sampled, jobs, plan, settings.sampling, open_engine, advance)
+    scores = _score(scored, samples, conversations, scorer, digest, advance)
     selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
     rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)]
     counts = _count(samples, selected)
@@ -136,7 +129,7 @@ def make_pairs(
             f"{counts.ties} tie; sample more, at a higher temperature, or use a finer score, with another --output"
         )
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write_settings(output, settings, counts)
+    note(settings_file(output), settings.record, counts=asdict(counts))
     return counts
 
 
@@ -163,54 +156,6 @@ def _reply(prompt: Prompt, response: str) -> str | list[Message]:
     return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
 
 
-# --- settings -------------------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path, settings: PairSettings) -> None:
-    """Make sure that what stands at `output` belongs to these settings, and note them beside it.
-
-    Raises:
-        DataError: it was made with others (the first difference is named), or is not one of ours.
-    """
-    if output.is_dir():
-        raise DataError(f"--output {output} is a folder; name a file in it")
-    noted = settings_file(output)
-    if noted.exists():
-        _check_same(output, noted, settings)
-        return
-    if output.exists() and output.stat().st_size:
-        raise DataError(f"{output} already has content and no {noted.name} beside it; choose another --output")
-    _write_settings(output, settings, None)
-
-
-def _check_same(output: Path, noted: Path, settings: PairSettings) -> None:
-    try:
-        written = json.loads(noted.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {noted}: {error}; choose another --output") from error
-    for name, now in settings.record.items():
-        if not isinstance(written, dict) or written.get(name) != now:
-            before = written.get(name) if isinstance(written, dict) else written
-            raise DataError(
-                f"{output} was made with {name} {before!r} and this run has {now!r}; use the same settings to go on "
-                "with it, or choose another --output"
-            )
-
-
-def _write_settings(output: Path, settings: PairSettings, counts: Counts | None) -> None:
-    versions = {name: version(name) for name in ("genarm", "torch", "transformers")}
-    record = {
-        "digest": settings.digest,
-        "settings": settings.record,
-        "counts": None if counts is None else asdict(counts),
-        "versions": versions,
-    }
-    try:
-        write_text(settings_file(output), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write --output {output}: {error}") from error
-
-
 # --- the stages -----------------------------------------------------------------------------------------------
 
 
@@ -223,16 +168,16 @@ def _sample(
     advance: Advance,
 ) -> list[Row]:
     """The row of every job; those that the file lacks are decoded."""
-    done = begin(path, settings)
+    rows = begin(path, settings)
+    done = len(rows)
     advance("replies", done, len(jobs))
     if done < len(jobs):
         with open_engine(min(plan.batch_size, len(jobs) - done), context_of(jobs, plan)) as engine:
             for row in decode(engine, jobs[done:], plan, settings=settings.digest):
-                append(path, row)
-                done += 1
-                advance("replies", done, len(jobs))
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+                append_rows(path, [row])
+                rows.append(row)
+                advance("replies", len(rows), len(jobs))
+    return rows
 
 
 def _score(

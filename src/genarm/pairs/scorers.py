@@ -5,7 +5,6 @@ All of it is checked before anything is sampled; models are loaded when the firs
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import math
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from genarm.errors import ConfigError, DataError, MemberError
 from genarm.prompts import Prompt, encode_pair, end_ids
+from genarm.provenance import code_record, model_record
 from genarm.tasks.code import Problem, passed, problem_of, run_tests
 from genarm.tasks.mathematics import gold_number, last_number
 from genarm.tasks.sandbox import Limits
@@ -140,10 +140,8 @@ class FunctionScorer(Scorer):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The name, and a digest of the file that the function stands in."""
-        source = inspect.getsourcefile(inspect.unwrap(self.function))
-        code = Path(source).read_bytes() if source else b""
-        return {"kind": "function", "function": self.name, "code": hashlib.sha256(code).hexdigest()[:16]}
+        """The name, and the code."""
+        return {"kind": "function", "function": self.name, "code": code_record(self.function)}
 
     def score(self, items: Sequence[Item]) -> list[float | None]:
         """Raises DataError where the function fails or gives no finite number."""
@@ -232,7 +230,7 @@ class RewardScorer(Scorer):
     @property
     def record(self) -> dict[str, Any]:
         """The model and its precision."""
-        return {"kind": "reward", "reward": self.reference, "dtype": self.dtype}
+        return {"kind": "reward", "reward": model_record(self.reference), "dtype": self.dtype}
 
     @cached_property
     def _model(self) -> TrajectoryReward:
@@ -271,14 +269,7 @@ class JudgeScorer(Scorer):
     @property
     def record(self) -> dict[str, Any]:
         """What is asked and of whom; where the model is served plays no part."""
-        asked = repr((self.protocol.system, self.protocol.template, self.protocol.rubric, self.protocol.parser))
-        return {
-            "kind": "judge",
-            "protocol": self.protocol.name,
-            "asked": hashlib.sha256(asked.encode()).hexdigest()[:16],
-            "sampling": dict(self.protocol.sampling),
-            "model": self.settings.model,
-        }
+        return {"kind": "judge", "protocol": self.protocol.record, "model": self.settings.model}
 
     @cached_property
     def _cache(self) -> ReplyCache:

@@ -1,6 +1,7 @@
 """The folder of a run: what it holds already, which checkpoint to resume from, and the final result.
 
-`train_config.toml` has the resolved settings and is written when training begins; `checkpoints/` holds the last few
+`train_config.toml` has the resolved settings, `inputs.json` the content of model and data; both are written when
+training begins; `checkpoints/` holds the last few
 of the Trainer's own; then come the files of the result (weights, tokenizer, card, plots, log); `metrics.json`, the
 figures, is written last, so that a folder without it holds no finished result.
 """
@@ -17,9 +18,11 @@ from typing import Any
 
 from genarm.errors import ConfigError
 from genarm.files import write_text
+from genarm.provenance import Record, check, note
 from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
 
 SETTINGS = "train_config.toml"
+INPUTS = "inputs.json"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 _STAGING = ".result"
@@ -80,9 +83,15 @@ class RunFolder:
                 "repeat the run's own settings, or choose another --output"
             )
 
-    def begin(self, config: TrainConfig) -> None:
-        """Mark the folder as that of a run with these settings."""
+    def check_inputs(self, record: Record) -> None:
+        """Refuse to resume where the model or the data are no more what they were (raises DataError)."""
+        if self.checkpoints.is_dir() or self.metrics() is not None:
+            check(self.path / INPUTS, record, self.path)
+
+    def begin(self, config: TrainConfig, record: Record) -> None:
+        """Mark the folder as that of a run with these settings, made from what `record` says."""
         write_text(self.path / SETTINGS, to_toml(config))
+        note(self.path / INPUTS, record)
 
     def metrics(self) -> dict[str, float] | None:
         """The figures of a finished run; None if it is not finished."""

@@ -31,11 +31,14 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from genarm.data.tokens import example_lines, report_table
 from genarm.errors import ConfigError, MemberError
+from genarm.files import check_output
+from genarm.provenance import AT, Record, content_of, model_record
 from genarm.terminal import PlainConsole
 from genarm.train.arguments import training_options
 from genarm.train.baseline import require_trl
 from genarm.train.config import TrainConfig
 from genarm.train.data import TrainData, load_pairs, load_prompts
+from genarm.train.kinds import parse_rewards
 from genarm.train.loading import load_model, load_tokenizer, resolve
 from genarm.train.output import Checkpoint, RunFolder
 from genarm.train.progress import ProgressDisplay
@@ -94,8 +97,14 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     console = _console(console, process)
     folder = RunFolder(path=Path(os.path.abspath(config.output)))
     folder.check(resume=resume)
+    if process.is_main_process:
+        check_output(folder.path, folder=True)
     config = resolve(config)
     folder.check_settings(config)
+    tokenizer = load_tokenizer(config)
+    data = load_prompts(config, tokenizer) if config.kind == "rlhf" else load_pairs(config, tokenizer)
+    inputs = _inputs(config, data)
+    folder.check_inputs(inputs)
     finished = folder.metrics()
     if finished is not None:
         console.print(f"{folder.path} is finished already: nothing to resume", markup=False, soft_wrap=True)
@@ -104,8 +113,6 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if resume:
         console.print(_resume_message(folder.path, checkpoint), highlight=False, markup=False, soft_wrap=True)
 
-    tokenizer = load_tokenizer(config)
-    data = load_prompts(config, tokenizer) if config.kind == "rlhf" else load_pairs(config, tokenizer)
     console.print(report_table(data.reports))
     for line in [f"{name}: {text}" for name, text in data.formats.items()]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -127,7 +134,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
     process.wait_for_everyone()  # nobody looks at the folder any more
     if process.is_main_process:
-        folder.begin(config)
+        folder.begin(config, inputs)
     seconds = _train(trainer, checkpoint)
     metrics = _final_metrics(trainer.state, seconds, best=config.early_stopping is not None)
     report = RunReport(
@@ -145,6 +152,18 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         steps=int(metrics["steps"]),
         resumed_from=checkpoint.step if checkpoint else None,
     )
+
+
+def _inputs(config: TrainConfig, data: TrainData[Any]) -> Record:
+    """What the run starts and learns from, by content: tokens are compared, wherever they were read."""
+    rewards = parse_rewards(config.rewards) if config.rewards else ()
+    held_out = config.eval_data or config.data
+    return {
+        "model": model_record(config.model, config.revision),
+        "rewards": {reward.name: model_record(reward.folder) for reward in rewards},
+        "training data": {AT: config.data, "tokens": content_of(data.training)},
+        "held-out data": {AT: held_out, "tokens": content_of(data.held_out or ())},
+    }
 
 
 def _join_processes() -> PartialState:
