@@ -168,7 +168,7 @@ def _warn_of_sandbox() -> None:
 
     outcome = run_code("")
     passed(outcome)
-    open_to = sorted({"network", "processes", "files"} - outcome.contained)
+    open_to = sorted({"network", "processes", "files", "keys"} - outcome.contained)
     if open_to:
         say(
             f"warning: on this machine the sandbox keeps generated code within its limits, but not from: "

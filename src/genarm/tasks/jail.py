@@ -6,7 +6,8 @@
 2. a small root of Python and the system's libraries, all read-only, with an empty folder in `/tmp` to work in
 3. another user if this one is root (it ends here where there is none to become), no way back to more rights, death
    together with the parent
-4. limits on time, memory, files and processes, then the program
+4. no system calls that reach keyrings, or memory that no limit counts
+5. limits on time, memory, files and processes, then the program
 
 Lines of JSON on the status pipe say what was taken away ("contained"), then how the program ended ("signal", "exit",
 "cpu" seconds) and what it reported ("status", "reason") through a pipe of its own, if anything.
@@ -15,10 +16,12 @@ Lines of JSON on the status pipe say what was taken away ("contained"), then how
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,7 +30,9 @@ from typing import Any
 NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_BIND, MS_REC, MS_PRIVATE = 2, 4096, 16384, 1 << 18
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_READ_ONLY = 442, -100, 0x8000, 1
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, FILTER = 1, 22, 38, 2
+LOAD, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -35,6 +40,17 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 WORK = "/tmp/work"
 """Where the program begins; empty, even where Python lies in `/tmp`."""
+
+REFUSED = {
+    "x86_64": (0xC000003E, (29, 30, 64, 68, 240, 248, 249, 250, 319, 447)),
+    "aarch64": (0xC00000B7, (194, 196, 190, 186, 180, 217, 218, 219, 279, 447)),
+}
+"""{machine: its number for the kernel, and those of shmget, shmat, semget, msgget, mq_open, add_key, request_key,
+keyctl, memfd_create and memfd_secret}. Numbers from `FOREIGN_CALLS` on are another form of calls, and refused too."""
+FOREIGN_CALLS = 0x40000000
+
+FILES = 4096
+"""The most files and folders that a program may make in its own file system."""
 
 FIRST_USER, NOBODY = 200_000, 65534
 """Users from the first number on belong to nobody; each sandbox of root takes one of its own, so that they cannot meet.
@@ -104,6 +120,8 @@ def main(settings: dict[str, Any]) -> None:
     with suppress(OSError, AttributeError):
         libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     die_with_parent()
+    if refuse_calls():
+        contained.append("keys")
     say(settings["status"], contained=contained)
     limits = {name: tuple(value) for name, value in settings["limits"].items()}
     if not {"processes", "user"} & set(contained):  # then all of this user's processes count
@@ -165,9 +183,31 @@ def new_namespaces() -> list[str]:
     return ["network", "processes"]
 
 
+def refuse_calls() -> bool:
+    """Have the kernel refuse `REFUSED` to this process and all that it starts; False where it does not.
+
+    Keyrings come from the caller's session, whoever the program becomes. Shared memory of System V, message queues and
+    files in memory outlive what maps them, and no limit on a process counts them.
+    """
+    if (known := REFUSED.get(os.uname().machine)) is None or sys.byteorder != "little":
+        return False
+    machine, calls = known
+    tests = [(JUMP_AT_LEAST, FOREIGN_CALLS), *((JUMP_EQUAL, call) for call in calls)]
+    program = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 0, len(tests) + 2, machine), (LOAD, 0, 0, 0)]
+    program += [(code, len(tests) - number, 0, value) for number, (code, value) in enumerate(tests)]
+    program += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
+    lines = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    filter_ = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(lines)))
+    try:
+        libc("prctl", PR_SET_SECCOMP, FILTER, filter_, 0, 0)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def hide_files(root: str, prefixes: Iterable[str], mebibytes: int) -> bool:
     """Make `root` the root directory, with `SYSTEM` and `prefixes` of Python in it; False where that is forbidden."""
-    options = f"mode=1777,size={mebibytes}m".encode()
+    options = f"mode=1777,size={mebibytes}m,nr_inodes={FILES}".encode()
     try:
         libc("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
         libc("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID, b"mode=755,size=1m")

@@ -2,11 +2,12 @@
 
 What it protects against, on Linux where unprivileged namespaces are allowed (or genarm runs as root): endless loops,
 memory and fork bombs, floods of output, full disks; reading or writing any file of the user (the program sees Python,
-the system's libraries and an empty folder in memory, nothing else); reading the environment and its keys; signals to
-other processes; the network. `Outcome.contained` says which of these hold on this machine; where a container or a
-security module forbids namespaces, what stays is a process group with limits and an empty environment, run as another
-user if genarm is root's and that user can start this Python. Then the program can read and write what its user can
-(the environment of genarm's own process too, if it is the same user), use the network, send signals to that user's
+the system's libraries and an empty folder in memory, nothing else); reading the environment and its keys, or the
+keyrings of the session; memory that no limit counts (shared memory of System V, message queues, files in memory);
+signals to other processes; the network. `Outcome.contained` says which of these hold on this machine; where a container
+or a security module forbids namespaces, what stays is a process group with limits and an empty environment, run as
+another user if genarm is root's and that user can start this Python. Then the program can read and write what its user
+can (the environment of genarm's own process too, if it is the same user), use the network, send signals to that user's
 processes, and leave processes behind that left its group, until their processor time is used up. As root, a program
 only runs where it can be made another user's: root would not be contained, and its processes are never counted.
 
@@ -50,7 +51,8 @@ class Limits:
         seconds: by the clock, for the whole group of processes.
         cpu_seconds: of processor time, for each process.
         memory: MiB of address space, for each process.
-        disk: MiB that it may write: of a file, and of all its files where it has a file system of its own.
+        disk: MiB that it may write: of a file, and of all its files where it has a file system of its own, which then
+            has room for 4,096 of them.
         processes: processes and threads, one for the sandbox itself included.
         open_files: file descriptors of each process.
         output: characters of its output that are kept.
@@ -90,7 +92,8 @@ class Outcome:
         status: "error" where the sandbox could not run it at all.
         reason: in a few words; empty if it passed.
         output: what it printed, on both streams, up to the limit.
-        contained: what it was kept from: "network", "processes", "files", and "user" if genarm is root's.
+        contained: what it was kept from: "network", "processes", "files", "keys" (and memory that no limit counts), and
+            "user" if genarm is root's.
     """
 
     status: Status
