@@ -274,7 +274,7 @@ def test_another_run_never_touches_an_existing_output(folder: Path, tmp_path: Pa
         "system was None and is 'w1'": ["--system", "w1"],
         "raw was False and is True": ["--raw"],
         "dtype was 'auto' and is 'bfloat16'": ["--dtype", "bfloat16"],
-        "weights {'helpful': 1.0, 'harmless': 0.5} and this run has": ["--weights", "helpful=1.5"],
+        "helpful of weights was 1.0 and is 1.5": ["--weights", "helpful=1.5"],
         "prompts_content has changed": ["--input", str(other)],
     }
     for difference, options in changes.items():

@@ -103,7 +103,7 @@ INPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "generation": (
         "guided/generation_config.json",
-        lambda p: replace(p, '"eos_token_id": 1', '"eos_token_id": 2'),
+        lambda p: replace(p, '"pad_token_id": 0', '"pad_token_id": 2'),
         "generation_config.json of model (",
     ),
     "a prompt": ("../in.jsonl", lambda p: replace(p, "w3", "w4"), "prompts_content has changed"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -28,6 +29,7 @@ from transformers import (
 
 from genarm.demo.world import Request, all_requests, all_sentences, write_reply
 from genarm.prompts import as_conversation, encode_pair
+from genarm.tables import FORBID
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -50,12 +52,14 @@ class BaseSettings:
         learning_rate: its peak.
     """
 
-    layers: int = 2
-    hidden: int = 128
-    heads: int = 4
-    replies: int = 9_000
-    batch_size: int = 32
-    learning_rate: float = 4e-3
+    __pydantic_config__ = FORBID
+
+    layers: PositiveInt = 2
+    hidden: PositiveInt = 128
+    heads: PositiveInt = 4
+    replies: PositiveInt = 9_000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 4e-3
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field, FiniteFloat
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,6 +26,7 @@ from genarm.judges.llm import Pair, Summary, judge_pairs, summarise
 from genarm.judges.protocol import Protocol, load_protocol
 from genarm.rows import append_rows
 from genarm.statistics import Outcome
+from genarm.tables import read_table
 
 COMPARING = ("llm", "alpaca-eval")
 """Kinds of judges that compare."""
@@ -176,13 +179,16 @@ def _model(judge: JudgeSpec) -> str | None:
 def _endpoint(judge: JudgeSpec, model: str | None) -> tuple[ClientSettings, tuple[float | None, float | None]]:
     """Whom to ask, and the prices of a million tokens read and written."""
     given = {"model": model, **judge.settings}
-    prices = (given.pop("price_in", None), given.pop("price_out", None))
+    price = Annotated[FiniteFloat, Field(ge=0)] | None
+    price_in, price_out = (
+        read_table(price, given.pop(key, None), f"judge {judge.name!r}: {key}") for key in ("price_in", "price_out")
+    )
     allowed = [field.name for field in fields(ClientSettings)]
     unknown = [key for key in given if key not in allowed]
     if unknown or given["model"] is None:
         what = f"has the unknown setting {unknown[0]!r}" if unknown else "names no model, and its protocol names none"
         raise ConfigError(f"judge {judge.name!r} {what}; settings are {', '.join(allowed)}, price_in and price_out")
-    return ClientSettings(**given), prices
+    return ClientSettings(**given), (price_in, price_out)
 
 
 def calls(recipe: Recipe) -> tuple[Calls, ...]:

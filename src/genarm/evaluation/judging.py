@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
@@ -88,6 +88,23 @@ def judge_all(
     return Judged(scores=scores, verdicts=tuple(verdicts), notes=tuple(notes))
 
 
+def check_judges(recipe: Recipe, questions: Sequence[Question], models: Models) -> None:
+    """Find out whether the judges of single replies can judge, before anything is trained or answered.
+
+    Raises:
+        ConfigError: a function that cannot be had.
+        DataError: a prompt without what a judge needs of its row.
+    """
+    rows = [_row(question) for question in questions]
+    for judge in recipe.judges:
+        if judge.kind not in (*COMPARING, "reward"):
+            make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder)).check(rows)
+
+
+def _row(question: Question) -> dict[str, Any]:
+    return {**question.row, "prompt": question.prompt}
+
+
 def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], list[float | None]]:
     """What scores single replies."""
     if judge.kind == "reward":
@@ -96,12 +113,7 @@ def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], lis
     scorer = make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder))
 
     def score(replies: Sequence[Reply]) -> list[float | None]:
-        items = [
-            Item(prompt=r.question.prompt, response=r.text, row={**r.question.row, "prompt": r.question.prompt})
-            for r in replies
-        ]
-        scorer.check([item.row for item in items])
-        return scorer.score(items)
+        return scorer.score([Item(prompt=r.question.prompt, response=r.text, row=_row(r.question)) for r in replies])
 
     return score
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, FiniteFloat, PositiveInt
 
 from genarm.errors import ConfigError
+from genarm.tables import FORBID
+
+FileName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")]
+"""The name of a file or a folder, and no path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +70,11 @@ class SamplingSpec:
             alike; their models are then in memory together.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    batch_size: int = 64
+    __pydantic_config__ = FORBID
+
+    max_new_tokens: PositiveInt = 128
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    batch_size: PositiveInt = 64
     interleave: bool = False
 
 
@@ -76,15 +84,17 @@ class PromptSpec:
 
     Attributes:
         data, split: as for training.
-        count: how many.
+        count: how many; an interval needs at least 2.
         objective: of data that is labelled twice.
         column: where the prompts are, if not in preference pairs or under "prompt"; judges see the whole row then.
         template: what a prompt of text is put into, at {}.
         template_args: arguments of the chat template.
     """
 
+    __pydantic_config__ = FORBID
+
     data: str
-    count: int
+    count: Annotated[int, Field(ge=2)]
     split: str = "train"
     objective: str | None = None
     column: str | None = None
@@ -104,15 +114,13 @@ class PairSpec:
         count: of code, the problems that are used.
     """
 
-    name: str
-    task: str
-    data: str
-    held_out: float = 0.2
-    count: int | None = None
+    __pydantic_config__ = FORBID
 
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out of the pairs {self.name!r} is {self.held_out}; it must be between 0 and 1")
+    name: FileName
+    task: Literal["mathematics", "code"]
+    data: str
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    count: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,23 +167,28 @@ class JudgeSpec:
         settings: of an LLM's endpoint: model, base_url, key_variable, …
     """
 
+    __pydantic_config__ = FORBID
+
     name: str
-    kind: str
+    kind: Literal["function", "reward", "last-number", "tests", "llm", "alpaca-eval"]
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.settings and self.kind not in ("llm", "alpaca-eval"):
+            raise ConfigError(f"a judge of the kind {self.kind} has no settings; leave them out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
     """Which share of the way from `bottom` to `top` the methods of a run cover, by a judge."""
 
+    __pydantic_config__ = FORBID
+
     bottom: str
     top: str
     methods: tuple[str, ...]
     judge: str
-
-
-CLAIMS = ("above", "level", "front", "cheaper", "gap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +211,14 @@ class Claim:
         share: for "gap".
     """
 
-    what: str
+    __pydantic_config__ = FORBID
+
+    what: Literal["above", "level", "front", "cheaper", "gap"]
     first: str
     second: str
     judge: str = ""
-    margin: float = 0.0
-    share: float = 0.0
+    margin: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    share: Annotated[FiniteFloat, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from genarm.errors import ConfigError
 from genarm.evaluation.recipe import (
-    CLAIMS,
-    JUDGES,
     KINDS,
     Claim,
+    FileName,
     Gap,
     JudgeSpec,
     MethodSpec,
@@ -27,6 +29,8 @@ from genarm.evaluation.recipe import (
     TrainSpec,
     slug,
 )
+from genarm.tables import FORBID, read_table
+from genarm.train.config import make_config
 
 
 def scales(path: Path) -> tuple[str, ...]:
@@ -46,7 +50,8 @@ def load_recipe(path: Path, scale: str, *, seed: int | None = None) -> Recipe:
         raise ConfigError(f"{path} has no scale {scale!r}; it has {', '.join(scales(path))}")
     try:
         table = table if seed is None else {**table, "seed": seed}
-        return _recipe(str(content.get("title", path.stem)), scale, table, content.get("published", []))
+        title = read_table(str, content.get("title", path.stem), "title")
+        return _recipe(title, scale, table, content.get("published", []))
     except ConfigError as error:
         raise ConfigError(f"{path}, scale {scale}: {error}") from error
 
@@ -60,92 +65,104 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
-_KEYS = [
-    "seed",
-    "prompts",
-    "sampling",
-    "methods",
-    "judges",
-    "reference",
-    "world",
-    "pairs",
-    "train",
-    "training",
-    "comparisons",
-    "gaps",
-    "fronts",
-    "claims",
-    "sizes",
-]
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """A section of the file; see `genarm.evaluation.recipe.Recipe`."""
+
+    __pydantic_config__ = FORBID
+
+    prompts: PromptSpec
+    methods: Annotated[tuple[Mapping[str, Any], ...], Field(min_length=1)]
+    judges: tuple[JudgeSpec, ...]
+    reference: str
+    seed: NonNegativeInt = 0
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    world: Mapping[str, Any] = field(default_factory=dict)
+    pairs: tuple[PairSpec, ...] = ()
+    train: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    comparisons: tuple[tuple[str, str], ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    fronts: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    sizes: Mapping[str, PositiveFloat] = field(default_factory=dict)
 
 
-def _recipe(title: str, scale: str, table: Mapping[str, Any], published: Sequence[Mapping[str, Any]]) -> Recipe:
-    _only(table, _KEYS, "the recipe")
-    for key in ("prompts", "methods", "judges", "reference"):
-        if key not in table:
-            raise ConfigError(f"{key} is missing; a recipe has at least prompts, methods, judges and a reference")
-    common = table.get("training", {})
-    recipe = Recipe(
-        title=title,
-        scale=scale,
-        seed=_number(table.get("seed", 0), int, "seed"),
-        prompts=_make(PromptSpec, table["prompts"], "prompts"),
-        sampling=_make(SamplingSpec, table.get("sampling", {}), "sampling"),
-        methods=tuple(spec for entry in table["methods"] for spec in _methods(entry)),
-        judges=tuple(_make(JudgeSpec, entry, "a judge") for entry in table["judges"]),
-        reference=str(table["reference"]),
-        world=table.get("world", {}),
-        pairs=tuple(_make(PairSpec, entry, "an entry of pairs") for entry in table.get("pairs", ())),
-        train=tuple(_train(entry, common) for entry in table.get("train", ())),
-        comparisons=tuple((str(a), str(b)) for a, b in table.get("comparisons", ())),
-        gaps=tuple(_make(Gap, {**g, "methods": tuple(g.get("methods", ()))}, "a gap") for g in table.get("gaps", ())),
-        fronts=tuple(table.get("fronts", ())),
-        claims=tuple(_make(Claim, entry, "a claim") for entry in table.get("claims", ())),
-        published=tuple(published),
-        sizes=table.get("sizes", {}),
-    )
+_Weights: TypeAlias = Mapping[str, FiniteFloat]
+
+
+def _recipe(title: str, scale: str, table: Mapping[str, Any], published: object) -> Recipe:
+    read: _Scale = read_table(_Scale, table, "recipe")
+    whole = {item.name: getattr(read, item.name) for item in fields(read) if item.name != "training"}
+    methods = (spec for number, entry in enumerate(read.methods) for spec in _methods(entry, f"methods.{number}"))
+    train = tuple(_train(entry, read, f"train.{number}") for number, entry in enumerate(read.train))
+    shown = read_table(tuple[Mapping[str, str | FiniteFloat], ...], published, "published")
+    recipe = Recipe(title=title, scale=scale, published=shown, **{**whole, "methods": tuple(methods), "train": train})
     _check(recipe)
     return recipe
 
 
-def _train(entry: Mapping[str, Any], common: Mapping[str, Any]) -> TrainSpec:
-    if not isinstance(entry.get("name"), str):
-        raise ConfigError("an entry of train has no name")
-    return TrainSpec(name=entry["name"], settings={**common, **{k: v for k, v in entry.items() if k != "name"}})
+def _train(entry: Mapping[str, Any], scale: _Scale, where: str) -> TrainSpec:
+    """The settings are tried out, so that a mistake in the last one is not found after the others' training."""
+    name = read_table(FileName, entry.get("name"), f"{where}.name")
+    settings = {**scale.training, **{k: v for k, v in entry.items() if k != "name"}}
+    try:
+        make_config({"seed": scale.seed, **settings, "output": name})
+    except ConfigError as error:
+        raise ConfigError(f"{where} ({name}): {error}") from error
+    return TrainSpec(name=name, settings=settings)
 
 
-def _methods(entry: Mapping[str, Any]) -> list[MethodSpec]:
+def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
     """The rows of one entry: one for each of its `weights`, if it has a list of them."""
     kind = KINDS.get(str(entry.get("kind")))
     if kind is None:
-        raise ConfigError(f"a method has the kind {entry.get('kind')!r}; it must be one of {', '.join(KINDS)}")
-    name = str(entry.get("name", entry["kind"]))
+        raise ConfigError(f"{where} has the kind {entry.get('kind')!r}; it must be one of {', '.join(KINDS)}")
+    name = read_table(str, entry.get("name", entry["kind"]), f"{where}.name")
+    where = f"method {name!r}"
     own = [*kind.roles, *([kind.named] if kind.named else [])]
-    _only(entry, ["kind", "name", "family", "sampling", "weights", *own, *kind.settings], f"method {name!r}")
+    _only(entry, ["kind", "name", "family", "sampling", "weights", *own, *kind.settings], where)
     missing = [key for key in own if key not in entry]
     if missing:
-        raise ConfigError(f"method {name!r} of kind {entry['kind']} lacks {', '.join(missing)}")
-    named: Mapping[str, str] = entry[kind.named] if kind.named else {}
-    given = entry.get("weights", {})
-    grid = given if isinstance(given, list) else [given]
+        raise ConfigError(f"{where} of kind {entry['kind']} lacks {', '.join(missing)}")
+    named = read_table(Mapping[str, str], entry[kind.named], f"{where}: {kind.named}") if kind.named else {}
+    given = read_table(_Weights | tuple[_Weights, ...], entry.get("weights", {}), f"{where}: weights")
+    grid = given if isinstance(given, tuple) else (given,)
+    sampling = read_table(Mapping[str, Any], entry.get("sampling", {}), f"{where}: sampling")
+    read_table(SamplingSpec, sampling, f"{where}: sampling")
     rows = []
     for weights in grid:
         full = {key: float(weights.get(key, 1.0)) for key in (named if kind.named else weights)}
-        _only(weights, full, f"the weights of method {name!r}")
+        _only(weights, full, f"the weights of {where}")
         label = ", ".join(f"{key} {value:g}" for key, value in full.items())
         rows.append(
             MethodSpec(
                 kind=entry["kind"],
                 name=name if len(grid) == 1 else f"{name} ({label})",
-                family=str(entry.get("family", name)),
-                roles={role: entry[role] for role in kind.roles},
+                family=read_table(str, entry.get("family", name), f"{where}: family"),
+                roles={role: read_table(str, entry[role], f"{where}: {role}") for role in kind.roles},
                 named=dict(named),
                 weights=full,
-                settings={key: entry.get(key, value) for key, value in kind.settings.items()},
-                sampling=dict(entry.get("sampling", {})),
+                settings={
+                    key: _number(entry.get(key, value), key, value, where) for key, value in kind.settings.items()
+                },
+                sampling=dict(sampling),
             )
         )
     return rows
+
+
+def _number(value: object, key: str, usual: float, where: str) -> float:
+    """A number of a method: a count where the usual one is a count."""
+    bounds = (
+        PositiveInt
+        if isinstance(usual, int)
+        else Annotated[FiniteFloat, Field(ge=0)]
+        if key == "temperature"
+        else FiniteFloat
+    )
+    found: float = read_table(bounds, value, f"{where}: {key}")
+    return found
 
 
 def _check(recipe: Recipe) -> None:
@@ -159,8 +176,6 @@ def _check(recipe: Recipe) -> None:
     used = [recipe.reference, *(name for pair in recipe.comparisons for name in pair)]
     used += [name for gap in recipe.gaps for name in (gap.bottom, gap.top, *gap.methods)]
     used += [name for claim in recipe.claims if claim.what != "front" for name in (claim.first, claim.second)]
-    for method in recipe.methods:
-        _only(method.sampling, list(SamplingSpec.__dataclass_fields__), f"the sampling of method {method.name!r}")
     families = {method.family for method in recipe.methods}
     _known(used, names, "method")
     _known([*(n for c in recipe.claims if c.what == "front" for n in (c.first, c.second))], families, "family")
@@ -169,19 +184,10 @@ def _check(recipe: Recipe) -> None:
     )
     for claim in recipe.claims:
         _check_claim(claim, recipe)
-    for judge in recipe.judges:
-        if judge.kind not in JUDGES:
-            raise ConfigError(
-                f"judge {judge.name!r} has the kind {judge.kind!r}; it must be one of {', '.join(JUDGES)}"
-            )
-    if recipe.prompts.count < 2:
-        raise ConfigError(f"prompts.count is {recipe.prompts.count}; an interval needs at least 2")
 
 
 def _check_claim(claim: Claim, recipe: Recipe) -> None:
     about = f"the claim {claim.what!r} of {claim.first!r} and {claim.second!r}"
-    if claim.what not in CLAIMS:
-        raise ConfigError(f"a claim is {claim.what!r}; it must be one of {', '.join(CLAIMS)}")
     if (claim.judge != "") != (claim.what in ("above", "level", "gap")):
         raise ConfigError(f"{about} {'has' if claim.judge else 'needs'} a judge; above, level and gap have one")
     _check_bound(about, "margin", claim.margin, needed=claim.what == "level", allowed=claim.what in ("level", "front"))
@@ -195,8 +201,6 @@ def _check_claim(claim: Claim, recipe: Recipe) -> None:
 
 
 def _check_bound(about: str, name: str, value: Any, *, needed: bool, allowed: bool) -> None:
-    if type(value) not in (int, float) or value < 0:
-        raise ConfigError(f"{about} has the {name} {value!r}; it must be a number of 0 or more")
     if needed and not value:
         raise ConfigError(f"{about} needs a {name} above 0")
     if value and not allowed:
@@ -209,24 +213,7 @@ def _known(used: Sequence[str], known: Sequence[str] | set[str], what: str) -> N
         raise ConfigError(f"there is no {what} {unknown[0]!r}; the recipe has {', '.join(sorted(known))}")
 
 
-def _make(cls: Any, table: Any, where: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} is {table!r}; expected a table")
-    fields = list(cls.__dataclass_fields__)
-    _only(table, fields, where)
-    try:
-        return cls(**table)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}; its keys are {', '.join(fields)}") from error
-
-
 def _only(table: Mapping[str, Any], allowed: Any, where: str) -> None:
     unknown = [key for key in table if key not in allowed]
     if unknown:
         raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
-
-
-def _number(value: Any, kind: type[int], name: str) -> int:
-    if type(value) is not kind or value < 0:
-        raise ConfigError(f"{name} is {value!r}; it must be an integer of 0 or more")
-    return value

@@ -31,7 +31,7 @@ from genarm.evaluation.answers import Answers, answering, read_answers
 from genarm.evaluation.build import Models, base_reference, build, kl_bound
 from genarm.evaluation.comparing import announce
 from genarm.evaluation.figures import Figures, figures, record
-from genarm.evaluation.judging import Judged, judge_all
+from genarm.evaluation.judging import Judged, check_judges, judge_all
 from genarm.evaluation.prompts import Question, read_questions
 from genarm.evaluation.provenance import answers_record, training_record
 from genarm.evaluation.recipe import MethodSpec, Recipe, TrainSpec, slug
@@ -73,6 +73,8 @@ def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:
     folder = options.output.resolve()
     announce(recipe, console)
     check_output(folder, folder=True)
+    if recipe.world:
+        WorldSettings.from_table(recipe.world, recipe.seed)
     circumstances = {"dtype": options.dtype, "device": find_device(options.device)}
     claim(folder, {**recipe.foundation, **circumstances}, noted=folder / RECIPE)
     with one_thread() if recipe.world else nullcontext():
@@ -91,6 +93,7 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
             console.print(f"making the pairs {pairs.name} of {pairs.data}", highlight=False, markup=False)
             make_pairs(folder / "pairs", pairs, models.resolve(pairs.data), recipe.seed)
     questions = _questions(recipe, models)
+    check_judges(recipe, questions, models)
     for number, spec in enumerate(recipe.train, start=1):
         claim(folder / "train" / spec.name, training_record(spec, models))
         if not (folder / "train" / spec.name / METRICS).exists():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveFloat, PositiveInt
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +23,7 @@ from genarm.demo.world import OBJECTIVES, Request, split_requests
 from genarm.errors import ConfigError
 from genarm.files import new_folder, write_text
 from genarm.prompts import as_conversation
+from genarm.tables import FORBID, read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,12 @@ class WorldSettings:
         writer: who writes the replies of the pairs: one of the two models, or the crowd that they learnt from.
     """
 
+    __pydantic_config__ = FORBID
+
     seed: int
-    pairs: int = 2400
-    held_out_phrasings: int = 2
-    sharpness: float = 1.5
+    pairs: PositiveInt = 2400
+    held_out_phrasings: PositiveInt = 2
+    sharpness: PositiveFloat = 1.5
     base: BaseSettings = field(default_factory=BaseSettings)
     strong: BaseSettings | None = None
     writer: str = "base"
@@ -48,11 +52,8 @@ class WorldSettings:
     @classmethod
     def from_table(cls, table: Mapping[str, Any], seed: int) -> WorldSettings:
         """From a recipe's table (raises ConfigError)."""
-        try:
-            models = {name: BaseSettings(**table[name]) for name in ("base", "strong") if name in table}
-            return cls(**{"seed": seed, **table, **models})
-        except TypeError as error:
-            raise ConfigError(f"world: {error}; its keys are {', '.join(cls.__dataclass_fields__)}") from error
+        settings: WorldSettings = read_table(cls, {"seed": seed, **table}, "world")
+        return settings
 
     def __post_init__(self) -> None:
         writers = ("base", "crowd", *(["strong"] if self.strong else []))

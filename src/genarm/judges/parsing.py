@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from genarm.errors import ConfigError
+from genarm.tables import FORBID
 
 Preference: TypeAlias = Literal[1, 0, -1]
 """1: the answer shown first is better; 0: neither; -1: the one shown second."""
@@ -22,6 +23,8 @@ _TWO_NUMBERS = re.compile(rf"({_NUMBER})(?:,?\s+)({_NUMBER})")
 @dataclass(frozen=True, kw_only=True)
 class TwoScores:
     """Two numbers from `low` to `high` that fill the `line` (first or last) which is not blank; the higher one wins."""
+
+    __pydantic_config__ = FORBID
 
     line: str = "first"
     low: float = 1.0
@@ -47,6 +50,8 @@ class TwoScores:
 class VerdictTag:
     """One of three tags, anywhere in the reply and with none of the others."""
 
+    __pydantic_config__ = FORBID
+
     first: str = "[[A]]"
     second: str = "[[B]]"
     tie: str = "[[C]]"
@@ -67,6 +72,8 @@ class VerdictTag:
 @dataclass(frozen=True, kw_only=True)
 class SingleScore:
     """A number from `low` to `high` that fills the last line which is not blank, after `label` or without it."""
+
+    __pydantic_config__ = FORBID
 
     label: str = "Score:"
     low: float = 1.0

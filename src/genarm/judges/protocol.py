@@ -22,9 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
+
 from genarm.errors import ConfigError
 from genarm.judges.parsing import PARSERS, Parser, SingleScore
 from genarm.prompts import Message, Prompt
+from genarm.tables import read_table
 
 _FOLDER = Path(__file__).parent / "protocols"
 _RUBRICS = (".txt", ".md")
@@ -160,7 +163,10 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Protocol:
             raise ConfigError(f"the protocol {name} has no table [{key}]")
     if "template" not in texts or not all(isinstance(text, str) for text in texts.values()):
         raise ConfigError(f"the protocol {name} must have a template; template, system, rubric and model are texts")
-    return Protocol(name=name, parser=_parser(name, table["parser"]), sampling=dict(table["sampling"]), **texts)
+    sampling = read_table(
+        Mapping[str, str | int | FiniteFloat], table["sampling"], f"the sampling of the protocol {name}"
+    )
+    return Protocol(name=name, parser=_parser(name, table["parser"]), sampling=dict(sampling), **texts)
 
 
 def _parser(name: str, table: Mapping[str, Any]) -> Parser:
@@ -169,10 +175,9 @@ def _parser(name: str, table: Mapping[str, Any]) -> Parser:
         raise ConfigError(
             f"the protocol {name} has the parser kind {table.get('kind')!r}; it must be one of {', '.join(PARSERS)}"
         )
-    try:
-        return make(**{key: value for key, value in table.items() if key != "kind"})
-    except TypeError as error:
-        raise ConfigError(f"the parser of the protocol {name}: {error}") from error
+    own = {key: value for key, value in table.items() if key != "kind"}
+    parser: Parser = read_table(make, own, f"the parser of the protocol {name}")
+    return parser
 
 
 def _list(places: set[str]) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import FiniteFloat
+
 from genarm.errors import ConfigError, WeightsError
 from genarm.model.config import GuidedConfig
 from genarm.model.weights import parse_weights, weight_row
 from genarm.server.errors import ApiError
+from genarm.tables import read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -149,6 +152,5 @@ def _parse(path: Path, loads: Any) -> dict[str, dict[str, float]]:
         data = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the presets in {path}: {error}") from error
-    if not isinstance(data, dict) or not all(isinstance(weights, dict) for weights in data.values()):
-        raise ConfigError(f"{path} must have a table of weights for each preset, as in {{cautious: {{harmless: 2}}}}")
-    return data
+    presets: dict[str, dict[str, float]] = read_table(dict[str, dict[str, FiniteFloat]], data, f"presets in {path}")
+    return presets
