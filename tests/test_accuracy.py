@@ -654,7 +654,7 @@ for reference in sys.argv[1:]:
 
 
 def test_a_folder_is_no_output(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder; give the name of a file"):
+    with pytest.raises(DataError, match="is a folder; name a file in it"):
         command_line(root / "arm", "--data", root / "pairs.jsonl", "--output", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write --output"):
