@@ -46,6 +46,7 @@ class AccuracySettings:
         return Reading(template_args=read_template_args(self.template_arg))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "template_arg", tuple(self.template_arg))
         if self.template_arg and self.raw:
             raise ConfigError(
                 "--raw takes text without the chat template, so --template-arg would do nothing; give one"

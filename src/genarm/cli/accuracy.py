@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             max_prompt_tokens=arguments.max_prompt_tokens,
             max_response_tokens=arguments.max_response_tokens,
-            template_arg=tuple(arguments.template_arg),
+            template_arg=arguments.template_arg,
             dtype=arguments.dtype,
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
