@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 import httpx2
 import openai
 import torch
-import uvicorn
 from peft import LoraConfig, PeftModel
 
 from genarm import GuidedForCausalLM
@@ -22,11 +22,11 @@ from genarm.server.admission import Admission
 from genarm.server.app import build_app
 from genarm.server.backend import EngineBackend
 from genarm.server.job import Service
-from genarm.server.listen import bind
+from genarm.server.listen import Server, bind
 from genarm.server.metrics import Metrics
 from genarm.server.names import Names, RewardInfo
 from genarm.server.texts import Texts
-from tiny import tiny_model, tiny_tokenizer
+from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CONTEXT = 128
@@ -118,16 +118,17 @@ def running(
     speculate: int = 3,
     keys: frozenset[str] = frozenset(),
     origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    send_buffer: int | None = None,
     presets: Mapping[str, Mapping[str, float]] = PRESETS,
     log_prompts: bool = False,
-    chats: bool = True,
+    template: str | None = TEMPLATE,
 ) -> Iterator[Running]:
     """Serve until the block ends."""
     model, pace, made = guided_model(), Pace(), []
     model.base.register_forward_pre_hook(pace.hook)
     tokenizer = tiny_tokenizer()
-    if not chats:
-        tokenizer.chat_template = None
+    tokenizer.chat_template = template
 
     def make() -> Engine:
         if pace.at_make is not None:
@@ -152,9 +153,9 @@ def running(
         started=1_700_000_000,
     )
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(service, keys=keys, origins=origins), log_config=None, lifespan="off")
-    )
+    if send_buffer is not None:  # of the connections, too
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    server = Server(build_app(service, keys=keys, origins=origins, hosts=hosts), drain=timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -167,7 +168,7 @@ def running(
         server.should_exit = True
         thread.join(30)
         backend.close()
-        service.texts.close()
+        service.close()
 
 
 def events(response: httpx2.Response) -> list[Any]:

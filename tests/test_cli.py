@@ -53,7 +53,7 @@ OPTIONS = {
     "serve": {
         *("folder", "--dtype", "--device", "--trust-remote-code", "--host", "--port", "--served-name"),
         *("--engine", "--vllm-options", "--streams", "--context", "--queue", "--timeout", "--presets"),
-        *("--max-weight", "--api-keys", "--cors", "--log-prompts"),
+        *("--max-weight", "--api-keys", "--cors", "--allowed-host", "--log-prompts"),
         *READING,
         *ENGINE,
     },

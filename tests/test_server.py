@@ -484,5 +484,6 @@ def test_the_document(server: Running) -> None:
         document = client.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/rewards", "/v1/models", "/metrics"} <= {*document["paths"]}
     responses = document["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"} == {*responses}
+    errors = {"400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504"}
+    assert {"200", *errors} == {*responses}
     assert "HTTPValidationError" not in document["components"]["schemas"]

@@ -14,9 +14,10 @@ import openai
 import pytest
 
 from genarm.errors import ConfigError, GenarmError, WeightsError
+from genarm.server.bodies import LARGEST_BODY
 from genarm.server.errors import ApiError
 from genarm.server.names import Names, RewardInfo, read_presets, rewards_of
-from genarm.server.security import LARGEST_BODY, read_keys
+from genarm.server.security import read_keys
 from serving import CHAT, CONTEXT, Running, running
 from tiny import VOCAB_SIZE
 
@@ -173,12 +174,16 @@ def test_bad_completions(server: Running, fields: dict[str, Any], status: int, m
     [
         (b"{", "The body is not JSON"),
         (b"", "The body is empty"),
-        (b"null", "valid dictionary"),
-        (b"[1]", "valid dictionary"),
-        (b'"x"', "valid dictionary"),
-        (b"\xff\xfe", "."),
-        (b"[" * 100_000, "."),
-        (b'{"model": "tiny", "prompt": "w1", "seed": ' + b"1" * 5000 + b"}", "."),
+        (b"null", "The body is None; send a JSON object"),
+        (b"[1]", "The body is a list; send a JSON object"),
+        (b'"x"', "The body is 'x'; send a JSON object"),
+        (b"\xff\xfe", "not in UTF-8 .byte 0 is 0xff"),
+        (b'{"model": "tiny", "prompt": "\xed\xa0\x80"}', "not in UTF-8 .byte 29 is 0xed"),
+        ('{"model": "tiny", "prompt": "w1"}'.encode("utf-16"), "not in UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "tiny", "prompt": ' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001, "nested too deeply"),
+        (b'{"model": "tiny", "prompt": "w1", "seed": ' + b"1" * 5000 + b"}", "a number of 5000 characters"),
+        (b'{"model": "tiny", "prompt": "w1", "seed": 1, "seed": 2}', "has the key 'seed' twice"),
         (b'{"model": "tiny", "prompt": "w1", "reward_weights": {"helpful": NaN}}', "finite number"),
         (b'{"model": "tiny", "prompt": "w1", "reward_weights": {"helpful": 1e999}}', "finite number"),
         (b'{"model": "tiny", "prompt": "w1", "temperature": -Infinity}', "finite number"),
@@ -199,7 +204,7 @@ def test_bodies_that_are_no_request(server: Running, content: bytes, message: st
 def test_other_content_types_and_methods_and_paths(server: Running) -> None:
     with server.http() as client:
         plain = client.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
-        check_error(plain, 400, "content type is text/plain; send JSON", None)
+        check_error(plain, 400, "content type is 'text/plain'; send JSON", None)
         check_error(client.get("/v1/completions"), 405, "Method Not Allowed; the methods", None)
         check_error(client.post("/v1/embeddings", json={}), 404, "paths of this server", None)
         check_error(client.get("/v1/models/gpt-4"), 404, "'gpt-4' does not exist", "model")
@@ -261,7 +266,7 @@ def test_bad_requests_do_not_touch_running_ones(server: Running) -> None:
 
 
 def test_a_model_without_a_chat_template() -> None:
-    with running(chats=False) as server:
+    with running(template=None) as server:
         response = server.post("/v1/chat/completions", {"model": "tiny", "messages": CHAT})
         check_error(response, 400, "no chat template, so it takes no conversations; use /v1/completions", None)
         assert server.post("/v1/completions", {"model": "tiny", "prompt": "w1"}).status_code == 200

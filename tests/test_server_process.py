@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -118,7 +121,8 @@ def test_it_says_where_it_is_drains_and_ends_well(folder: Path, tmp_path: Path) 
                 events = stream.iter_lines()
                 first = [next(events) for _ in range(4)]
                 other.start()
-                time.sleep(0.3)
+                while "genarm_running 2.0" not in httpx2.get(f"{url}/metrics").text:
+                    time.sleep(0.05)
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.3)
                 with pytest.raises(httpx2.TransportError):
@@ -151,6 +155,53 @@ def test_killed_in_mid_stream_and_started_again(folder: Path) -> None:
         assert process.wait(20) == 0
 
 
+def test_few_files_a_log_that_nobody_reads_and_a_second_signal(folder: Path) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    few = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh"]
+    log: list[bytes] = []
+
+    def read_log() -> None:
+        while piece := os.read(reading, 2**16):
+            log.append(piece)
+
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen(
+            [*few, *command(folder, "--port", "0")], stdout=subprocess.PIPE, stderr=writing, text=True
+        )
+        stack.callback(process.kill)
+        os.close(writing)
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "is served at" in line).split()[-1]
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        for _ in range(300):  # heads of requests that do not end
+            half = stack.enter_context(socket.create_connection(address, timeout=20))
+            with contextlib.suppress(ConnectionError):
+                half.sendall(b"GET /health HTTP/1.1\r\n")
+        with httpx2.Client(base_url=url, timeout=30) as client:
+            for _ in range(200):
+                assert client.get("/v1/models").status_code == 200
+            assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+        reader = threading.Thread(target=read_log)
+        reader.start()
+        unread = stack.enter_context(socket.socket())
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect(address)
+        content = json.dumps({**LONG, "n": 8, "stream": True, "logprobs": 20}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+        unread.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert process.poll() is None  # it waits for the stream to be read
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        reader.join(20)
+        lines = b"".join(log).decode()
+        assert "Traceback" not in lines
+        assert lines.count("GET /v1/models 200") == 200
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -163,6 +214,7 @@ def test_killed_in_mid_stream_and_started_again(folder: Path) -> None:
         (("--served-name", "a@b"), "cannot be served as 'a@b'"),
         (("--max-weight", "0.5"), "'harmless' is 1; .* raise --max-weight"),
         (("--cors", "*"), "--cors is '\\*'"),
+        (("--allowed-host", "https://a.example"), "--allowed-host is 'https://a.example'; give a name without"),
         (("--api-keys", "missing"), "cannot read the API keys in missing"),
         (("--presets", "missing"), "cannot read the presets in missing"),
         (("--speculate", "-1"), "speculate is -1"),

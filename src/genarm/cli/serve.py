@@ -7,7 +7,6 @@ variable GENARM_API_KEYS; without any, everybody who can connect may ask. SIGTER
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--queue", type=int, metavar="N", default=64, help="replies that may wait for their turn")
     parser.add_argument(
-        "--timeout", type=float, metavar="S", default=600.0, help="seconds for one request, waiting included"
+        "--timeout",
+        type=float,
+        metavar="S",
+        default=600.0,
+        help="seconds for one request from its arrival, waiting included",
     )
     add_engine_options(parser)
     add_reading_options(parser)
@@ -86,6 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="web pages of this origin may ask; repeatable",
     )
+    parser.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="requests may call the server by this name, beside localhost; repeatable. Without keys and on this "
+        "machine alone, other names are refused",
+    )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts and replies to the log as well")
 
 
@@ -93,15 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no model, load it, serve."""
     with quiet_libraries():
         _need_extra()
-        import logging
-
         from genarm.opening import find_device, open_files
         from genarm.server.app import build_app
         from genarm.server.listen import bind, listen, url_of
-        from genarm.server.security import read_keys
+        from genarm.server.log import start_log
+        from genarm.server.security import is_loopback, read_keys
 
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-        logging.getLogger("genarm").setLevel(logging.INFO)
         find_device(arguments.device)
         files = open_files(
             arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
@@ -112,21 +120,25 @@ def run(arguments: argparse.Namespace) -> int:
         _check(arguments)
         start = _backend(arguments, files, draft)
         with bind(arguments.host, arguments.port) as listener:
+            start_log()
             backend = start()
             service = _service(arguments, files, names, backend)
             url = url_of(arguments.host, listener)
+            alone = is_loopback(listener.getsockname()[0])
+            # Keys keep out whoever does not know them; open to a network, everybody may ask by whatever name.
+            hosts = arguments.allowed_host if arguments.allowed_host or (alone and not keys) else None
 
             def announce() -> None:
                 say(f"{backend.describe()}\n{names.model} is served at {url}")
-                if not keys and arguments.host not in ("127.0.0.1", "::1", "localhost"):
+                if not keys and not alone:
                     say("there are no API keys: everybody who can connect may ask", stderr=True)
 
             try:
-                app = build_app(service, keys=keys, origins=arguments.cors)
+                app = build_app(service, keys=keys, origins=arguments.cors, hosts=hosts)
                 listen(app, listener, drain=arguments.timeout, announce=announce)
             finally:
                 backend.close()
-                service.texts.close()
+                service.close()
     return 0
 
 
@@ -154,6 +166,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for origin in arguments.cors:
         if origin == "*" or "://" not in origin or origin.endswith("/"):
             raise ConfigError(f"--cors is {origin!r}; give an origin as browsers write it, such as https://example.org")
+
+    for host in arguments.allowed_host:
+        if not host.strip() or "/" in host or "*" in host:
+            raise ConfigError(f"--allowed-host is {host!r:.80}; give a name without scheme and path: gpu.example.org")
 
 
 def _names(arguments: argparse.Namespace, files: ModelFiles) -> Names:

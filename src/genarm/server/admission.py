@@ -31,7 +31,13 @@ class Admission:
         self._seconds = _FIRST_GUESS
 
     def enter(self, count: int) -> Ticket:
-        """Let `count` replies in.
+        """Let `count` replies in (raises what `Ticket.grow` raises)."""
+        ticket = Ticket(self)
+        ticket.grow(count)
+        return ticket
+
+    def add(self, count: int, more: int) -> None:
+        """Let `more` replies in, of a request of `count` altogether.
 
         Raises:
             ApiError: 429 where they do not fit now, 400 where they never will.
@@ -43,16 +49,15 @@ class Admission:
                 f"the request asks for {count} replies at once (prompts times n); this server takes up to {room}",
                 param="n",
             )
-        if self.inside + count > room:
+        if self.inside + more > room:
             raise ApiError(
                 429,
                 f"the server is full: {self.inside} replies run or wait, and it takes {room} at most; try again later",
                 kind="rate_limit_error",
                 code="queue_full",
-                retry_after=min(_LONGEST_WAIT, self._seconds * (self.inside + count - room) / self.streams),
+                retry_after=min(_LONGEST_WAIT, self._seconds * (self.inside + more - room) / self.streams),
             )
-        self.inside += count
-        return Ticket(self, count)
+        self.inside += more
 
     def left(self, count: int) -> None:
         """So many replies are gone."""
@@ -66,10 +71,15 @@ class Admission:
 class Ticket:
     """The places of one request; each is given back once."""
 
-    def __init__(self, admission: Admission, count: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._count = count
+        self._count = 0
         self._began = time.monotonic()
+
+    def grow(self, count: int) -> None:
+        """Take places until there are `count` (raises what `Admission.add` raises)."""
+        self._admission.add(count, count - self._count)
+        self._count = count
 
     def give_back(self) -> None:
         """One reply has come to its end."""

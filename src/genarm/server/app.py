@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp
 
 import genarm
 from genarm.server import metrics
+from genarm.server.bodies import schemas
 from genarm.server.chat import chat_routes
 from genarm.server.completions import completion_routes
 from genarm.server.errors import ENGINE_PAUSE, ERRORS, ApiError, add_error_handlers
@@ -23,13 +25,20 @@ from genarm.server.security import protected
 PAGE = Path(__file__).parent / "page"
 
 
-def build_app(service: Service, *, keys: frozenset[str] = frozenset(), origins: Sequence[str] = ()) -> ASGIApp:
+def build_app(
+    service: Service,
+    *,
+    keys: frozenset[str] = frozenset(),
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+) -> ASGIApp:
     """Everything that answers.
 
     Args:
         service: what the answers come from.
         keys: API keys; without any, everybody may ask.
         origins: web pages of these may ask from a browser.
+        hosts: names beside the loopback ones that requests may call this server by; None allows any.
     """
     app = FastAPI(title="genarm", version=genarm.__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
@@ -38,8 +47,8 @@ def build_app(service: Service, *, keys: frozenset[str] = frozenset(), origins: 
     app.include_router(_listing_routes(service))
     app.include_router(_state_routes(service))
     _add_page(app)
-    _leave_out_422(app)
-    return protected(app, service.metrics, keys, origins)
+    _add_forms(app)
+    return protected(app, service.metrics, keys=keys, origins=origins, hosts=hosts)
 
 
 def _listing_routes(service: Service) -> APIRouter:
@@ -130,17 +139,20 @@ class _Assets(StaticFiles):
         return response
 
 
-def _leave_out_422(app: FastAPI) -> None:
-    """FastAPI documents an answer of its own for bad input, in whose place OpenAI's 400 is given."""
+def _add_forms(app: FastAPI) -> None:
+    """Bodies are read by ourselves (`bodies`), so FastAPI does not know what they are."""
     usual = app.openapi
 
+    @cache
     def document() -> dict[str, Any]:
         schema = usual()
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        found = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
+            found.pop(name, None)
+        found.update(schemas())
         return schema
 
     app.openapi = document  # type: ignore[method-assign]

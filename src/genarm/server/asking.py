@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from starlette.requests import Request as HttpRequest
 
 from genarm.engine import Completion
+from genarm.prompts import Prompt
 from genarm.sampling import Sampling, derive_seed
 from genarm.server.errors import ApiError
 from genarm.server.job import Service
 from genarm.server.replies import Usage
 from genarm.server.schema import ChatRequest, CompletionRequest
+from genarm.server.texts import characters
 
 _LEAST_TOP_P = 1e-9
 """OpenAI takes 0 for "only the likeliest token"."""
 _SEEDS = 2**64
+_FEW_ENTRIES = 2_000
 
 _log = logging.getLogger("genarm.server")
 
@@ -69,6 +72,25 @@ def seeds_of(asked: ChatRequest | CompletionRequest) -> list[int]:
     return [derive_seed(seed, i) for i in range(asked.n or 1)]
 
 
+def check_characters(service: Service, prompts: Sequence[Prompt], *, param: str) -> None:
+    """Refuse what is too long to be worth tokenising: beyond as many of the longest token as the context has room for.
+
+    Raises:
+        ApiError: one of the prompts is.
+    """
+    most = service.backend.context * service.texts.longest
+    for prompt in prompts:
+        if (count := characters(prompt)) > most:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {service.backend.context} tokens; the {param} has {count} "
+                f"characters, and this server reads up to {most} ({service.texts.longest} for each token, which is its "
+                f"longest). Shorten the {param}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+
 def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param: str) -> int:
     """The most tokens of a reply: `limit`, or all that there is room for.
 
@@ -92,6 +114,12 @@ def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> Usage:
     """`prompt_tokens` counts each prompt once, however many replies it got."""
     drawn = sum(len(completion.tokens) for completion in completions)
     return Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn)
+
+
+async def written(service: Service, write: Callable[[], bytes], completions: Iterable[Completion]) -> bytes:
+    """What `write` returns; another thread calls it where the answer is long."""
+    entries = sum(1 + len(token.top) for completion in completions for token in completion.tokens)
+    return write() if entries <= _FEW_ENTRIES else await service.workers.writer.run(write)
 
 
 def request_id(http: HttpRequest) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from genarm.engine import Completion, Request, Token
 from genarm.prompts import Message
 from genarm.server.asking import (
+    check_characters,
     check_explained,
     check_room,
     log_text,
@@ -24,9 +26,11 @@ from genarm.server.asking import (
     seeds_of,
     usage_of,
     weights_of,
+    written,
 )
+from genarm.server.bodies import body_of
 from genarm.server.errors import ERRORS, as_api_error
-from genarm.server.job import EventStream, Job, Service, unless_gone
+from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_chat
 from genarm.server.replies import (
     ChatChoice,
@@ -52,13 +56,11 @@ def chat_routes(service: Service) -> APIRouter:
         "/v1/chat/completions",
         response_model=ChatCompletion,
         responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
+        openapi_extra=body_of(ChatRequest),
     )
-    async def chat_completions(asked: ChatRequest, http: HttpRequest) -> Response:
+    async def chat_completions(http: HttpRequest) -> Response:
         """A reply to a conversation."""
-        chat = await _Chat.begin(service, asked, http)
-        if asked.stream:
-            return EventStream(chat.job, chat.events(), headers={})
-        return await answer_whole(http, chat.job, chat.whole())
+        return await answer(service, http, ChatRequest, partial(_Chat.begin, service))
 
     return router
 
@@ -77,10 +79,11 @@ class _Chat:
     created: int
 
     @classmethod
-    async def begin(cls, service: Service, asked: ChatRequest, http: HttpRequest) -> _Chat:
+    async def begin(cls, service: Service, job: Job, asked: ChatRequest, http: HttpRequest) -> _Chat:
         check_explained(service, asked)
         weights = weights_of(service, asked)
         messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
+        check_characters(service, [messages], param="messages")
         log_text(service, http, "messages", messages, weights)
         ids = await service.texts.encode(messages, asked.chat_template_kwargs)
         sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
@@ -98,19 +101,20 @@ class _Chat:
             )
             for seed in seeds_of(asked)
         ]
+        await job.begin(requests)
         return cls(
             service=service,
             asked=asked,
             http=http,
-            job=Job(service, requests),
+            job=job,
             weights=weights,
             prompt_tokens=len(ids),
             labels=[Labels(service.texts, weights, fresh=True) for _ in requests],
             created=int(time.time()),
         )
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+    async def whole(self) -> bytes:
+        """The answer in one piece of JSON."""
         logprobs: list[list[ChatLogprobs]] = [[] for _ in self.labels]
         rewards: list[list[TokenRewards]] = [[] for _ in self.labels]
         completions: dict[int, Completion] = {}
@@ -122,6 +126,14 @@ class _Chat:
             elif isinstance(event, Completion):
                 completions[index] = event
                 log_text(self.service, self.http, "reply", event.text, self.weights)
+        return await written(self.service, lambda: self._written(logprobs, rewards, completions), completions.values())
+
+    def _written(
+        self,
+        logprobs: list[list[ChatLogprobs]],
+        rewards: list[list[TokenRewards]],
+        completions: Mapping[int, Completion],
+    ) -> bytes:
         choices = [
             ChatChoice(
                 index=i,
@@ -139,7 +151,7 @@ class _Chat:
             model=self.asked.model,
             choices=choices,
             usage=usage_of(self.prompt_tokens, list(completions.values())),
-        ).as_json()
+        ).as_bytes()
 
     async def events(self) -> AsyncGenerator[str]:
         """The answer piece by piece; an error ends it."""
@@ -161,7 +173,7 @@ class _Chat:
                 yield self._usage(completions)
             yield DONE
         except Exception as error:
-            yield error_event(error)
+            yield error_event(self.http, error)
 
     def _label(self, index: int, token: Token) -> tuple[list[ChatLogprobs], list[TokenRewards]]:
         labels = self.labels[index]
@@ -212,17 +224,10 @@ def finish_reason(completion: Completion) -> FinishReason:
     return completion.ending
 
 
-async def answer_whole(http: HttpRequest, job: Job, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """One JSON document, unless the client goes away before; the job has ended then."""
-    try:
-        return JSONResponse(await unless_gone(http, work))
-    finally:
-        job.close()
-
-
-def error_event(error: Exception) -> str:
-    """The end of a stream that cannot go on."""
+def error_event(http: HttpRequest, error: Exception) -> str:
+    """The end of a stream that cannot go on; it counts by its status, though the stream began with 200."""
     answer = as_api_error(error)
+    http.state.ended_with = answer.status
     if answer.status == 500:
         logging.getLogger("genarm.server").error("a stream failed", exc_info=error)
     return f"data: {json.dumps(answer.body())}\n\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from genarm.engine import Completion, Request, ScoredPrompt, Token
 from genarm.server.asking import (
+    check_characters,
     check_explained,
     check_room,
     log_text,
@@ -21,16 +23,19 @@ from genarm.server.asking import (
     seeds_of,
     usage_of,
     weights_of,
+    written,
 )
 from genarm.server.backend import Event
-from genarm.server.chat import DONE, answer_whole, error_event, finish_reason
+from genarm.server.bodies import body_of
+from genarm.server.chat import DONE, error_event, finish_reason
 from genarm.server.errors import ERRORS
-from genarm.server.job import EventStream, Job, Service
+from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_text
 from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenRewards
 from genarm.server.schema import CompletionRequest
 
 _USUAL_LIMIT = 16
+_FEW_IDS = 2_000
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -41,13 +46,11 @@ def completion_routes(service: Service) -> APIRouter:
         "/v1/completions",
         response_model=TextCompletion,
         responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
+        openapi_extra=body_of(CompletionRequest),
     )
-    async def completions(asked: CompletionRequest, http: HttpRequest) -> Response:
+    async def completions(http: HttpRequest) -> Response:
         """What follows a text, or each of several texts."""
-        text = await _Completion.begin(service, asked, http)
-        if asked.stream:
-            return EventStream(text.job, text.events(), headers={})
-        return await answer_whole(http, text.job, text.whole())
+        return await answer(service, http, CompletionRequest, partial(_Completion.begin, service))
 
     return router
 
@@ -153,19 +156,24 @@ class _Completion:
     created: int
 
     @classmethod
-    async def begin(cls, service: Service, asked: CompletionRequest, http: HttpRequest) -> _Completion:
+    async def begin(cls, service: Service, job: Job, asked: CompletionRequest, http: HttpRequest) -> _Completion:
         check_explained(service, asked)
         weights = weights_of(service, asked)
+        check_characters(service, [text for text in asked.prompts if isinstance(text, str)], param="prompt")
+        limit = _USUAL_LIMIT if asked.max_tokens is None else asked.max_tokens
+        for ids in asked.prompts:
+            if isinstance(ids, list):
+                check_room(service, len(ids), limit, param="prompt")
         log_text(service, http, "prompt", asked.prompt, weights)
         prompts = [await _prompt(service, asked, prompt) for prompt in asked.prompts]
-        limit = _USUAL_LIMIT if asked.max_tokens is None else asked.max_tokens
         for prompt in prompts:
             check_room(service, len(prompt.ids), limit, param="prompt")
+        sampling = sampling_of(asked, max(1, limit))
         requests = [
             Request(
                 prompt=prompt.ids,
                 weights=weights,
-                sampling=sampling_of(asked, max(1, limit)),
+                sampling=sampling,
                 seed=seed,
                 stop=asked.stops,
                 stop_token_ids=asked.stop_token_ids or (),
@@ -179,25 +187,29 @@ class _Completion:
             for seed in seeds_of(asked)
         ]
         each = asked.n or 1
+        await job.begin(requests)
         return cls(
             asked=asked,
             http=http,
             service=service,
-            job=Job(service, requests),
+            job=job,
             weights=weights,
             prompts=prompts,
             choices=[_Choice(service, asked, prompts[i // each], weights) for i in range(len(requests))],
             created=int(time.time()),
         )
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+    async def whole(self) -> bytes:
+        """The answer in one piece of JSON."""
         pieces = [[choice.begin()] for choice in self.choices]
         async for index, event in self.job.events():
-            pieces[index].append(self.choices[index].piece(event))
+            pieces[index].append(await self._piece(index, event))
         self._log_replies()
+        return await written(self.service, lambda: self._written(pieces), self._completed())
+
+    def _written(self, pieces: list[list[_Piece]]) -> bytes:
         choices = [self._choice(index, _joined(parts), whole=True) for index, parts in enumerate(pieces)]
-        return self._answer(choices, usage=self._usage()).as_json()
+        return self._answer(choices, usage=self._usage()).as_bytes()
 
     async def events(self) -> AsyncGenerator[str]:
         """The answer piece by piece; an error ends it."""
@@ -208,7 +220,7 @@ class _Completion:
                 if not begun.empty:
                     yield self._answer([self._choice(index, begun)], **usage).as_event()
             async for index, event in self.job.events():
-                piece = self.choices[index].piece(event)
+                piece = await self._piece(index, event)
                 if not piece.empty:
                     yield self._answer([self._choice(index, piece)], **usage).as_event()
             self._log_replies()
@@ -216,7 +228,12 @@ class _Completion:
                 yield self._answer([], usage=self._usage()).as_event()
             yield DONE
         except Exception as error:
-            yield error_event(error)
+            yield error_event(self.http, error)
+
+    async def _piece(self, index: int, event: Event) -> _Piece:
+        if isinstance(event, ScoredPrompt):  # as long as the prompt
+            return await self.service.workers.writer.run(lambda: self.choices[index].piece(event))
+        return self.choices[index].piece(event)
 
     def _choice(self, index: int, piece: _Piece, *, whole: bool = False) -> TextChoice:
         rewards = piece.rewards or ([] if whole and self.asked.return_rewards else None)
@@ -238,19 +255,25 @@ class _Completion:
             **fields,
         )
 
+    def _completed(self) -> list[Completion]:
+        return [choice.completion for choice in self.choices if choice.completion is not None]
+
     def _usage(self) -> Any:
-        completions = [choice.completion for choice in self.choices if choice.completion is not None]
-        return usage_of(sum(len(prompt.ids) for prompt in self.prompts), completions)
+        return usage_of(sum(len(prompt.ids) for prompt in self.prompts), self._completed())
 
     def _log_replies(self) -> None:
-        for choice in self.choices:
-            if choice.completion is not None:
-                log_text(self.service, self.http, "reply", choice.completion.text, self.weights)
+        for completion in self._completed():
+            log_text(self.service, self.http, "reply", completion.text, self.weights)
 
 
 async def _prompt(service: Service, asked: CompletionRequest, prompt: str | list[int]) -> _Prompt:
     texts = service.texts
-    text, ids = (prompt, await texts.encode(prompt)) if isinstance(prompt, str) else (texts.decode(prompt), prompt)
+    if isinstance(prompt, str):
+        text, ids = prompt, await texts.encode(prompt)
+    elif len(prompt) <= _FEW_IDS:
+        text, ids = texts.decode(prompt), prompt
+    else:
+        text, ids = await service.workers.writer.run(lambda: texts.decode(prompt)), prompt
     offsets = await texts.offsets(text, ids) if asked.echo and wants_numbers(asked) else []
     return _Prompt(text=text, ids=ids, offsets=offsets)
 

@@ -6,16 +6,33 @@ import math
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from genarm.errors import DataError, EngineFailure, GenarmError, WeightsError
 
+_LONGEST_MESSAGE = 2000
+_LONGEST_PARAM = 200
+_LONGEST_QUOTE = 80
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`, whose middle is left out where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 3 // 4]} … {text[-most // 4 :]}"
+
+
+def quoted(value: object) -> str:
+    """What a client sent, for a message: no longer than a line, without control characters."""
+    if isinstance(value, str):
+        return repr(shortened(value, _LONGEST_QUOTE))
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"{value!r:.{_LONGEST_QUOTE}}"
+
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An answer that is an error; what it quotes is cut to a bearable length.
 
     Attributes:
         status: of HTTP.
@@ -38,9 +55,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = shortened(message, _LONGEST_MESSAGE)
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else shortened(param, _LONGEST_PARAM)
         self.code = code
         self.retry_after = retry_after
 
@@ -78,9 +95,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The request is not valid.",
         401: "The API key is missing or wrong.",
+        403: "The host's name is not one that this server answers to.",
         404: "There is no such model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
+        415: "The body is compressed.",
         429: "The queue is full; try again later.",
         500: "The server failed at this request.",
         503: "The engine is not running.",
@@ -127,28 +146,24 @@ def add_error_handlers(app: FastAPI) -> None:
             response.headers.update(error.headers or {})
         return response
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return _first_problem(error).response()
-
     for kind in (ApiError, GenarmError, EngineFailure, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RequestValidationError, invalid)
 
 
-def _first_problem(error: RequestValidationError) -> ApiError:
+def first_problem(error: ValidationError) -> ApiError:
     """Pydantic's first complaint as one sentence."""
-    problem = error.errors()[0]
-    place, kind = [str(part) for part in problem["loc"][1:]], problem["type"]
-    param = ".".join(place) or None
-    if kind == "json_invalid":
-        return ApiError(400, f"The body is not JSON: {problem['ctx']['error']}", code="invalid_json")
+    problem = error.errors(include_url=False)[0]
+    place, kind = [str(part) for part in problem["loc"]], problem["type"]
     if kind == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
+        place += [str(key) for key in problem.get("ctx", {}).values()]
+    param = ".".join(place) or None
+    shown = None if param is None else shortened(param, _LONGEST_PARAM)
+    if kind == "extra_forbidden":
+        message = f"Unrecognized request argument supplied: {shown}"
+        return ApiError(400, message, param=param, code="unknown_parameter")
     if kind == "missing":
-        message = f"you must provide {param}" if param else "The body is empty; send a JSON object"
-        return ApiError(400, message, param=param, code="missing_required_parameter")
+        return ApiError(400, f"you must provide {shown}", param=param, code="missing_required_parameter")
     message = problem["msg"].removeprefix("Value error, ")
     got = problem["input"]
-    shown = "" if isinstance(got, dict | list) else f" (got {got!r:.80})"
-    return ApiError(400, f"{param or 'the body'}: {message}{shown}", param=param, code="invalid_value")
+    said = "" if isinstance(got, dict | list) else f" (got {quoted(got)})"
+    return ApiError(400, f"{shown or 'the body'}: {message}{said}", param=param, code="invalid_value")

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
+import resource
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from genarm.errors import ConfigError
+from genarm.server.job import SLOW_READER
 
 _KEEP_ALIVE = 30
+"""Seconds that a client has for the head of a request."""
+_TICK = 0.25
+_PATIENCE = 5.0
+_AT_ONCE = 16
+_WAITING = 512
+_MOST_CONNECTIONS = 1024
+_FILES = 4096
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -50,19 +66,11 @@ def listen(app: ASGIApp, listener: socket.socket, *, drain: float, announce: Cal
 
     A second signal ends them at once. `announce` is called when clients can connect.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=math.ceil(drain),
-    )
+    _allow_files()
     # uvicorn raises a signal once more when it has finished; by then there is nothing left to end.
     before = {number: signal.signal(number, _done) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _Server(config, announce).run(sockets=[listener])
+        Server(app, drain=drain, announce=announce).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -72,12 +80,132 @@ def _done(*_: object) -> None:
     """The server has stopped already."""
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+class Server(uvicorn.Server):
+    """uvicorn's, which closes connections that would take a place for nothing."""
+
+    def __init__(self, app: ASGIApp, *, drain: float, announce: Callable[[], None] = lambda: None) -> None:
+        """See `listen`."""
+        config = uvicorn.Config(
+            app,
+            loop="asyncio",  # and h11: what is said here of connections holds wherever others are installed, too
+            http=_Connection,
+            ws="none",
+            backlog=_AT_ONCE,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=math.ceil(drain),
+        )
         super().__init__(config)
         self._announce = announce
+        self._reaper: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take connections, and to look after them."""
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_WAITING)  # asyncio takes as many at once as may wait, unless it is told afterwards
+        self._reaper = asyncio.create_task(self._reap())
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs end, and close what does not."""
+        await super().shutdown(sockets)
+        if self._reaper is not None:
+            self._reaper.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets running requests end, the second one does not; see `uvicorn.Server`."""
+        if self.should_exit:
+            self.force_exit = True
+            timer = threading.Timer(_PATIENCE, os._exit, (128 + sig,))  # a step of a large model may take long
+            timer.daemon = True
+            timer.start()
+        super().handle_exit(sig, frame)
+
+    async def _reap(self) -> None:
+        while True:
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, _Connection)
+                if self.force_exit or connection.overdue(time.monotonic()):
+                    connection.transport.abort()
+            await asyncio.sleep(_TICK)
+
+
+def most_connections() -> int:
+    """How many connections there may be: half of the files that may be open, less those that come at once."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_CONNECTIONS if files < 0 else max(_AT_ONCE, min(_MOST_CONNECTIONS, files // 2 - _AT_ONCE))
+
+
+def _allow_files() -> None:
+    """Raise our own limit of open files, which often is much lower than what we may have."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+class _Transport:
+    """A transport that counts what it was given to send."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written = 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that have left us."""
+        return self.written - self._transport.get_write_buffer_size()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class _Connection(H11Protocol):
+    """A connection that knows since when it has been waiting for its client."""
+
+    _counted: _Transport
+    since: float
+    _taken: int = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        self._counted = _Transport(transport)
+        self.since = time.monotonic()
+        self._taken_at = self.since
+        super().connection_made(self._counted)  # type: ignore[arg-type]
+        there = [c for c in self.connections if isinstance(c, _Connection) and not c.transport.is_closing()]
+        if len(there) > most_connections():
+            idle = [each for each in there if each.idle]  # this one at least
+            min(idle, key=lambda each: (each.sends, each.since)).transport.abort()
+
+    def on_response_complete(self) -> None:
+        """A request has its answer; from now on the next one is waited for."""
+        self.since = time.monotonic()
+        super().on_response_complete()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request has arrived that has no answer yet."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def sends(self) -> bool:
+        """Whether its client has not taken all that was sent."""
+        return self._counted.written > self._counted.taken
+
+    def overdue(self, now: float) -> bool:
+        """Whether its client has sent no whole head of a request, or taken nothing of an answer, for too long."""
+        if not self.sends or self._counted.taken != self._taken:
+            self._taken, self._taken_at = self._counted.taken, now
+        if self.sends:
+            return now - self._taken_at > SLOW_READER
+        return self.idle and now - self.since > _KEEP_ALIVE

@@ -10,13 +10,23 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 
 class _Reply(BaseModel):
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> str:
         """The fields that were set."""
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump_json(exclude_unset=True)
 
     def as_event(self) -> str:
         """One event of a stream."""
-        return f"data: {self.model_dump_json(exclude_unset=True)}\n\n"
+        return f"data: {self.as_json()}\n\n"
+
+
+class _Whole(_Reply):
+    choices: list[Any]
+
+    def as_bytes(self) -> bytes:
+        """The fields that were set; choice by choice, so that other threads have their turn in a long answer."""
+        choices = ",".join(choice.as_json() for choice in self.choices)
+        without = self.model_copy(update={"choices": []}).as_json()
+        return without.replace('"choices":[]', f'"choices":[{choices}]', 1).encode()
 
 
 class Usage(_Reply):
@@ -91,7 +101,7 @@ class ChatChoice(_Reply):
     rewards: list[TokenRewards] = []
 
 
-class ChatCompletion(_Reply):
+class ChatCompletion(_Whole):
     """The answer of /v1/chat/completions."""
 
     id: str
@@ -140,7 +150,7 @@ class TextChoice(_Reply):
     rewards: list[TokenRewards] = []
 
 
-class TextCompletion(_Reply):
+class TextCompletion(_Whole):
     """The answer of /v1/completions, or an event of its stream."""
 
     id: str

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -29,8 +30,34 @@ MOST_TOP = 20
 """The most runner-up tokens that a request may ask for."""
 
 
+_MOST_MESSAGES = 2**14
+_MOST_PARTS = 2**10
+_MOST_WEIGHTS = 2**8
+_MOST_BIASES = 2**13
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """Refuse the first field that there is none of; pydantic would collect them all, however many."""
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "Extra inputs are not permitted", {"key": key})
+        return data
+
+
+def _at_most(most: int, words: str) -> BeforeValidator:
+    """For a list or an object: pydantic looks at every item, and keeps every complaint, before it counts them."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} {words}; this server takes up to {most}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _one_message(words: str) -> WrapValidator:
@@ -47,16 +74,22 @@ def _one_message(words: str) -> WrapValidator:
 
 _Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Stop: TypeAlias = Annotated[
-    _Text | Annotated[list[_Text], Field(max_length=_MOST_STOPS)],
+    _Text | Annotated[list[_Text], Field(max_length=_MOST_STOPS, fail_fast=True)],
     _one_message(f"a text or a list of up to {_MOST_STOPS} texts, none of them empty"),
 ]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
-PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompts: TypeAlias = Annotated[
-    str | Annotated[list[str], Field(min_length=1)] | PromptIds | Annotated[list[PromptIds], Field(min_length=1)],
+    str
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | PromptIds
+    | Annotated[list[PromptIds], Field(min_length=1, fail_fast=True)],
     _one_message("a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"),
 ]
-Bias: TypeAlias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+Bias: TypeAlias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    _at_most(_MOST_BIASES, "entries"),
+]
 
 
 class StreamOptions(_Strict):
@@ -71,7 +104,7 @@ class _Request(_Strict, NeutralFields):
     """What both ways to ask have in common."""
 
     model: str = Field(description="a name of /v1/models, NAME@PRESET, or NAME@REWARD=W,…")
-    reward_weights: dict[str, float] | None = Field(
+    reward_weights: Annotated[dict[str, float], _at_most(_MOST_WEIGHTS, "weights")] | None = Field(
         default=None, description="{reward: weight} over the model's defaults; /v1/rewards lists them"
     )
     return_rewards: bool | None = Field(
@@ -90,7 +123,7 @@ class _Request(_Strict, NeutralFields):
     n: int | None = Field(default=None, ge=1, le=_MOST_CHOICES)
     seed: int | None = Field(default=None, ge=-_SEED, lt=_SEED)
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_STOP_IDS)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_STOP_IDS, fail_fast=True)] | None = Field(
         default=None, description="end the reply, beside the model's own; without text"
     )
     min_tokens: int | None = Field(
@@ -127,7 +160,8 @@ class TextPart(_Strict):
 
 
 _Content: TypeAlias = Annotated[
-    str | list[TextPart], _one_message('a text or a list of {"type": "text", "text": …}; only text is understood')
+    str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS, fail_fast=True)],
+    _one_message('a text or a list of {"type": "text", "text": …}; only text is understood'),
 ]
 
 
@@ -163,7 +197,7 @@ class Message(_Strict):
 class ChatRequest(_Request, NeutralChatFields):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), _at_most(_MOST_MESSAGES, "messages")]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -190,6 +224,11 @@ class ChatRequest(_Request, NeutralChatFields):
         return self
 
     @property
+    def replies(self) -> int:
+        """How many are asked for."""
+        return self.n or 1
+
+    @property
     def limit(self) -> int | None:
         """The most tokens of a reply; None for all there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -211,6 +250,11 @@ class CompletionRequest(_Request, NeutralTextFields):
         if best_of not in (None, 1, info.data.get("n") or 1):
             raise ValueError("must be 1 or n, because replies are not ranked; ask for more replies with n")
         return best_of
+
+    @property
+    def replies(self) -> int:
+        """How many are asked for, to all prompts."""
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> list[str | list[int]]:

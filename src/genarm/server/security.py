@@ -1,12 +1,11 @@
-"""What every request passes: a log line, headers, a key, a limit on its body. Plain ASGI: streams stay streams."""
+"""What every request passes: a log line, headers, the host's name, a key. Plain ASGI: streams stay streams."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
-import json
+import ipaddress
 import logging
 import os
 import time
@@ -21,12 +20,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genarm.errors import ConfigError
-from genarm.server.errors import ApiError, as_api_error
+from genarm.server.bodies import Body
+from genarm.server.errors import ApiError, as_api_error, quoted
 from genarm.server.metrics import Metrics
 
 KEYS_VARIABLE = "GENARM_API_KEYS"
-LARGEST_BODY = 8 * 2**20
-_BODY_SECONDS = 30.0
 _NOBODY_LISTENS = 499
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -77,7 +75,11 @@ class Watch:
             await self.app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, arrived=asyncio.get_running_loop().time())
+        method = scope["method"]
+        if method == "HEAD":  # as GET, whose body is left out where the answer is sent
+            scope = {**scope, "method": "GET"}
         began, status, complete = time.perf_counter(), 0, False
 
         async def watched(message: Message) -> None:
@@ -102,11 +104,56 @@ class Watch:
                 raise
         finally:
             seconds = time.perf_counter() - began
+            status = state.get("ended_with", status)
             path = scope["path"] if scope["path"] in self.paths else "other"  # whatever a client may think of
             self.metrics.requests.labels(path, str(status)).inc()
-            if scope["method"] == "POST":
+            if method == "POST":
                 self.metrics.request.observe(seconds)
-            _log.info("%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
+            _log.info("%s %.20s %s %d %.3f s", request_id, method, path, status, seconds)
+
+
+class Hosts:
+    """Lets requests pass that name this server as it is known to be called.
+
+    A page of another site can have its own name point to this machine (DNS rebinding); its requests are then of one
+    origin to the browser, which sends them, but they still carry that name.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
+        self.app = app
+        self._allowed = {_bare(name) for name in allowed}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        name = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if name is not None and not self._knows(_bare(name)):
+            message = (
+                f"this server does not answer to the host name {quoted(name)}; start it with --allowed-host NAME if "
+                "that is one of its names, or with --api-keys, with which any name will do"
+            )
+            await ApiError(403, message, code="unknown_host").response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _knows(self, name: str) -> bool:
+        return name in self._allowed or is_loopback(name)
+
+
+def _bare(host: str) -> str:
+    """A host's name without port, brackets and the dot that ends a full name."""
+    host = host.strip().lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host if host.count(":") > 1 else host.split(":")[0]
+    return name.rstrip(".")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or an address is always this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class Keys:
@@ -136,91 +183,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class Body:
-    """Reads a body up to a limit of bytes and seconds before anything looks at it, and wants JSON in it.
-
-    A web page of another site can make a browser post text to a server on this machine, but not JSON.
-    """
-
-    def __init__(self, app: ASGIApp, largest: int = LARGEST_BODY) -> None:
-        self.app = app
-        self.largest = largest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass the request on."""
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self.app(scope, receive, send)
-            return
-        try:
-            headers = Headers(scope=scope)
-            length = headers.get("content-length", "0")
-            if length.isdigit() and int(length) > self.largest:
-                raise self._too_large(f"{length} bytes")
-            async with asyncio.timeout(_BODY_SECONDS):
-                body = await self._read(receive)
-            if body:
-                _check_type(headers.get("content-type", ""))
-                _check_text(body)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        except TimeoutError:
-            late = ApiError(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds", code="timeout")
-            await late.response()(scope, receive, send)
-            return
-        given = False
-
-        async def replay() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, receive: Receive) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self.largest:
-                raise self._too_large("longer")
-            if not message.get("more_body", False):
-                return b"".join(chunks)
-
-    def _too_large(self, got: str) -> ApiError:
-        message = f"the body is {got}; this server takes up to {self.largest} bytes"
-        return ApiError(413, message, code="body_too_large")
-
-
-def _check_type(header: str) -> None:
-    kind = header.partition(";")[0].strip().lower()
-    if kind != "application/json":
-        message = f'the content type is {kind or "missing"}; send JSON with the header "Content-Type: application/json"'
-        raise ApiError(400, message, code="invalid_content_type")
-
-
-def _check_text(body: bytes) -> None:
-    """JSON can say half of a surrogate pair (an emoji cut in two), which is no text and cannot be encoded again."""
-    if b"\\ud" not in body.lower():
-        return
-    with contextlib.suppress(ValueError, RecursionError):  # no JSON: somebody else says so
-        text = json.dumps(json.loads(body), ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start].encode(errors="backslashreplace").decode()
-            message = f"the body has {half} alone, half of a character; escape characters beyond \\uffff as pairs"
-            raise ApiError(400, message, code="invalid_json") from None
-
-
-def protected(app: FastAPI, metrics: Metrics, keys: frozenset[str], origins: Sequence[str]) -> ASGIApp:
-    """`app` behind all of it: watched first, then CORS if any origin may, then keys if there are any, then the body."""
+def protected(
+    app: FastAPI, metrics: Metrics, *, keys: frozenset[str], origins: Sequence[str], hosts: Sequence[str] | None
+) -> ASGIApp:
+    """`app` behind all of it: watched, then host names, CORS if any origin may, keys if there are any, the body."""
     paths = frozenset({"/", *app.openapi()["paths"]})
     inner: ASGIApp = Body(app)
     if keys:
@@ -233,4 +199,6 @@ def protected(app: FastAPI, metrics: Metrics, keys: frozenset[str], origins: Seq
             allow_headers=["Authorization", "Content-Type"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    if hosts is not None:
+        inner = Hosts(inner, hosts)
     return Watch(inner, metrics, paths)
