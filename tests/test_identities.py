@@ -51,6 +51,21 @@ def test_combination_is_the_written_formula() -> None:
         torch.testing.assert_close(result[b, t].exp().double(), product / product.sum(), atol=1e-6, rtol=1e-5)
 
 
+def test_what_a_reward_without_weight_says_is_of_no_account() -> None:
+    """Not even that an id is impossible, or that it has no number; and an id impossible to one with weight stays so."""
+    torch.manual_seed(0)
+    base, odd, plain = (torch.randn(4, 2, 11).log_softmax(-1) for _ in range(3))
+    odd[..., 3], odd[3] = -torch.inf, torch.nan
+    weights = torch.tensor([[0.0, 0.7], [1.5, 0.7], [-1.5, 0.7], [0.0, 0.0]])
+    result = combine(base, [odd, plain], weights)
+    assert torch.equal(result[0], combine(base, [plain], weights[:, 1:])[0])
+    assert torch.equal(result[3], base[3])
+    for row, weight in ((1, 1.5), (2, -1.5)):
+        expected = base[row].exp() * plain[row].exp() ** 0.7 * odd[row].exp() ** weight
+        expected[:, 3] = 0
+        torch.testing.assert_close(result[row].exp(), expected / expected.sum(-1, keepdim=True))
+
+
 def test_weight_zero_is_the_base_bit_for_bit(pair: tuple[PreTrainedModel, PreTrainedModel, torch.dtype]) -> None:
     base, arm, _ = pair
     model, ids = guided(base, arm), prompts()

@@ -272,7 +272,7 @@ def test_adapters_of_other_kinds(members: dict[str, Path], tmp_path: Path) -> No
     settings = members["on-base-1"] / "adapter_config.json"
     record = json.loads(settings.read_text())
     settings.write_text(json.dumps({**record, "modules_to_save": ["lm_head"]}))
-    with pytest.raises(MemberError, match=r"also trains modules_to_save.*merge it"):
+    with pytest.raises(MemberError, match=r"has the setting modules_to_save=.*merge it"):
         compose(members["base"], {"r": members["on-base-1"]}, tmp_path / "guided")
     settings.write_text(json.dumps({**record, "base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(MemberError, match=r"which is not there any more; .*--adapter-model r=MODEL"):

@@ -115,7 +115,7 @@ def test_refusals(adapters: tuple[PreTrainedModel, dict[str, Path]], tmp_path: P
         (WeightsError, "the policies are helpful, harmless", folders, {"helpful": 1.0}),
         (WeightsError, "finite", folders, {**LAMBDAS, "helpful": float("nan")}),
         (MemberError, "helpful is an adapter, whole is a model", {"helpful": folders["helpful"], "whole": whole}, {}),
-        (MemberError, "stranger .* does not go on this base", {"stranger": stranger}, {}),
+        (MemberError, "stranger.* does not fit its model: size mismatch for .*lora_A", {"stranger": stranger}, {}),
     ]
     for kind, message, policies, lambdas in cases:
         with pytest.raises(kind, match=message):

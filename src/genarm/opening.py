@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
 
 from genarm.errors import ConfigError, DataError, MemberError, WeightsError
 from genarm.model.config import GuidedConfig, MemberSpec
-from genarm.model.loading import ADAPTER_FILE, HubOptions, load_model, load_model_config, load_tokenizer
+from genarm.model.contract import ADAPTER_FILE
+from genarm.model.loading import HubOptions, load_generation_config, load_model, load_model_config, load_tokenizer
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
 from genarm.prompts import USUAL, Prompt, Reading, as_conversation, check_reading, encode_pair, encode_prompt, end_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,12 @@ class ModelFiles:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """What its files say of generating; its configuration where there is no generation_config.json."""
-        return generation_config_of(self.reference, self.revision, self.config, self.hub)
+        """What its files say of generating; its configuration where there is no generation_config.json.
+
+        Raises:
+            MemberError: that file cannot be read.
+        """
+        return load_generation_config(self.reference, self.revision, self.hub, self.config)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -166,16 +170,6 @@ def open_files(reference: str, *, trust_remote_code: bool = False, reading: Read
         raise MemberError(f"{reference} has no tokenizer files; put the tokenizer beside the model")
     check_reading(tokenizer, reading)
     return ModelFiles(reference=where, revision=revision, config=config, tokenizer=tokenizer, hub=hub, reading=reading)
-
-
-def generation_config_of(
-    reference: str, revision: str | None, config: PreTrainedConfig, hub: HubOptions
-) -> GenerationConfig:
-    """What a model's files say of generating; `config`, its configuration, where they have nothing on it."""
-    try:
-        return GenerationConfig.from_pretrained(reference, revision=revision or "main", **hub.common())
-    except OSError:
-        return GenerationConfig.from_model_config(config)
 
 
 def _find(reference: str) -> tuple[str, str | None]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.errors import MemberError, VocabularyError
+from genarm.model.contract import load_whole, refusing
 from genarm.prefix import Counter, Ids, Prefix, batches, padded, uncounted
 
 # Tokens scored in one forward, padding included.
@@ -69,22 +70,12 @@ class TrajectoryReward:
             device: a device map of transformers; None for the CPU.
 
         Raises:
-            MemberError: there is no such model, or it is no trajectory reward model.
+            MemberError: there is no such model, or it is no trajectory reward model, whole and with finite weights.
         """
         label = f"the reward {name}" if name else "the reward model"
-        try:
+        with refusing(f"cannot load {label} from {reference}"):
             tokenizer = AutoTokenizer.from_pretrained(reference)
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                reference, dtype=dtype, device_map=device, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise MemberError(f"cannot load {label} from {reference}: {error}") from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"]))
-            raise MemberError(
-                f"{label} in {reference} is no trajectory reward model: it has no weights for {missing}; train one "
-                "with genarm train --kind trajectory"
-            )
+        model = load_whole(AutoModelForSequenceClassification, reference, what=label, dtype=dtype, device_map=device)
         return cls(model=model, tokenizer=tokenizer, label=f"{label} in {reference}")
 
     @property

@@ -17,8 +17,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from genarm.errors import MemberError, UnsupportedError
+from genarm.model.adapter_files import read_adapter_config
 from genarm.model.config import GuidedConfig, MemberSpec
-from genarm.model.loading import ADAPTER_FILE, HubOptions, add_adapter, load_model, load_tokenizer, read_adapter_config
+from genarm.model.contract import ADAPTER_FILE
+from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.opening import ModelFiles, find_device, open_files
 from genarm.prompts import end_ids
@@ -32,7 +34,6 @@ Ids: TypeAlias = Sequence[int]
 Kind: TypeAlias = Literal["arm", "trajectory"]
 
 # What peft calls the adapter of a reward.
-ADAPTER = "reward"
 
 
 class Reward(Protocol):
@@ -80,7 +81,7 @@ class RewardFiles:
         options = {"dtype": dtype, "device_map": find_device(device)}
         model = load_model(self.spec, self.folder, self.hub, options, name=self.name)
         if self.spec.adapter is not None:
-            add_adapter(model, None, self.spec, self.folder, self.hub, name=ADAPTER)
+            add_adapters(model, {self.name: self.spec}, self.folder, self.hub)
         return LogProbReward(name=self.name, model=model)
 
 

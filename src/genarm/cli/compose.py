@@ -14,7 +14,12 @@ SUMMARY = "put a frozen base and rewards together into a guided model folder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm compose`."""
-    parser.add_argument("--base", required=True, metavar="MODEL", help="path or hub id (ID@REVISION) of the base")
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="path or hub id (ID@REVISION) of the base, or a guided folder to add rewards to",
+    )
     parser.add_argument(
         "--reward",
         action="append",

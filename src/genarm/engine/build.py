@@ -21,7 +21,7 @@ from genarm.model.modeling import GuidedForCausalLM
 if TYPE_CHECKING:
     from genarm.model.vocabulary import Alignment
 
-DRAFT = "draft"
+DRAFT = "draft model"  # for notes; no reward can have this name, and nothing is looked up by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ def build(
         UnsupportedError: a member that the engine cannot run, or memory that does not suffice.
     """
     members, alignments, unknown = _members(model)
+    reward_names = tuple(member.name for member in members[1:])
     if draft is not None:
         members.append(Member(name=DRAFT, model=draft))
         alignments.append(draft_alignment)
@@ -96,7 +97,7 @@ def build(
     layout = Layout(
         trunks=trunks,
         places=places,
-        reward_names=tuple(member.name for member in members if member.name not in (BASE, DRAFT)),
+        reward_names=reward_names,
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
     )
     return Built(layout=layout, guess_costs=guess_costs, notes=notes, context=capacity)

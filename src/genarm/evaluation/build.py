@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import AutoPeftModelForCausalLM
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
@@ -24,8 +23,11 @@ from genarm.methods.interface import Method
 from genarm.methods.sample import Sample, mod, proxy_tuning
 from genarm.methods.soup import soup
 from genarm.methods.transfer_q import TransferQ
+from genarm.model.adapter_files import read_adapter_config
 from genarm.model.compose import compose
-from genarm.model.loading import ADAPTER_FILE
+from genarm.model.config import MemberSpec
+from genarm.model.contract import ADAPTER_FILE
+from genarm.model.loading import HubOptions, add_adapters, load_model
 from genarm.opening import ModelFiles, find_device, open_files
 from genarm.provenance import Record, digest, model_record
 from genarm.sampling import Sampling
@@ -101,14 +103,15 @@ class Models:
     def _load_policy(self, where: str) -> PreTrainedModel:
         if not (Path(where) / ADAPTER_FILE).exists():
             return open_files(where).load(dtype=self.dtype, device=self.device)
-        try:
-            adapted = AutoPeftModelForCausalLM.from_pretrained(
-                where, dtype=self.dtype, device_map=find_device(self.device)
-            )
-        except (OSError, ValueError) as error:
-            raise MemberError(f"cannot load the policy {where}: {error}") from error
-        model: PreTrainedModel = adapted.merge_and_unload()
-        return model.eval().requires_grad_(False)
+        hub, name = HubOptions(), "policy"
+        host = read_adapter_config(where, hub.common(), name=name).base_model_name_or_path
+        if host is None:
+            raise MemberError(f"the policy {where} is an adapter that does not say which model it goes on")
+        spec = MemberSpec(model=host, adapter=where)
+        options = {"dtype": self.dtype, "device_map": find_device(self.device)}
+        model = load_model(spec, None, hub, options, name=name)
+        merged: PreTrainedModel = add_adapters(model, {name: spec}, None, hub).merge_and_unload()
+        return merged.eval().requires_grad_(False)
 
     def _get(self, what: str, where: str, load: Any) -> Any:
         if (what, where) not in self._loaded:

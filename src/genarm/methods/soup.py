@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genarm.errors import MemberError, WeightsError
+from genarm.model.config import MemberSpec
+from genarm.model.contract import ADAPTER_FILE, load_whole
+from genarm.model.loading import HubOptions, adapter_name, add_adapters
 
 Folder: TypeAlias = str | Path
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 def soup(
@@ -52,20 +52,17 @@ def soup(
 def _add_updates(
     base: PreTrainedModel | Folder, policies: Mapping[str, Folder], lambdas: Mapping[str, float]
 ) -> PreTrainedModel:
-    model: Any = copy.deepcopy(base) if isinstance(base, PreTrainedModel) else _load(base)
-    for number, (name, folder) in enumerate(policies.items()):
-        try:
-            if number == 0:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:  # peft reports shapes that do not fit as the last of these
-            raise MemberError(f"the adapter {name} in {folder} does not go on this base: {error}") from error
-        _check_adapter(name, model.peft_config[name])
-    for module in model.modules():
+    model = copy.deepcopy(base) if isinstance(base, PreTrainedModel) else _load(base, "the base")
+    specs = {name: MemberSpec(adapter=str(Path(folder).absolute())) for name, folder in policies.items()}
+    adapted: Any = add_adapters(model, specs, None, HubOptions())
+    factors = {adapter_name(index): lambdas[name] for index, name in enumerate(policies)}
+    for name, adapter in zip(policies, factors, strict=True):
+        if adapted.peft_config[adapter].use_dora or adapted.peft_config[adapter].lora_bias:
+            raise MemberError(f"the adapter {name} is more than plain LoRA (DoRA, biases), so it cannot be added up")
+    for module in adapted.modules():
         if isinstance(module, LoraLayer):
-            _update(module, lambdas)
-    plain: PreTrainedModel = model.unload()
+            _update(module, factors)
+    plain: PreTrainedModel = adapted.unload()
     return plain.eval()
 
 
@@ -82,11 +79,11 @@ def _add_models(policies: Mapping[str, Folder], lambdas: Mapping[str, float]) ->
     if not math.isclose(total, 1, abs_tol=1e-6):
         raise WeightsError(f"the λ of whole models must add up to 1, and they add up to {total:g}")
     first, *others = policies
-    result = _load(policies[first])
+    result = _load(policies[first], first)
     target = {key: tensor for key, tensor in result.state_dict().items() if tensor.is_floating_point()}
     sums = {key: lambdas[first] * tensor.float() for key, tensor in target.items()}
     for name in others:
-        weights = _load(policies[name]).state_dict()
+        weights = _load(policies[name], name).state_dict()
         shapes = {key: tensor.shape for key, tensor in weights.items() if tensor.is_floating_point()}
         if shapes != {key: tensor.shape for key, tensor in target.items()}:
             raise MemberError(f"the policies {first} and {name} have different shapes; start both from one model")
@@ -106,17 +103,6 @@ def _check_lambdas(policies: Mapping[str, Folder], lambdas: Mapping[str, float])
         raise WeightsError(f"every λ must be a finite number, got {dict(lambdas)}")
 
 
-def _check_adapter(name: str, config: Any) -> None:
-    """Only plain LoRA is a sum of weights and updates."""
-    extras = [what for what in ("use_dora", "modules_to_save") if getattr(config, what, None)]
-    if config.peft_type != "LORA" or extras or config.bias != "none":
-        what = ", ".join(extras) or (f"bias={config.bias}" if config.peft_type == "LORA" else str(config.peft_type))
-        raise MemberError(f"the adapter {name} is more than plain LoRA ({what}), so its weights cannot be added up")
-
-
-def _load(folder: Folder) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise MemberError(f"cannot load {folder}: {error}") from error
+def _load(folder: Folder, name: str) -> PreTrainedModel:
+    model: PreTrainedModel = load_whole(AutoModelForCausalLM, str(folder), what=name)
     return model

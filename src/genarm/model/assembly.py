@@ -17,7 +17,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
-from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec
+from genarm.model.adapter_files import check_settings
+from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
+from genarm.model.contract import check_finite, refusing
 from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
 from genarm.model.options import LoadOptions
 from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
@@ -36,7 +38,7 @@ def load_guided(
     if isinstance(config, GuidedConfig):
         config = copy.deepcopy(config)
     else:
-        config = GuidedConfig.from_pretrained(folder if config is None else config)
+        config = read_guided_config(folder if config is None else Path(config))
     config.update(dict(options.config))
     members = load_members(config, folder, hub, options.members)
     specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
@@ -52,6 +54,8 @@ def gather_guided(
 ) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
     """Members from memory; see `GuidedForCausalLM.from_members`."""
     members = [Member(name=BASE, model=base), *(_member(name, reward) for name, reward in rewards.items())]
+    for model in {id(member.model): member.model for member in members}.values():
+        check_finite(model.state_dict(), what="a member")
     _refuse_one_adapter_twice(members)
     values = weight_row(weights, dict.fromkeys(rewards, 1.0))
     specs = [
@@ -68,6 +72,17 @@ def gather_guided(
         for member in members
     ]
     return config, members, [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+
+
+def read_guided_config(folder: Path) -> GuidedConfig:
+    """The configuration of a guided folder.
+
+    Raises:
+        MemberError: its config.json cannot be read.
+        ConfigError: it does not hold together.
+    """
+    with refusing(f"cannot read the guided folder {str(folder)!r}"):
+        return GuidedConfig.from_pretrained(folder)
 
 
 def _refuse_one_adapter_twice(members: list[Member]) -> None:
@@ -110,9 +125,13 @@ def _vocabulary(member: Member, spec: MemberSpec, base: MemberSpec, folder: Path
 def _member(name: str, reward: PreTrainedModel | PeftModel) -> Member:
     if not isinstance(reward, PeftModel):
         return Member(name=name, model=reward)
-    active = reward.active_adapter
-    adapter = active if isinstance(active, str) else active[0]
-    return Member(name=name, model=cast(PreTrainedModel, reward.get_base_model()), peft=reward, adapter=adapter)
+    active = reward.active_adapters
+    if len(active) != 1:
+        raise MemberError(f"reward {name!r} has the active adapters {active}; activate one (peft's set_adapter)")
+    # What A and B began from is of no account: the model is in memory as they go on it.
+    settings = {**reward.peft_config[active[0]].to_dict(), "init_lora_weights": True}
+    check_settings(settings, label=f"the adapter {active[0]!r} of reward {name!r}")
+    return Member(name=name, model=cast(PreTrainedModel, reward.get_base_model()), peft=reward, adapter=active[0])
 
 
 def _in_folder(name: str) -> str:
@@ -123,5 +142,5 @@ def _place(member: Member, base: PreTrainedModel) -> MemberSpec:
     """Where `save_pretrained` will put a member that has no files yet."""
     if member.adapter is None:
         return MemberSpec(model=_in_folder(member.name))
-    model = None if member.model is base else _in_folder(f"{member.name}-model")
+    model = None if member.model is base else _in_folder(host_folder(member.name))
     return MemberSpec(model=model, adapter=_in_folder(member.name))

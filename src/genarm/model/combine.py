@@ -27,9 +27,12 @@ def combine(
     Args:
         base_BTV: float32 log-probs of the base.
         rewards: float32 log-probs [B, T, V] of each reward, in the order of the columns of `weights_BR`.
-        weights_BR: w_i = α_i / β for each row, any finite float32. A row of zeros gives the base, bit for bit.
+        weights_BR: w_i = α_i / β for each row, any finite float32. A row of zeros gives the base, bit for bit; a
+            reward whose weight is 0 in a row has no part in it, whatever it says.
         unknown: for each reward, a bool mask [V] of the ids that it cannot judge (`vocabulary.Alignment`), or
-            None. Such an id has probability 0 in the rows where that reward's weight is not 0.
+            None. Such an id has probability 0 in the rows where that reward's weight is not 0. So has an id to which
+            the reward itself gives probability 0 (log π = −∞), whatever the weight's sign: one that is negative would
+            make it infinitely likely.
 
     Returns:
         Normalised float32 log-probs [B, T, V].
@@ -54,7 +57,13 @@ def weighted_sum(
     """
     total_BTV = base_BTV.clone()
     for i, reward_BTV in enumerate(rewards):
-        total_BTV.addcmul_(weights_BR[:, i, None, None], reward_BTV)
+        weight_B11 = weights_BR[:, i, None, None]
+        if reward_BTV.is_cpu and bool(reward_BTV.sum().isfinite()):
+            total_BTV.addcmul_(weight_B11, reward_BTV)  # nearly always; elsewhere looking would cost a wait
+            continue
+        impossible_BTV = reward_BTV == -torch.inf
+        total_BTV.addcmul_(weight_B11, reward_BTV.masked_fill(impossible_BTV | (weight_B11 == 0), 0))
+        total_BTV.masked_fill_(impossible_BTV & (weight_B11 != 0), -torch.inf)
     for i, mask_V in enumerate(unknown):
         if mask_V is not None:
             total_BTV.masked_fill_(mask_V & (weights_BR[:, i, None, None] != 0), -torch.inf)

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
-from transformers import GenerationConfig
 
 from genarm.errors import ConfigError, MemberError
 from genarm.files import new_folder
-from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec
+from genarm.model.adapter_files import read_adapter_config
+from genarm.model.assembly import local_folder
+from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
+from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import (
-    ADAPTER_FILE,
     HubOptions,
+    load_generation_config,
     load_model_config,
+    load_plain_config,
     load_tokenizer,
     locate,
-    read_adapter_config,
 )
 from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
 from genarm.model.weights import weight_row
@@ -73,7 +75,8 @@ def compose(
     """Write the guided folder `output`.
 
     Args:
-        base: the frozen base: a path, a hub id, or a hub id with a revision, `ID@REVISION`.
+        base: the frozen base: a path, a hub id, or a hub id with a revision, `ID@REVISION`. A guided folder stands
+            for its base and its rewards with their weights, to which `rewards` are added.
         rewards: {name: ARM}, each a full model or a LoRA adapter, written like `base`.
         output: the folder to write; it must not exist or be empty.
         weights: default weight w = α/β of each reward, 1.0 where not named.
@@ -89,43 +92,67 @@ def compose(
         VocabularyError: a reward has another vocabulary than the base.
     """
     hub = HubOptions(trust_remote_code=trust_remote_code)
-    _check_names(rewards, descriptions, adapter_models, settings)
-    values = weight_row(weights or {}, dict.fromkeys(rewards, 1.0))
-    base_spec = replace(_spec(str(base)), **(settings or {}).get(BASE, {}))
-    if (Path(locate(str(base_spec.model), None)) / ADAPTER_FILE).exists():
+    given = _spec(str(base))
+    if (Path(locate(str(given.model), None)) / ADAPTER_FILE).exists():
         raise MemberError(
             f"the base {str(base)!r} is an adapter; merge it into its model first (peft's merge_and_unload)"
         )
+    base_spec, present = _flattened(given, hub)
+    _check_names([*present, *rewards], descriptions, settings)
+    _check_names(rewards, adapter_models)
+    if twice := sorted({*present} & {*rewards}):
+        raise ConfigError(
+            f"the guided folder {str(base)!r} has a reward {twice[0]!r} already; name the new one otherwise"
+        )
+    settings = settings or {}
+    base_spec = replace(base_spec, **settings.get(BASE, {}))
+    members = {name: reward.member for name, reward in present.items()}
+    for name, path in rewards.items():
+        members[name] = _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub)
+    values = weight_row(weights or {}, {name: present[name].weight if name in present else 1.0 for name in members})
+    texts = {**{name: reward.description for name, reward in present.items()}, **(descriptions or {})}
     specs = [
         RewardSpec(
-            name=name,
-            weight=weight,
-            description=(descriptions or {}).get(name, ""),
-            member=replace(
-                _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub),
-                **(settings or {}).get(name, {}),
-            ),
+            name=name, weight=weight, description=texts.get(name, ""), member=replace(member, **settings.get(name, {}))
         )
-        for (name, path), weight in zip(rewards.items(), values, strict=True)
+        for (name, member), weight in zip(members.items(), values, strict=True)
     ]
     base_described = _describe(base_spec, hub, name=BASE)
+    if present:  # a folder's own tokenizer and settings are what its users know
+        own = load_tokenizer(str(given.model), None, hub, given.revision)
+        base_described = replace(base_described, tokenizer=own or base_described.tokenizer)
     described = [_describe(spec.member, hub, name=spec.name) for spec in specs if spec.member.model is not None]
     notes = _compare(base_described, [base_described, *described])
     config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described)])
     with new_folder(Path(output)) as folder:
         if bundle:
             config = _bundled(base_spec, specs, config, folder, hub)
-        _write(folder, config, base_spec, base_described, hub)
+        _write(folder, config, given, base_described, hub)
     return ComposeReport(folder=Path(output), config=config, notes=notes)
 
 
-def _check_names(rewards: Mapping[str, Any], *others: Mapping[str, Any] | None) -> None:
+def _check_names(rewards: Collection[str], *others: Mapping[str, Any] | None) -> None:
     if not rewards:
         raise ConfigError("a guided model needs at least one reward; give --reward NAME=PATH")
     for mapping in others:
         for name in mapping or {}:
             if name != BASE and name not in rewards:
                 raise ConfigError(f"there is no member named {name!r}; the members are base, {', '.join(rewards)}")
+
+
+def _flattened(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str, RewardSpec]]:
+    """The base and the rewards of a guided folder, by references that hold from anywhere; or `base`, and no rewards."""
+    config = load_model_config(base, None, hub, name=BASE)
+    if not isinstance(config, GuidedConfig):
+        return base, {}
+    folder = local_folder(str(base.model), base.revision, hub)
+
+    def moved(spec: MemberSpec) -> MemberSpec:
+        model, adapter = (reference and locate(reference, folder) for reference in (spec.model, spec.adapter))
+        return replace(spec, model=model, adapter=adapter)
+
+    rewards = {reward.name: replace(reward, member=moved(reward.member)) for reward in config.reward_specs}
+    return moved(config.base_spec), rewards
 
 
 def _spec(reference: str) -> MemberSpec:
@@ -180,7 +207,7 @@ def _is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
 
 
 def _describe(spec: MemberSpec, hub: HubOptions, *, name: str) -> _Described:
-    config = load_model_config(spec, None, hub, name=name)
+    config = load_plain_config(spec, None, hub, name=name)
     tokenizer = load_tokenizer(str(spec.model), None, hub, spec.revision)
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
@@ -226,7 +253,7 @@ def _bundled(
     for reward in rewards:
         member = reward.member
         if member.model is not None:
-            name = reward.name if member.adapter is None else f"{reward.name}-model"
+            name = reward.name if member.adapter is None else host_folder(reward.name)
             member = replace(member, model=carry(member.model, member.revision, name), revision=None)
         if member.adapter is not None:
             where = carry(member.adapter, member.adapter_revision, reward.name)
@@ -250,13 +277,10 @@ def _copy(reference: str, revision: str | None, target: Path, hub: HubOptions) -
 def _write(folder: Path, config: GuidedConfig, base: MemberSpec, described: _Described, hub: HubOptions) -> None:
     if described.tokenizer is not None:
         described.tokenizer.save_pretrained(folder)
-    try:
-        generation = GenerationConfig.from_pretrained(
-            locate(str(base.model), folder), revision=base.revision or "main", **hub.common()
-        )
-    except OSError:  # the base has no generation_config.json: its config.json says what there is
-        generation = GenerationConfig.from_model_config(described.config)
+    where = locate(str(base.model), folder)
+    generation = load_generation_config(where, base.revision, hub, described.config)
     if described.tokenizer is not None:  # so that transformers' own `generate` stops where all else does
         generation.eos_token_id = end_ids(generation, described.tokenizer) or None
-    generation.save_pretrained(folder)
+    # Not `save_pretrained`, which refuses what bases come with: a temperature, say, where sampling is off.
+    generation.to_json_file(folder / "generation_config.json")
     config.save_pretrained(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,17 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from genarm.errors import ConfigError, MemberError, UnsupportedError
+from genarm.model.weights import is_finite_number
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 BASE = "base"
+_TAKEN = (BASE, "guided")  # what figures of a reply are listed under, beside the rewards' names
+
+
+def host_folder(name: str) -> str:
+    """Name of the folder for the model that a reward's adapter goes on; no reward can have this name."""
+    return f"{name}.model"
+
 
 _OF_THE_BASE = frozenset(
     ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -50,6 +57,14 @@ class MemberSpec:
     quantization_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for field in ("model", "revision", "adapter", "adapter_revision"):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{field} of a member is {value!r:.50}; it must be a text, or be left out")
+        if not isinstance(self.device_map, str | int | dict | None):
+            raise ConfigError(f"device_map is {self.device_map!r:.50}; it must be a device or a mapping to devices")
+        if not isinstance(self.quantization_config, dict | None):
+            raise ConfigError(f"quantization_config is {self.quantization_config!r:.50}; it must be a mapping")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype is {self.dtype!r}; it may be 'float32', 'bfloat16' or 'float16'")
         if self.model is None and (self.dtype or self.device_map or self.quantization_config or self.revision):
@@ -82,13 +97,15 @@ class RewardSpec:
     description: str = ""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.name == BASE:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name) or self.name in _TAKEN:
             raise ConfigError(
-                f"a reward cannot be named {self.name!r}; use letters, digits, '_' and '-', starting with a letter "
-                "(and not 'base')"
+                f"a reward cannot be named {self.name!r:.50}; use letters, digits, '_' and '-', starting with a letter "
+                f"(and not {' or '.join(map(repr, _TAKEN))})"
             )
-        if isinstance(self.weight, bool) or not math.isfinite(self.weight):
-            raise ConfigError(f"the weight of reward {self.name!r} is {self.weight!r}; it must be a finite number")
+        if not is_finite_number(self.weight):
+            raise ConfigError(f"the weight of reward {self.name!r} is {self.weight!r:.50}; it must be a finite number")
+        if not isinstance(self.description, str):
+            raise ConfigError(f"the description of reward {self.name!r} is {self.description!r:.50}; it must be a text")
         if self.member.model is None and self.member.adapter is None:
             raise ConfigError(f"reward {self.name!r} names neither a model nor an adapter; give one of them")
 
@@ -136,6 +153,8 @@ class GuidedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.rewards, list | tuple | None):
+            raise ConfigError(f"rewards is {self.rewards!r:.50}; it must be a list of rewards")
         self.rewards = list(self.rewards or [])
         names = [reward.name for reward in self.reward_specs]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -1,29 +1,27 @@
 """Members from specs: find the files, load each model once, put the adapters on.
 
-Two rewards that are adapters on one model share that model; adapters on the base share the base.
+Two rewards that are adapters on one model share that model; adapters on the base share the base. Users' names are for
+messages: on a model, an adapter goes by a name that no user can write.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from genarm.errors import MemberError
+from genarm.model.adapter_files import put_on, read_adapter
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
+from genarm.model.contract import load_whole, refusing, unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ADAPTER_FILE = "adapter_config.json"
-
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ def load_members(
     """
     base_spec = config.base_spec
     models: dict[str, PreTrainedModel] = {}
-    adapted: dict[int, PeftModel] = {}
+    adapters: dict[int, dict[str, MemberSpec]] = {}
 
     def model_of(spec: MemberSpec, name: str) -> PreTrainedModel:
         key = repr((spec.model, spec.revision, spec.dtype, spec.device_map, spec.quantization_config))
@@ -110,12 +108,23 @@ def load_members(
     for reward in config.reward_specs:
         spec = reward.member
         model = members[0].model if spec.model is None else model_of(spec, reward.name)
-        if spec.adapter is None:
-            members.append(Member(name=reward.name, model=model))
-            continue
-        adapted[id(model)] = add_adapter(model, adapted.get(id(model)), spec, folder, hub, name=reward.name)
-        members.append(Member(name=reward.name, model=model, peft=adapted[id(model)], adapter=reward.name))
-    return members
+        adapter = None
+        if spec.adapter is not None:
+            own = adapters.setdefault(id(model), {})
+            adapter = adapter_name(len(own))
+            own[reward.name] = spec
+        members.append(Member(name=reward.name, model=model, adapter=adapter))
+    pefts = {
+        key: add_adapters(model, adapters[key], folder, hub)
+        for key, model in {id(model): model for model in models.values()}.items()
+        if key in adapters
+    }
+    return [m if m.adapter is None else replace(m, peft=pefts[id(m.model)]) for m in members]
+
+
+def adapter_name(index: int) -> str:
+    """What the adapter that was put on a model as the `index`-th is called there, whatever its reward's name is."""
+    return f"arm:{index}"
 
 
 def load_model(
@@ -126,78 +135,37 @@ def load_model(
     where = locate(spec.model, folder)
     own = {key: getattr(spec, key) for key in ("dtype", "device_map", "quantization_config")}
     merged = {**options, **{key: value for key, value in own.items() if value is not None}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=spec.revision or "main",
-            trust_remote_code=hub.trust_remote_code,
-            use_safetensors=True,
-            **hub.common(),
-            **merged,
-        )
-    except _LOAD_ERRORS as error:
-        raise MemberError(f"cannot load {name!r} from {where!r}: {error}") from error
+    load_plain_config(spec, folder, hub, name=name)
+    model = load_whole(
+        AutoModelForCausalLM,
+        where,
+        what=repr(name),
+        revision=spec.revision or "main",
+        trust_remote_code=hub.trust_remote_code,
+        **hub.common(),
+        **merged,
+    )
     return model.eval().requires_grad_(False)
 
 
-def add_adapter(
-    model: PreTrainedModel,
-    peft: PeftModel | None,
-    spec: MemberSpec,
-    folder: Path | None,
-    hub: HubOptions,
-    *,
-    name: str,
+def add_adapters(
+    model: PreTrainedModel, specs: Mapping[str, MemberSpec], folder: Path | None, hub: HubOptions
 ) -> PeftModel:
-    """Put the LoRA adapter of `spec` on `model` under `name`; `peft` wraps earlier adapters on that model.
+    """Put the LoRA adapters of `specs`, by reward name, on `model`; `adapter_name` says what they are called there.
 
     Raises:
-        MemberError: the adapter is not a plain LoRA, is not there, or does not fit the model.
+        MemberError: one is not a plain LoRA, is not there, or does not fit the model.
     """
-    assert spec.adapter is not None
-    where = locate(spec.adapter, folder)
-    options = {**hub.common(), "revision": spec.adapter_revision}
-    try:
-        settings = read_adapter_config(where, options, name=name)
-        if peft is None:
-            peft = PeftModel(model, settings, adapter_name=name)
-        result = peft.load_adapter(where, adapter_name=name, is_trainable=False, use_safetensors=True, **options)
-    except MemberError:
-        raise
-    except (*_LOAD_ERRORS, TypeError) as error:
-        raise MemberError(f"the adapter {where!r} of reward {name!r} does not fit its model: {error}") from error
-    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
-    if result.unexpected_keys or missing:
-        example = (list(result.unexpected_keys) + missing)[0]
-        raise MemberError(
-            f"the adapter {where!r} of reward {name!r} does not fit its model: {len(result.unexpected_keys)} of its "
-            f"tensors have no place there and {len(missing)} are missing (first: {example}); it was trained on "
-            f"{settings.base_model_name_or_path!r}"
-        )
+    peft: PeftModel | None = None
+    with unchanged(model, what=f"loading the adapters of {', '.join(specs)}"):
+        for index, (name, spec) in enumerate(specs.items()):
+            assert spec.adapter is not None
+            options = {**hub.common(), "revision": spec.adapter_revision}
+            files = read_adapter(locate(spec.adapter, folder), options, name=name)
+            peft = put_on(model, peft, files, adapter_name(index))
+    assert peft is not None
     model.eval().requires_grad_(False)
     return peft
-
-
-def read_adapter_config(where: str, options: Mapping[str, Any], *, name: str) -> PeftConfig:
-    """The settings of a LoRA adapter.
-
-    Raises:
-        MemberError: not found, or a kind that cannot be switched on and off beside others.
-    """
-    try:
-        settings = PeftConfig.from_pretrained(where, **options)
-    except _LOAD_ERRORS as error:
-        raise MemberError(f"cannot read the adapter {where!r} of reward {name!r}: {error}") from error
-    kind = getattr(settings.peft_type, "value", settings.peft_type)
-    if kind != "LORA":
-        raise MemberError(f"the adapter {where!r} of reward {name!r} is of type {kind}; only LORA adapters can guide")
-    extra = [f for f in ("modules_to_save", "trainable_token_indices") if getattr(settings, f, None)]
-    if extra or getattr(settings, "bias", "none") != "none":
-        raise MemberError(
-            f"the adapter {where!r} of reward {name!r} also trains {', '.join(extra) or 'biases'}, which would change "
-            "the model it shares; merge it into a full model (peft's merge_and_unload) and compose that instead"
-        )
-    return settings
 
 
 def load_tokenizer(
@@ -207,21 +175,57 @@ def load_tokenizer(
     where = locate(reference, folder)
     if Path(where).is_dir() and not any(Path(where).glob("*token*")) and not (Path(where) / "vocab.json").exists():
         return None
-    try:
-        return AutoTokenizer.from_pretrained(
+    with refusing(f"cannot load the tokenizer of {where!r}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, revision=revision or "main", trust_remote_code=hub.trust_remote_code, **hub.common()
         )
-    except _LOAD_ERRORS as error:
-        raise MemberError(f"cannot load the tokenizer of {where!r}: {error}") from error
+    return tokenizer
 
 
 def load_model_config(spec: MemberSpec, folder: Path | None, hub: HubOptions, *, name: str) -> Any:
     """A member's configuration, without its weights (raises MemberError)."""
     assert spec.model is not None
     where = locate(spec.model, folder)
-    try:
+    with refusing(f"cannot read the configuration of {name!r} at {where!r}"):
         return AutoConfig.from_pretrained(
             where, revision=spec.revision or "main", trust_remote_code=hub.trust_remote_code, **hub.common()
         )
-    except _LOAD_ERRORS as error:
-        raise MemberError(f"cannot read the configuration of {name!r} at {where!r}: {error}") from error
+
+
+def load_plain_config(spec: MemberSpec, folder: Path | None, hub: HubOptions, *, name: str) -> Any:
+    """As `load_model_config`, of a model that is not itself guided (raises MemberError)."""
+    config = load_model_config(spec, folder, hub, name=name)
+    if isinstance(config, GuidedConfig):
+        raise MemberError(
+            f"{name!r} at {spec.model!r} is a guided folder, and a member is one plain model or adapter; give one of "
+            "its members, or give the folder as --base to `genarm compose`, which adds rewards to it"
+        )
+    return config
+
+
+def load_generation_config(reference: str, revision: str | None, hub: HubOptions, config: Any) -> GenerationConfig:
+    """What a model's generation_config.json says; its configuration `config` where there is no such file.
+
+    Raises:
+        MemberError: the file is there and cannot be read.
+    """
+    with refusing(f"cannot read generation_config.json of {reference!r}"):
+        try:
+            found = GenerationConfig.from_pretrained(reference, revision=revision or "main", **hub.common())
+        except OSError as error:
+            if "JSON" in str(error):
+                raise
+            return GenerationConfig.from_model_config(config)
+        wrong = [f"{key} is {value!r:.50}" for key, value in found.to_dict().items() if not _may_be(key, value)]
+        if wrong:
+            raise MemberError(f"generation_config.json of {reference!r} does not hold together: {wrong[0]}")
+        return found
+
+
+def _may_be(key: str, value: Any) -> bool:
+    """Whether a setting of generating has the type that it must have; transformers looks when it is used."""
+    if key.endswith("_token_id"):
+        ids = value if isinstance(value, list) else [value]
+        return value is None or all(type(i) is int for i in ids)
+    numbers = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
+    return key not in numbers or value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -31,7 +31,7 @@ from genarm.model.cache import GuidedCache
 from genarm.model.combine import combine, log_probs
 from genarm.model.config import BASE, GuidedConfig
 from genarm.model.generation import GuidedGeneration, forward_arguments, last_positions
-from genarm.model.loading import HubOptions, Member, load_tokenizer
+from genarm.model.loading import HubOptions, Member, load_generation_config, load_tokenizer
 from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
@@ -157,7 +157,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         if options.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(options.generation_config.to_dict())
         elif (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = load_generation_config(str(folder), None, HubOptions(), config)
         # Members are refused where anything is missing in their files.
         return (model, {key: set() for key in _LOADING_INFO}) if options.output_loading_info else model
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from genarm.errors import UnsupportedError
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
+from genarm.model.contract import named_tensors
 
 if TYPE_CHECKING:
     from genarm.model.loading import Member
@@ -134,10 +134,7 @@ def _portable(config: GuidedConfig, source: Path | None) -> GuidedConfig:
 
 def write_model(model: PreTrainedModel, folder: Path, **sharding: Any) -> None:
     """A model's own weights, without the adapters that others have put on it."""
-    state: dict[str, Tensor] = {
-        key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if ".lora_" not in key
-    }
-    model.save_pretrained(folder, state_dict=state, **sharding)
+    model.save_pretrained(folder, state_dict=named_tensors(model), **sharding)
 
 
 def write_adapter(peft: PeftModel, name: str, folder: Path) -> None:
@@ -145,4 +142,6 @@ def write_adapter(peft: PeftModel, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(peft, adapter_name=name)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
-    peft.peft_config[name].save_pretrained(str(folder))
+    settings: Any = copy.copy(peft.peft_config[name])
+    settings.init_lora_weights = True  # A and B go on the model as it is now, whatever they began from
+    settings.save_pretrained(str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def weight_row(weights: Mapping[str, float], defaults: Mapping[str, float]) -> l
     for name, value in weights.items():
         if name not in defaults:
             raise WeightsError(f"no reward is named {name!r}; this model has: {allowed}")
-        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+        if not is_finite_number(value):
             raise WeightsError(f"the weight of {name!r} is {value!r:.50}; it must be a finite number")
     return [float(weights.get(name, default)) for name, default in defaults.items()]
 
@@ -78,9 +78,12 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
     return torch.tensor(row, dtype=torch.float32).repeat(batch_size, 1)
 
 
-def _is_finite(value: Real) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a number, no truth value, and neither NaN nor infinite."""
     try:
-        return abs(float(value)) <= torch.finfo(torch.float32).max  # in which they are added up
+        # In float32 they are added up.
+        limit = torch.finfo(torch.float32).max
+        return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= limit
     except OverflowError:  # an integer beyond the largest float
         return False
 

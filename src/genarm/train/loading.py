@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,8 +22,8 @@ from transformers import (
 
 from genarm.data.tokens import fit_lengths
 from genarm.errors import ConfigError, MemberError, MissingExtraError
-from genarm.model.loading import HubOptions
-from genarm.opening import generation_config_of
+from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
+from genarm.model.loading import HubOptions, load_generation_config
 from genarm.prompts import end_ids
 from genarm.train.config import TrainConfig
 from genarm.train.kinds import absolute_rewards
@@ -62,12 +63,10 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         MemberError: there is no tokenizer.
         ConfigError: the chat template cannot be read.
     """
-    try:
+    with refusing(f"cannot load the tokenizer of --model {config.model}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise MemberError(f"cannot load the tokenizer of {config.model}: {error}; check --model") from error
     # We cut what is too long ourselves, and say so: no warning about the length of the uncut text.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if config.chat_template is not None:
@@ -81,7 +80,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 def decoding_ends(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response when the model decodes (raises MemberError where its files cannot be read)."""
     hub = HubOptions(trust_remote_code=config.trust_remote_code)
-    generation = generation_config_of(config.model, config.revision, _model_config(config), hub)
+    generation = load_generation_config(config.model, config.revision, hub, _model_config(config))
     return end_ids(generation, tokenizer)
 
 
@@ -106,19 +105,23 @@ def load_weights(
     take no updates, so with `bf16` they are loaded in bfloat16.
 
     Raises:
-        MemberError: the weights cannot be loaded or have fewer embeddings than the tokenizer has tokens.
+        MemberError: the weights cannot be loaded, are not all there and finite, or have fewer embeddings than the
+            tokenizer has tokens.
         MissingExtraError: `load_in_4bit` without bitsandbytes.
     """
     frozen_dtype = torch.bfloat16 if config.bf16 else torch.float32
     options = {"dtype": frozen_dtype if config.lora else torch.float32, **options}
     if config.load_in_4bit:
         options |= _four_bit_options()
-    try:
-        model: PreTrainedModel = auto_class.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
-        )
-    except (OSError, ValueError) as error:
-        raise MemberError(f"cannot load the model {config.model}: {error}; check --model and --revision") from error
+    model = load_whole(
+        auto_class,
+        config.model,
+        what="the model of --model",
+        new_head="score" if auto_class is AutoModelForSequenceClassification else None,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        **options,
+    )
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if not config.load_in_4bit and len(tokenizer) > rows:
         raise MemberError(
@@ -186,17 +189,15 @@ def _four_bit_options() -> dict[str, Any]:
 
 
 def _model_config(config: TrainConfig) -> PretrainedConfig:
-    if (Path(config.model) / "adapter_config.json").is_file():
+    if (Path(config.model) / ADAPTER_FILE).is_file():
         raise MemberError(
             f"{config.model} is an adapter, and training starts from a whole model; give the model below it, "
             "or merge the adapter first (peft: merge_and_unload)"
         )
-    try:
+    with refusing(f"cannot read the configuration of --model {config.model}"):
         found: PretrainedConfig = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise MemberError(f"cannot load the model {config.model}: {error}; check --model and --revision") from error
     if found.model_type == "guided":
         raise MemberError(f"{config.model} is a guided model; train from its base or another plain causal LM")
     return found

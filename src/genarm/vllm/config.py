@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from genarm.errors import MemberError, UnsupportedError
+from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
-from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate, read_adapter_config
+from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate
 from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.vllm import ARCHITECTURE
 
@@ -149,6 +150,9 @@ class ServedConfig(GuidedConfig):
                     "places models itself and reads quantised checkpoints (AWQ, GPTQ, compressed-tensors, …) as they "
                     "are: compose the folder without it, with a quantised checkpoint as the member if one is wanted"
                 )
+        for trunk in self.trunks:  # vLLM would open a pickle where there is nothing else
+            if Path(trunk.model).is_dir() and not any(Path(trunk.model).glob("*.safetensors")):
+                raise MemberError(f"{trunk.name!r} at {trunk.model!r} has no safetensors file; save the model again")
         self.alignments()
 
     def _shapes(self, hub: HubOptions) -> str:

@@ -10,16 +10,11 @@ ranks of a member's parts on it together, R those of all members.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -32,33 +27,31 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from genarm.errors import MemberError
-from genarm.model.loading import read_adapter_config
+from genarm.model.adapter_files import low_rank_parts, read_adapter
+from genarm.model.config import MemberSpec
+from genarm.model.loading import HubOptions, load_model_config
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from genarm.vllm.config import Stream, Trunk
 
-    from genarm.vllm.config import Stream
-
-_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # Fused in the checkpoint in an order that vLLM undoes when it loads the weight, so an adapter's rows would be mixed up.
 _INTERLEAVED = ("query_key_value", "Wqkv", "c_attn")
 
 
-def add_adapters(model: nn.Module, streams: Sequence[Stream], reference: str) -> None:
-    """Put the adapters of `streams` on the layers of `model`; stream i is the i-th row of each token.
+def add_adapters(model: nn.Module, trunk: Trunk) -> None:
+    """Put the adapters of `trunk` on the layers of `model`; stream i is the i-th row of each token.
 
     Raises:
         MemberError: an adapter is not there, is not a plain LoRA, or does not fit.
     """
     places: dict[str, dict[int, list[_Part]]] = {}
-    for index, stream in enumerate(streams):
+    for index, stream in enumerate(trunk.streams):
         if stream.adapter is not None:
-            for layer, part in _read(model, stream, reference):
+            for layer, part in _read(model, stream, trunk):
                 places.setdefault(layer, {}).setdefault(index, []).append(part)
     modules = dict(model.named_modules())
     for name, parts in places.items():
-        _attach(modules[name], parts, len(streams))
+        _attach(modules[name], parts, len(trunk.streams))
 
 
 class _Part:
@@ -70,55 +63,25 @@ class _Part:
         self.shard = shard
 
 
-def _read(model: nn.Module, stream: Stream, reference: str) -> list[tuple[str, _Part]]:
+def _read(model: nn.Module, stream: Stream, trunk: Trunk) -> list[tuple[str, _Part]]:
     assert stream.adapter is not None
-    settings: Any = read_adapter_config(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
-    unusual = [field for field in ("use_dora", "lora_bias", "fan_in_fan_out") if getattr(settings, field, False)]
-    if unusual:
-        raise MemberError(
-            f"the adapter {stream.adapter!r} of reward {stream.name!r} is trained with {unusual[0]}, which vLLM's "
-            "layers do not share; merge it into a full model (peft's merge_and_unload) and compose that instead"
-        )
-    tensors = _tensors(stream)
+    files = read_adapter(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
+    spec = MemberSpec(model=trunk.model, revision=trunk.revision)
+    config = load_model_config(spec, None, HubOptions(), name=trunk.name)
     modules = dict(model.named_modules())
     parts = []
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+    for name, low_rank in low_rank_parts(config, files).items():
         place = _place(modules, getattr(model, "packed_modules_mapping", {}), name)
         if place is None and _is_elsewhere(modules, name):
             continue  # on another stage of the pipeline
         if place is None:
             raise MemberError(
-                f"the adapter {stream.adapter!r} of reward {stream.name!r} changes {name!r}, where {reference} has no "
-                "linear layer in vLLM that could carry it; merge it into a full model and compose that instead"
+                f"{files.label} changes {name!r}, where {trunk.model} has no linear layer in vLLM that could carry it; "
+                "merge it into a full model (peft's merge_and_unload) and compose that instead"
             )
-        down, up = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         layer, shard = place
-        parts.append((layer, _Part(down, up * _scale(settings, name, down.shape[0]), shard)))
-    if not tensors or len(tensors) % 2:
-        raise MemberError(f"the adapter {stream.adapter!r} of reward {stream.name!r} holds no pairs of LoRA matrices")
+        parts.append((layer, _Part(low_rank.down, low_rank.up * low_rank.scale, shard)))
     return parts
-
-
-def _tensors(stream: Stream) -> dict[str, Tensor]:
-    assert stream.adapter is not None
-    try:
-        path = Path(stream.adapter) / _FILE
-        if not Path(stream.adapter).is_dir():
-            path = Path(hf_hub_download(stream.adapter, _FILE, revision=stream.adapter_revision))
-        return load_file(path)
-    except OSError as error:
-        raise MemberError(f"cannot read {_FILE} of the adapter {stream.adapter!r}: {error}") from error
-
-
-def _scale(settings: PeftConfig, name: str, rank: int) -> float:
-    alpha = float(getattr(settings, "lora_alpha", rank))
-    patterns: Mapping[str, float] = getattr(settings, "alpha_pattern", None) or {}
-    for pattern, own in patterns.items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", name):
-            alpha = float(own)
-            break
-    return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)
 
 
 def _place(

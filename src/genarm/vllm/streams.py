@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from genarm.errors import UnsupportedError
 from genarm.model.config import BASE
+from genarm.model.contract import check_finite
 from genarm.vllm.lora import add_adapters
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ class SharedModel(nn.Module):
         """Read the adapters and put them on the model, whose own weights are there already.
 
         Raises:
-            MemberError: an adapter does not fit.
+            MemberError: an adapter does not fit, or a weight of the model is not finite.
         """
-        add_adapters(self.model, self.streams, self.trunk.model)
+        check_finite(dict(self.model.named_parameters()), what=f"{self.trunk.name!r} at {self.trunk.model!r}")
+        add_adapters(self.model, self.trunk)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: IntermediateTensors | None
