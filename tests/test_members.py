@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from genarm import GuidedConfig, GuidedForCausalLM, compose
+from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, UnsupportedError, VocabularyError
+from genarm.sampling import Sampling
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
@@ -252,6 +254,93 @@ def test_token_rewards(members: dict[str, Path], tmp_path: Path) -> None:
     assert scores.contributions["one"] == tuple(2 * v for v in scores.rewards["one"])
     assert scores.totals["one"] == pytest.approx(sum(scores.rewards["one"]))
     json.dumps(scores.to_dict())
+
+
+def test_the_names_of_rewards_are_the_users(members: dict[str, Path], tmp_path: Path) -> None:
+    """Names of peft's attributes, of modules, and of what the engine and a bundle have beside the rewards."""
+    names = ("model", "draft", "keys", "weight", "default", "layers", "small-model", "small")
+    adapters = ["on-base-1", "on-base-2"] * 3
+    rewards = {name: members[adapter] for name, adapter in zip(names, adapters, strict=False)}
+    rewards |= {"small-model": members["full"], "small": members["on-small-1"]}
+    weights = {name: 0.1 * (i + 1) for i, name in enumerate(names)}
+    compose(members["base"], rewards, tmp_path / "guided", weights=weights, bundle=True)
+    model = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
+    parts = {
+        name: AutoModelForCausalLM.from_pretrained(members["full"])
+        if name == "small-model"
+        else merged(members["small" if name == "small" else "base"], path)
+        for name, path in rewards.items()
+    }
+    expected = by_hand(
+        AutoModelForCausalLM.from_pretrained(members["base"]), [(parts[name], weights[name]) for name in rewards]
+    )
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    draft = AutoModelForCausalLM.from_pretrained(members["small"])
+    with Engine(
+        model, tiny_tokenizer(), EngineOptions(streams=1), draft=draft, draft_tokenizer=tiny_tokenizer()
+    ) as engine:
+        [reply] = engine.generate(
+            [Request(prompt=IDS[0].tolist(), sampling=Sampling(max_new_tokens=6), ignore_eos=True)]
+        )
+    assert {*reply.tokens[0].rewards} == {*names}
+    ids = [*IDS[0].tolist(), *(token.id for token in reply.tokens)]
+    log_probs = model(torch.tensor([ids])).logits[0, len(IDS[0]) - 1 : -1]
+    for token, row in zip(reply.tokens, log_probs, strict=True):
+        assert token.log_prob == pytest.approx(row[token.id].item(), abs=1e-4)
+
+
+def test_a_guided_folder_as_base_is_taken_apart(members: dict[str, Path], tmp_path: Path) -> None:
+    first = {"full": members["full"], "one": members["on-base-1"]}
+    compose(members["base"], first, tmp_path / "first", weights={"one": 0.5}, bundle=True)
+    more = {"two": members["on-base-2"], "small": members["on-small-1"]}
+    with pytest.raises(ConfigError, match="has a reward 'one' already"):
+        compose(tmp_path / "first", {"one": members["on-base-2"]}, tmp_path / "second")
+    with pytest.raises(MemberError, match=r"'r' at .* is a guided folder, and a member is one plain model"):
+        compose(members["base"], {"r": tmp_path / "first"}, tmp_path / "second")
+    # An adapter says that it was trained on the model that the first folder has copied.
+    settings = {"two": str(tmp_path / "first" / "members" / "base")}
+    report = compose(
+        tmp_path / "first", more, tmp_path / "second", weights={"full": -0.5, "two": 2.0}, adapter_models=settings
+    )
+    assert report.config.default_weights == {"full": -0.5, "one": 0.5, "two": 2.0, "small": 1.0}
+    model = GuidedForCausalLM.from_pretrained(tmp_path / "second")
+    assert len(model.models) == 3  # both adapters share the base
+    expected = by_hand(
+        AutoModelForCausalLM.from_pretrained(members["base"]),
+        [
+            (AutoModelForCausalLM.from_pretrained(members["full"]), -0.5),
+            (merged(members["base"], members["on-base-1"]), 0.5),
+            (merged(members["base"], members["on-base-2"]), 2.0),
+            (merged(members["small"], members["on-small-1"]), 1.0),
+        ],
+    )
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_in_memory_keep_the_same_promise(members: dict[str, Path]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(members["base"])
+    for options, message in (({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias='all'")):
+        adapted = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], **options))
+        with pytest.raises(MemberError, match=message):
+            GuidedForCausalLM.from_members(base, {"r": adapted})
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), members["on-base-1"], adapter_name="one")
+    adapted.load_adapter(members["on-base-2"], adapter_name="two")
+    adapted.base_model.set_adapter(["one", "two"])
+    with pytest.raises(MemberError, match="has the active adapters"):
+        GuidedForCausalLM.from_members(base, {"r": adapted})
+    base.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(MemberError, match=r"NaN or infinity in lm_head\.weight"):
+        GuidedForCausalLM.from_members(base, {})
+
+
+def test_an_adapter_that_began_as_pissa_is_saved_as_what_it_is(members: dict[str, Path], tmp_path: Path) -> None:
+    """In memory its base is the one that peft made for it, and that one is saved."""
+    base = AutoModelForCausalLM.from_pretrained(members["base"])
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model = GuidedForCausalLM.from_members(base, {"r": adapted})
+    model.save_pretrained(tmp_path / "guided")
+    again = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
