@@ -268,8 +268,18 @@ GENERATION_FIELDS: list[dict[str, Any]] = [
 ]
 
 
-def named(kind: str, damages: dict[str, Damage], *files: str) -> list[Any]:
-    return [pytest.param(f, d, id=f"{f}: {kind}{name}".replace("/", " ")) for f in files for name, d in damages.items()]
+def named(damages: dict[str, Damage], *files: str) -> list[Any]:
+    """Cases; those of the full ARM, which is loaded as the base is, are left to the slow tests."""
+    return [
+        pytest.param(
+            file,
+            damage,
+            id=f"{file}: {name}".replace("/", " "),
+            marks=[pytest.mark.slow] if file.startswith("full/") else [],
+        )
+        for file in files
+        for name, damage in damages.items()
+    ]
 
 
 def set_to(values: list[dict[str, Any]]) -> dict[str, Damage]:
@@ -277,14 +287,14 @@ def set_to(values: list[dict[str, Any]]) -> dict[str, Damage]:
 
 
 CASES = [
-    *named("", WEIGHTS, "base/model.safetensors", "full/model.safetensors", "arm/adapter_model.safetensors"),
-    *named("", {"a shard is missing": sharded}, "base/model.safetensors"),
-    *named("", CONFIGS, "base/config.json", "arm/adapter_config.json", "guided/config.json"),
-    *named("", CONFIGS, "guided/generation_config.json", "base/tokenizer.json", "base/tokenizer_config.json"),
-    *named("", set_to(MODEL_FIELDS), "base/config.json", "full/config.json"),
-    *named("", set_to(ADAPTER_FIELDS), "arm/adapter_config.json"),
-    *named("", set_to(GUIDED_FIELDS), "guided/config.json"),
-    *named("", set_to(GENERATION_FIELDS), "guided/generation_config.json"),
+    *named(WEIGHTS, "base/model.safetensors", "full/model.safetensors", "arm/adapter_model.safetensors"),
+    *named({"a shard is missing": sharded}, "base/model.safetensors"),
+    *named(CONFIGS, "base/config.json", "arm/adapter_config.json", "guided/config.json"),
+    *named(CONFIGS, "guided/generation_config.json", "base/tokenizer.json", "base/tokenizer_config.json"),
+    *named(set_to(MODEL_FIELDS), "base/config.json", "full/config.json"),
+    *named(set_to(ADAPTER_FIELDS), "arm/adapter_config.json"),
+    *named(set_to(GUIDED_FIELDS), "guided/config.json"),
+    *named(set_to(GENERATION_FIELDS), "guided/generation_config.json"),
 ]
 
 
@@ -348,7 +358,7 @@ def test_messages_name_what_is_wrong(good: Path, tmp_path: Path, file: str, dama
 def test_the_command_line_says_it_in_one_line(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "root"
     shutil.copytree(good, root)
-    generate = ["generate", "--model", str(root / "guided"), "--prompt", "w1", "--max-new-tokens", "2"]
+    generate = ["generate", str(root / "guided"), "--prompt", "w1", "--max-new-tokens", "2"]
     assert main(generate) == 0
     base, arm = root / "base" / "model.safetensors", root / "arm" / "adapter_config.json"
     taken = tmp_path / "file"

@@ -103,7 +103,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(MemberError, match="cannot load the reward good from"):
         TrajectoryReward.load(str(tmp_path / "nothing"), name="good")
     policy = save_member(tiny_model(), tmp_path / "policy")
-    with pytest.raises(MemberError, match=r"the reward model in .*: it has no weights for score"):
+    with pytest.raises(
+        MemberError,
+        match=r"the reward model at .* score.weight are missing.* comes from genarm train --kind trajectory",
+    ):
         TrajectoryReward.load(str(policy))
     config = AutoConfig.from_pretrained(policy, num_labels=2)
     two = save_member(AutoModelForSequenceClassification.from_config(config), tmp_path / "two")

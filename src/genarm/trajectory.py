@@ -75,7 +75,12 @@ class TrajectoryReward:
         label = f"the reward {name}" if name else "the reward model"
         with refusing(f"cannot load {label} from {reference}"):
             tokenizer = AutoTokenizer.from_pretrained(reference)
-        model = load_whole(AutoModelForSequenceClassification, reference, what=label, dtype=dtype, device_map=device)
+        try:
+            model = load_whole(
+                AutoModelForSequenceClassification, reference, what=label, dtype=dtype, device_map=device
+            )
+        except MemberError as error:
+            raise MemberError(f"{error}; a trajectory reward comes from genarm train --kind trajectory") from error
         return cls(model=model, tokenizer=tokenizer, label=f"{label} in {reference}")
 
     @property
