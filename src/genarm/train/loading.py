@@ -63,7 +63,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         MemberError: there is no tokenizer.
         ConfigError: the chat template cannot be read.
     """
-    with refusing(f"cannot load the tokenizer of --model {config.model}"):
+    with refusing(f"cannot load the tokenizer of {config.model} (check --model)"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -194,7 +194,7 @@ def _model_config(config: TrainConfig) -> PretrainedConfig:
             f"{config.model} is an adapter, and training starts from a whole model; give the model below it, "
             "or merge the adapter first (peft: merge_and_unload)"
         )
-    with refusing(f"cannot read the configuration of --model {config.model}"):
+    with refusing(f"cannot load the model {config.model} (check --model and --revision)"):
         found: PretrainedConfig = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
