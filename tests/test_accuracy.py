@@ -607,7 +607,7 @@ def test_models_that_cannot_score_are_refused(root: Path, tmp_path: Path) -> Non
 
     save_member(tiny_model(seed=0), tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / "model.safetensors")
-    weights["model.norm.weight"].fill_(float("nan"))
+    weights["model.norm.weight"].fill_(3e38)
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MemberError, match="scores that are no finite numbers"):
         run(tmp_path, "broken", data=data)
