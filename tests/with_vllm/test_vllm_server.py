@@ -166,8 +166,8 @@ LASTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"min_new_tokens": 5, "sequence_bias": {(END,): 20.0, (9,): 8.0}, "eos_token_id": [END, 9]},
     ),
     (
-        {"min_tokens": 3, "logit_bias": {str(END): 20, "9": 60}, "stop_token_ids": [9], "ignore_eos": True},
-        {"min_new_tokens": 3, "sequence_bias": {(END,): 20.0, (9,): 60.0}, "eos_token_id": [9]},
+        {"logit_bias": {"9": 60}, "stop_token_ids": [9], "ignore_eos": True},
+        {"sequence_bias": {(9,): 60.0}, "eos_token_id": [9]},
     ),
     ({"logit_bias": {str(END): 20}, "ignore_eos": True}, {"sequence_bias": {(END,): 20.0}, "eos_token_id": None}),
 ]
