@@ -25,6 +25,7 @@ _KEEP_ALIVE = 30
 """Seconds that a client has for the head of a request."""
 _TICK = 0.25
 _PATIENCE = 5.0
+_LAST_SECONDS = 1.0
 _AT_ONCE = 16
 _WAITING = 512
 _MOST_CONNECTIONS = 1024
@@ -114,6 +115,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let what runs end, and close what does not."""
         await super().shutdown(sockets)
+        if self.server_state.tasks:  # which end now that their connections are cut
+            await asyncio.wait(self.server_state.tasks, timeout=_LAST_SECONDS)
         if self._reaper is not None:
             self._reaper.cancel()
 
