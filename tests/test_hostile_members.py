@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from genarm import GuidedConfig, GuidedForCausalLM
 from genarm.cli.main import main
 from genarm.errors import GenarmError
-from tiny import save_member, tiny_lora, tiny_model
+from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[7, 8, 9, 10]])
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -41,6 +41,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GuidedConfig(base={"model": "../base"}, rewards=rewards, vocab_size=46)
     config.save_pretrained(root / "guided")
     base.generation_config.save_pretrained(root / "guided")
+    tiny_tokenizer().save_pretrained(root / "guided")
     return root
 
 
