@@ -342,6 +342,16 @@ def test_a_damaged_member_is_refused_or_means_what_its_files_say(
         ("arm/adapter_model.safetensors", WEIGHTS["pickled"], r"only a pickled .bin file"),
         ("arm/adapter_config.json", fields(init_lora_weights="pissa"), r"belongs to a base whose weights peft changed"),
         ("arm/adapter_config.json", fields(tomorrow=1), r"setting tomorrow=1, which the installed peft does not know"),
+        (
+            "base/config.json",
+            fields(hidden_size=2**17, intermediate_size=2**19),
+            r"a LlamaConfig of [\d,]{15,} parameters",
+        ),
+        (
+            "base/config.json",
+            written('{"model_type": "qwen2"}'),
+            r"a Qwen2Config of [\d,]{10,} parameters, and the files",
+        ),
         ("guided/generation_config.json", written("{"), r"cannot read generation_config.json of"),
         ("guided/config.json", fields(rewards=5), r"rewards is 5; it must be a list of rewards"),
         ("base/tokenizer.json", WEIGHTS["half"], r"cannot load the tokenizer of"),

@@ -10,6 +10,7 @@ Values are looked at where torch can: in floating point, with what a quantised l
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from genarm.errors import GenarmError, MemberError
 
 ADAPTER_FILE = "adapter_config.json"
 
+_SMALL = 2**24  # parameters that do no harm in memory
 _SHOWN = 3  # tensors named in a message
 _REASON = 400  # characters of a library's own words
 
@@ -65,6 +68,7 @@ def load_whole(
             "(peft's merge_and_unload) and give the result"
         )
     with refusing(f"cannot load {what} from {where!r}"):
+        _check_size(auto_class, where, what, options)
         model, found = auto_class.from_pretrained(
             where, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
@@ -79,6 +83,32 @@ def load_whole(
     check_finite(named_tensors(model), what=f"{what} at {where!r}")
     result: PreTrainedModel = model
     return result
+
+
+def _check_size(auto_class: Any, where: str, what: str, options: Mapping[str, Any]) -> None:
+    """Refuse a folder whose config.json describes a far larger model than its files hold, before any memory is taken.
+
+    Only that: quantised files, which are smaller than their model, and models of the hub are left to what comes after.
+    """
+    files = list(Path(where).glob("*.safetensors")) if Path(where).is_dir() else []
+    trusted = {"trust_remote_code": bool(options.get("trust_remote_code"))}
+    config = AutoConfig.from_pretrained(where, **trusted) if files else None
+    if config is None or options.get("quantization_config") or getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in auto_class.from_config(config, **trusted).parameters())
+    stored = sum(map(_stored, files))
+    if needed > 2 * stored + _SMALL:
+        raise MemberError(
+            f"{what} at {where!r} is not what its config.json says: that describes a {type(config).__name__} of "
+            f"{needed:,} parameters, and the files hold {stored:,}; copy the folder again"
+        )
+
+
+def _stored(file: Path) -> int:
+    """Numbers in a safetensors file, by its header."""
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
 
 
 def _problems(model: Any, found: Mapping[str, Any], new_head: str | None) -> list[str]:
