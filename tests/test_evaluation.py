@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_plans(path: Path, scale: str, tmp_path: Path, capsys: pytest.CaptureFix
     for spec in recipe.methods:
         assert spec.name in out
     assert "decoding takes" in out
+    assert re.search(r"\b0 s\b", out) is None
     for size in recipe.sizes.values():
         assert f"{size / 1e9:.3g} G" in out
     assert not (tmp_path / "run").exists()

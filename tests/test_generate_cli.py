@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -362,6 +364,34 @@ def test_broken_input_is_refused_before_anything_runs(folder: Path, tmp_path: Pa
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_weights_under_the_name_of_the_output(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "weights": {"a": 2}}\n', encoding="utf-8")
+    assert main(["generate", str(folder), "--input", str(tmp_path / "p.jsonl")]) == 2
+    assert "write 'reward_weights'" in capsys.readouterr().err
+
+
+def test_compressed_prompts_and_stdin(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same replies as from a plain file; another encoding is named."""
+    options = ["--temperature", "0", "--max-new-tokens", "4", "--json"]
+    jsonl, text = '{"prompt": "w1 w2"}\n{"prompt": "w3"}\n', "w1 w2\nw3\n"
+    found = []
+    for name, content in (("p.jsonl", jsonl), ("p.jsonl.gz", jsonl), ("p.txt.gz", text), ("-", jsonl), ("-", text)):
+        raw = content.encode()
+        source = name if name == "-" else str(tmp_path / name)
+        if name == "-":
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        else:
+            Path(source).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        assert main(["generate", str(folder), "--input", source, *options]) == 0, name
+        found.append([json.loads(line)["response"] for line in capsys.readouterr().out.splitlines()])
+    assert found == [found[0]] * 5
+    (tmp_path / "wide.jsonl").write_bytes(jsonl.encode("utf-16"))
+    assert main(["generate", str(folder), "--input", str(tmp_path / "wide.jsonl"), *options]) == 2
+    assert "wide.jsonl is in UTF-16" in capsys.readouterr().err
 
 
 def test_length_is_checked_to_the_token(folder: Path, capsys: Any) -> None:

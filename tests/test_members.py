@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from genarm import GuidedConfig, GuidedForCausalLM, compose
 from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, UnsupportedError, VocabularyError
+from genarm.opening import open_files
 from genarm.sampling import Sampling
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -370,6 +371,21 @@ def test_adapters_of_other_kinds(members: dict[str, Path], tmp_path: Path) -> No
         members["base"], {"r": members["on-base-1"]}, tmp_path / "guided", adapter_models={"r": str(members["base"])}
     )
     assert report.config.rewards == [{"name": "r", "weight": 1.0, "adapter": str(members["on-base-1"])}]
+
+
+def test_a_mistyped_folder(members: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said wherever it may be given, with the folder that is meant; the hub is asked for it all the same."""
+    base, full = members["base"], members["full"]
+    monkeypatch.chdir(base.parent)
+    mistyped, meant = f"{base.name}x", rf"here \(did you mean '.*{base.name}'"
+    for arguments in ((mistyped, {"r": full}), (str(base), {"r": mistyped}), (f"./{mistyped}", {"r": full})):
+        with pytest.raises(MemberError, match=rf"there is no folder '.*{mistyped}' {meant}"):
+            compose(*arguments, base.parent / "never")
+    with pytest.raises(MemberError, match=r"there is no folder 'ORG/NAME' here, and as a hub id it fails"):
+        compose("ORG/NAME", {"r": full}, base.parent / "never")
+    for reference in (mistyped, f"./{mistyped}"):
+        with pytest.raises(MemberError, match=f"did you mean '{base.name}'"):
+            open_files(reference)
 
 
 def test_compose_refuses(members: dict[str, Path], tmp_path: Path) -> None:

@@ -230,6 +230,20 @@ def test_a_judge(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert f"{counts['unscored']} responses without a score" in capsys.readouterr().out
 
 
+def test_a_judge_that_cannot_be_read(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it replied and what is read is said, and nothing about sampling."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    Path("rubric.txt").write_text("As many w3 as can be.", encoding="utf-8")
+    with JudgeServer(lambda seen, number: says("A fine answer, I would say.")) as server:
+        judge = ["--judge-url", server.url, "--judge-model", "critic"]
+        assert main(command(base, *judge, score="judge=rubric.txt")) == 2
+    said = capsys.readouterr().err
+    assert "critic replied 'A fine answer, I would say.', where a last line such as 'Score: 10' (from 1 to 10)" in said
+    assert "temperature" not in said
+
+
 def test_unit_tests_and_what_the_sandbox_keeps_out(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

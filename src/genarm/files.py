@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from genarm.errors import DataError
@@ -47,6 +48,18 @@ def check_output(path: Path, *, option: str = "--output", folder: bool = False) 
         for above in reversed(made):
             with suppress(OSError):
                 above.rmdir()
+
+
+def no_folder(reference: str) -> str:
+    """That there is no folder `reference`, in words, with a folder beside it whose name is close, if there is one."""
+    path = Path(reference).expanduser()
+    try:
+        names = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        names = []
+    close = get_close_matches(path.name, names, n=1)
+    hint = f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
+    return f"there is no folder {reference!r} here{hint}"
 
 
 def write_text(path: Path, text: str) -> None:

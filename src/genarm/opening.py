@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genarm.errors import ConfigError, DataError, MemberError, WeightsError
+from genarm.files import no_folder
 from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, load_generation_config, load_model, load_model_config, load_tokenizer
@@ -159,12 +160,7 @@ def open_files(reference: str, *, trust_remote_code: bool = False, reading: Read
     hub = HubOptions(trust_remote_code=trust_remote_code)
     where, revision = _find(reference)
     spec = MemberSpec(model=where, revision=revision)
-    try:
-        config = load_model_config(spec, None, hub, name="the model")
-    except MemberError as error:
-        if Path(where).is_dir():
-            raise
-        raise MemberError(f"there is no folder {reference} here, and as a hub id it fails: {error}") from error
+    config = load_model_config(spec, None, hub, name="the model")
     tokenizer = load_tokenizer(where, None, hub, revision)
     if tokenizer is None:
         raise MemberError(f"{reference} has no tokenizer files; put the tokenizer beside the model")
@@ -189,7 +185,7 @@ def _find(reference: str) -> tuple[str, str | None]:
     is_path = path.is_absolute() or reference.startswith((".", "~")) or path.exists()
     if is_path or name.count("/") != 1:
         raise MemberError(
-            f"there is no model folder {reference}; give a guided folder (genarm compose writes one), another causal "
+            f"{no_folder(reference)}; give a guided folder (genarm compose writes one), another causal "
             "language model's folder, or a hub id such as ORG/NAME"
         )
     return name, revision or None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from genarm.data.sources import read_text
 from genarm.errors import DataError
 from genarm.prompts import Prompt, plain_message
 from genarm.provenance import content_of
@@ -57,6 +58,11 @@ class Request:
                 f"{self.where}: reward_weights is {self.reward_weights!r}; expected an object of numbers, such as "
                 '{"helpful": 1}'
             )
+        if "weights" in self.carried:
+            raise DataError(
+                f"{self.where}: the key 'weights' decides nothing; write 'reward_weights' to weigh the rewards of this "
+                "prompt, or rename the key"
+            )
         clash = sorted(set(self.carried) & set(ROW_KEYS))
         if clash:
             raise DataError(
@@ -73,22 +79,24 @@ def requests_of(prompts: Sequence[str]) -> tuple[Request, ...]:
 def read_requests(path: Path) -> tuple[Request, ...]:
     """The prompts of a file: `.txt`, one on each line that is not blank, or `.jsonl`, one object on each line.
 
+    Either may be compressed (`.gz`). `-` is stdin, whose lines are objects where the first begins with a brace.
+
     Raises:
         DataError: the file cannot be read, has another ending or no prompt, or a line is broken (it is named).
     """
-    if path.suffix not in (".txt", ".jsonl"):
+    name = path.name.lower().removesuffix(".gz")
+    if not name.endswith((".txt", ".jsonl")) and str(path) != "-":
         raise DataError(
-            f"cannot tell what {path} holds; name it .txt (one prompt per line) or .jsonl (one object per line)"
+            f"cannot tell what {path} holds; name it .txt (one prompt per line) or .jsonl (one object per line), "
+            "compressed with .gz after that, or give - for stdin"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the prompts in {path}: {error}; expected a text file in UTF-8") from error
+    text = read_text(path)
     # Not splitlines(): a JSON string may hold a bare line separator such as U+2028.
     lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no prompt; put at least one line into it")
-    if path.suffix == ".txt":
+    objects = name.endswith(".jsonl") or (str(path) == "-" and text.lstrip().startswith("{"))
+    if not objects:
         return tuple(Request(prompt=line.rstrip("\r"), where=where) for where, line in lines)
     return tuple(_request(line, where) for where, line in lines)
 

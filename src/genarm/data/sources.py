@@ -62,16 +62,20 @@ def _read_file(path: Path) -> Rows:
         case ".parquet":
             return _read_parquet(path)
         case ".csv" | ".csv.gz":
-            return _read_csv(path, _read_text(path))
+            return _read_csv(path, read_text(path))
         case ".jsonl" | ".jsonl.gz":
-            return _read_jsonl(path, _read_text(path))
-    return _read_json(path, _read_text(path))
+            return _read_jsonl(path, read_text(path))
+    return _read_json(path, read_text(path))
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with its line ends as they are."""
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, compressed where it ends in .gz, with its line ends as they are; `-` is stdin.
+
+    Raises:
+        DataError: it cannot be read, or is in another encoding.
+    """
     try:
-        raw = path.read_bytes()
+        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}; expected a text file in UTF-8") from error

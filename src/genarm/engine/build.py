@@ -133,7 +133,9 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
                 "ask for fewer streams or a shorter context"
             ) from error
         raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
-    together = "" if len(group.members) == 1 else " in one forward" if trunk.shared else " one after the other"
+    together = (
+        "" if len(group.members) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
+    )
     return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.arena.bytes)}"
 
 

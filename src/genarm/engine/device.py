@@ -39,13 +39,13 @@ def settle(model: PreTrainedModel) -> DevicePath:
     if device.type != "cpu":
         graphs = device.type == "cuda" and not spread and not quantized
         reason = "spread over devices" if spread else "quantized" if quantized else "decode steps are CUDA graphs"
-        return DevicePath(graphs=graphs, why=f"{device.type}, {_name(dtype)}, {reason}")
+        return DevicePath(graphs=graphs, why=f"{device.type}, {_name(dtype)} ({reason})")
     if dtype not in _HALVES or quantized:
         return DevicePath(graphs=False, why=f"cpu, {_name(dtype)}")
     wanted = torch.bfloat16 if has_bfloat16() else torch.float32
-    why = "which this processor has" if has_bfloat16() else "as this processor has no bfloat16"
+    why = "fast on this processor" if has_bfloat16() else "as this processor has no fast bfloat16"
     torch.nn.Module.to(model, wanted)
-    return DevicePath(graphs=False, why=f"cpu, {_name(wanted)}, {why}")
+    return DevicePath(graphs=False, why=f"cpu, {_name(wanted)} ({why})")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -223,7 +223,7 @@ def show(plan: Plan) -> RenderableType:
         f"{plan.title}: {plan.prompts} prompts, {len(plan.methods)} methods",
         *(f"train {t}" for t in plan.trained),
     ]
-    total = f"decoding takes {_duration(plan.seconds)} at least, training and loading not counted"
+    total = _total(plan)
     return Group(*lines, models, work, judges, total)
 
 
@@ -234,7 +234,19 @@ def _amount(value: float) -> str:
     return f"{value:.3g} "
 
 
+def _total(plan: Plan) -> str:
+    known = [method for method in plan.methods if method.seconds is not None]
+    if not known:
+        return "how long decoding takes is not known before its models are there"
+    some = "" if len(known) == len(plan.methods) else f" for the {len(known)} methods whose models are known"
+    time = _duration(plan.seconds)
+    least = time if plan.seconds < 1 else f"{time} at least"
+    return f"decoding takes {least}{some}, training and loading not counted"
+
+
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -82,6 +82,11 @@ class SingleScore:
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
 
+    @property
+    def wanted(self) -> str:
+        """What is read, in words."""
+        return f"a last line such as '{self.label} {self.high:g}' (from {self.low:g} to {self.high:g})"
+
     def __call__(self, reply: str) -> float | None:
         """The score (None: no such line). "Score: 7/10" is read where 10 is the highest score."""
         pattern = rf"(?:{re.escape(self.label)})?\s*({_NUMBER})(?:\s*/\s*{re.escape(f'{self.high:g}')})?"

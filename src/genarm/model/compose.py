@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 
 from genarm.errors import ConfigError, MemberError
-from genarm.files import new_folder
+from genarm.files import new_folder, no_folder
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
@@ -161,9 +161,7 @@ def _spec(reference: str) -> MemberSpec:
     if path.is_dir():
         return MemberSpec(model=str(path.resolve()))
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise MemberError(
-            f"there is no folder {reference!r}; give the path of a model folder, or a hub id like ORG/NAME"
-        )
+        raise MemberError(f"{no_folder(reference)}; give the path of a model folder, or a hub id like ORG/NAME")
     model, _, revision = reference.partition("@")
     return MemberSpec(model=model, revision=revision or None)
 
@@ -203,7 +201,7 @@ def _is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
     try:
         return find_adapter_config_file(where, revision=revision, **hub.common()) is not None
     except (OSError, ValueError) as error:
-        raise MemberError(f"cannot look at {where!r} on the hub: {error}") from error
+        raise MemberError(f"{no_folder(where)}, and as a hub id it fails: {error}") from error
 
 
 def _describe(spec: MemberSpec, hub: HubOptions, *, name: str) -> _Described:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from genarm.errors import MemberError
+from genarm.files import no_folder
 from genarm.model.adapter_files import put_on, read_adapter
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
 from genarm.model.contract import load_whole, refusing, unchanged
@@ -186,7 +187,8 @@ def load_model_config(spec: MemberSpec, folder: Path | None, hub: HubOptions, *,
     """A member's configuration, without its weights (raises MemberError)."""
     assert spec.model is not None
     where = locate(spec.model, folder)
-    with refusing(f"cannot read the configuration of {name!r} at {where!r}"):
+    absent = "" if Path(where).is_dir() else f"{no_folder(where)}, and as a hub id it fails: "
+    with refusing(f"{absent}cannot read the configuration of {name!r} at {where!r}"):
         return AutoConfig.from_pretrained(
             where, revision=spec.revision or "main", trust_remote_code=hub.trust_remote_code, **hub.common()
         )

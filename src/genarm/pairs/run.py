@@ -124,6 +124,9 @@ def make_pairs(
     rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)]
     counts = _count(samples, selected)
     if not rows:
+        if all(score is None for score in scores.values()):
+            why = scorer.why_none(_item(samples[0], conversations))
+            raise DataError(f"no pairs: none of the {len(scores)} different responses has a score; {why}")
         raise DataError(
             f"no pairs: of {counts.prompts} prompts, {counts.lone} have fewer than two different scored responses and "
             f"{counts.ties} tie; sample more, at a higher temperature, or use a finer score, with another --output"

@@ -77,6 +77,10 @@ class Scorer(Protocol):
         """The score of each item; None where there is none (a judge's reply that cannot be read)."""
         ...
 
+    def why_none(self, item: Item) -> str:
+        """Why `item` has no score, as none has, and what to change."""
+        return "see what the score says of a response by itself"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerOptions:
@@ -290,6 +294,26 @@ class JudgeScorer(Scorer):
                 "same command goes on where this one stopped"
             )
         return [score.value for score in scores]
+
+    def why_none(self, item: Item) -> str:
+        """The judge's reply, which is kept, beside what it was asked for."""
+        from genarm.judges.llm import Answer, score_responses
+        from genarm.judges.parsing import SingleScore
+
+        parser = self.protocol.parser
+        assert isinstance(parser, SingleScore)
+        answer = Answer(prompt=item.row["prompt"], response=item.response)
+        (found,) = score_responses([answer], self.protocol, self.settings, self._cache)
+        said = getattr(found.reply, "text", "")
+        return (
+            f"{self.settings.model} replied {_ending_of(said)}, where {parser.wanted} is read; take a judge "
+            f"that keeps to it, or say so in the rubric (all replies are in {self.replies}), with another --output"
+        )
+
+
+def _ending_of(text: str) -> str:
+    """A reply's end, where the score should be."""
+    return repr(text if len(text) <= 80 else f"…{text[-80:]}") if text.strip() else "with nothing"
 
 
 def _judge_scorer(source: str, options: ScorerOptions) -> JudgeScorer:
