@@ -555,7 +555,7 @@ def test_names_from_the_data_cannot_steer_the_terminal(root: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"models": ("nowhere",)}, MemberError, "there is no model folder nowhere"),
+        ({"models": ("nowhere",)}, MemberError, "there is no folder 'nowhere' here"),
         ({"models": ()}, ConfigError, "no model to measure"),
         ({"batch_size": 0}, ConfigError, "--batch-size must be at least 1, got 0"),
         ({"max_response_tokens": 0}, ConfigError, "--max-response-tokens must be at least 1"),

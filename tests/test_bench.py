@@ -142,7 +142,7 @@ MISTAKES = {
     "device": (["--device", "gpu7"], "cannot use the device 'gpu7'"),
     "all devices": (["--device", "auto"], "--device is auto; everything is measured on one device"),
     "prompts alone": (["--prompts", "x.jsonl"], "--prompts are for a real pair"),
-    "no such pair": (["--real", "/no/such", "/no/such"], "there is no model folder /no/such"),
+    "no such pair": (["--real", "/no/such", "/no/such"], "there is no folder '/no/such' here"),
     "output": (["--output", str(Path(__file__).parent)], "already exists and is not empty"),
 }
 

@@ -113,13 +113,13 @@ def test_every_verb_has_a_summary_and_unknown_ones_are_refused(capsys: Any) -> N
 
 
 MISTAKES = {
-    "missing folder": (["generate", "/no/such", "--prompt", "w1"], "there is no model folder /no/such"),
-    "missing relative folder": (["chat", "nosuch"], "there is no model folder nosuch; give a guided folder"),
+    "missing folder": (["generate", "/no/such", "--prompt", "w1"], "there is no folder '/no/such' here"),
+    "missing relative folder": (["chat", "nosuch"], "there is no folder 'nosuch' here; give a guided folder"),
     "unknown reward": (["generate", "FOLDER", "--prompt", "w1", "--weights", "kind=1"], "this model has: helpful"),
     "NaN": (["generate", "FOLDER", "--prompt", "w1", "--weights", "helpful=nan"], "cannot read the weight"),
     "infinity": (["score", "FOLDER", "--prompt", "w1", "--response", "w2", "--weights", "helpful=inf"], "NAME=NUMBER"),
     "no weight": (["chat", "FOLDER", "--weights", ""], "no weight in ''"),
-    "missing input": (["generate", "FOLDER", "--input", "no.jsonl"], "cannot read the prompts in no.jsonl"),
+    "missing input": (["generate", "FOLDER", "--input", "no.jsonl"], "cannot read no.jsonl"),
     "unknown ending": (["generate", "FOLDER", "--input", "no.csv"], "name it .txt"),
     "empty prompt": (["generate", "FOLDER", "--prompt", ""], "--prompt 1: the prompt is empty"),
     "empty prompt to score": (["score", "FOLDER", "--prompt", " ", "--response", "w1"], "the prompt is empty"),
@@ -139,7 +139,7 @@ MISTAKES = {
         ["generate", "FOLDER", "--prompt", "w1", "--speculate", "-1"],
         "speculate is -1; it must be at least 0",
     ),
-    "draft": (["generate", "FOLDER", "--prompt", "w1", "--draft", "nosuch"], "there is no model folder nosuch"),
+    "draft": (["generate", "FOLDER", "--prompt", "w1", "--draft", "nosuch"], "there is no folder 'nosuch' here"),
     "context": (["chat", "FOLDER", "--context", "500"], "the context is 500 tokens; it must be from 2 to 128"),
     "samples": (
         ["generate", "FOLDER", "--prompt", "w1", "--num-samples", "2", "--temperature", "0"],

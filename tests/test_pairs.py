@@ -388,7 +388,7 @@ REFUSED = {
     "prompt 0: there is no key 'test' in the row": ["--score", "tests=test"],
     "prompt 0: 'gold' is 1; expected Python code": ["--score", "tests=gold"],
     "is no trajectory reward model": ["--score", "reward={base}"],
-    "there is no model folder nowhere": ["--score", "reward=nowhere"],
+    "there is no folder 'nowhere' here": ["--score", "reward=nowhere"],
     "wish:fails raised KeyError: 'no such word'": ["--score", "function=wish:fails"],
     "wish:says_nothing gave None for the response": ["--score", "function=wish:says_nothing"],
 }

@@ -68,7 +68,7 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", str(tmp_path / "none")]) == 2
-    assert "there is no model folder" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
