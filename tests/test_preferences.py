@@ -345,6 +345,20 @@ def test_numbers_and_empty_fields_of_csv_stay_text(tmp_path: Path) -> None:
     assert (first.chosen, first.rejected, second.chosen, second.rejected) == ("2", "NA", "4.0", "")
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_another_separator_is_told_what_it_has(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("\ufeff" + "".join(f"{mark.join(row)}\r\n" for row in (("prompt", "chosen", "rejected"), "abc")))
+    with pytest.raises(DataError, match=r"no commas, .* separated by .*; save it again as comma-separated values"):
+        load_preferences(str(path))
+
+
+def test_a_column_without_a_name_is_named_as_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(",prompt,chosen,rejected\n0,1+1,2,3\n")
+    assert load_preferences(str(path)).description.endswith(", columns not read: ''")
+
+
 def test_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()

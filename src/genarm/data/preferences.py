@@ -77,7 +77,7 @@ class PreferenceSet:
     def description(self) -> str:
         """Where the pairs come from and how they were read."""
         template = "with" if any(not isinstance(pair.prompt, str) for pair in self.pairs) else "without"
-        unread = f", columns not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = f", columns not read: {', '.join(name or repr(name) for name in self.unread)}" if self.unread else ""
         return f"{self.source}, {self.format.value}, {template} the chat template{unread}"
 
 

@@ -151,6 +151,11 @@ def _read_csv(path: Path, text: str) -> Rows:
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             header = next(lines, [])
+            if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise DataError(
+                    f"{path}: its first line has no commas, so values seem to be separated by {separator!r}; "
+                    "save it again as comma-separated values"
+                )
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: two columns have one name ({', '.join(header)}); rename one of them")
             for values in lines:
