@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genarm.errors import ConfigError
+from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
 from genarm.provenance import Record, check, note
 from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
@@ -86,6 +86,11 @@ class RunFolder:
     def check_inputs(self, record: Record) -> None:
         """Refuse to resume where the model or the data are no more what they were (raises DataError)."""
         if self.checkpoints.is_dir() or self.metrics() is not None:
+            if not (self.path / INPUTS).is_file():
+                raise DataError(
+                    f"{self.path} has no {INPUTS}, so nothing says what its run was trained on (earlier versions "
+                    f"wrote none); choose another --output, or remove {self.path}"
+                )
             check(self.path / INPUTS, record, self.path)
 
     def begin(self, config: TrainConfig, record: Record) -> None:
