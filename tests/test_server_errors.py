@@ -48,8 +48,14 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
     (
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}]},
         400,
-        "at most 0 items",
+        "only its role and its text are read; leave it out, or send",
         "messages.0.tool_calls",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]},
+        400,
+        "only its role and its text are read; leave it out",
+        "messages.0.reasoning_content",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text", "messages.0.content"),
     ({"chat_template_kwargs": {"x": 1}}, 400, "no argument 'x'; those it reads are: none", None),

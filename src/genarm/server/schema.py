@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from genarm.prompts import Reading
-from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields
+from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields, Only
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -165,19 +165,22 @@ _Content: TypeAlias = Annotated[
 ]
 
 
+_NOT_READ = "of a message only its role and its text are read"
+
+
 class Message(_Strict):
     """A turn of a conversation. The fields that must be null are what OpenAI's client sends back with a reply."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: _Content | None = Field(default=None, validate_default=True)
     name: str | None = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    reasoning: None = None
-    reasoning_content: None = None
+    refusal: Annotated[Any, Only(_NOT_READ)] = None
+    annotations: Annotated[Any, Only(_NOT_READ, [])] = None
+    audio: Annotated[Any, Only(_NOT_READ)] = None
+    function_call: Annotated[Any, Only(_NOT_READ)] = None
+    tool_calls: Annotated[Any, Only(_NOT_READ, [])] = None
+    reasoning: Annotated[Any, Only(_NOT_READ)] = None
+    reasoning_content: Annotated[Any, Only(_NOT_READ)] = None
 
     @field_validator("content", mode="before")
     @classmethod
