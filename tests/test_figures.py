@@ -296,6 +296,16 @@ def test_a_method_is_not_above_itself():
     assert verdict(of, Claim(what="level", first="twin", second="base", judge=JUDGE, margin=0.1)) == "holds"
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_few_verdicts_that_are_all_ties_show_nothing(direct: bool):
+    """Between the two, or of each against the reference: resampling alone would be sure of a difference of 0."""
+    rows = [measured(name, {}, 5) for name in ("base", "A", "B")]
+    pairs = [("A", "B")] if direct else [("A", "base"), ("B", "base")]
+    verdicts = tuple(Verdicts(judge="llm", first=a, second=b, outcomes=("tie",) * 5) for a, b in pairs)
+    claim = Claim(what="level", first="A", second="B", judge="llm", margin=0.05)
+    assert verdict(results(*rows, verdicts=verdicts), claim) == "not shown"
+
+
 def test_claims_about_verdicts_use_the_direct_ones_first():
     rows = [measured(name, {}, 60) for name in ("base", "A", "B")]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
-from genarm.statistics import Outcome, bootstrap, mean_difference, points, proportion, win_rate
+from genarm.statistics import Outcome, bootstrap, mean_difference, points, win_rate
 
 SETS = 400
 COVERED = (0.92, 0.98)
@@ -40,11 +40,32 @@ def test_nothing_to_read():
 
 
 def test_unanimous_verdicts_are_not_certain():
-    sure = proportion(20, 20).low
+    sure = 0.025 ** (1 / 20)
     wins, ties, losses = (win_rate([outcome] * 20) for outcome in ("win", "tie", "lose"))
     assert (wins.rate, wins.low, wins.high) == pytest.approx((1, sure, 1))
     assert (ties.rate, ties.low, ties.high) == pytest.approx((0.5, sure / 2, 1 - sure / 2))
     assert (losses.rate, losses.low, losses.high) == pytest.approx((0, 0, 1 - sure))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 12])
+def test_unanimous_verdicts_leave_what_could_have_made_them(n: int):
+    """Exactly: every chance of a verdict that gives n times the same with more than 5% is in the interval."""
+    for outcome, worth in (("win", 1.0), ("lose", 0.0)):
+        found = win_rate([outcome] * n)  # type: ignore[list-item]
+        for chance in np.linspace(0, 1, 201):
+            if chance**n > 0.05:
+                assert found.low <= worth * chance + (1 - worth) * (1 - chance) <= found.high
+    ties = win_rate(["tie"] * n)
+    assert ties.low < 0.5 < ties.high
+
+
+def test_one_row_gives_no_interval():
+    """Neither where there is one, nor where one alone has a value."""
+    for first, second in (([2.0], [1.0]), ([2.0, math.nan], [1.0, 0.0])):
+        found = mean_difference(first, second)
+        assert (found.value, found.n) == (1.0, 1)
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
 
 
 def test_interval_is_that_of_scipy():

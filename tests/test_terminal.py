@@ -20,7 +20,7 @@ from rich.table import Table
 
 from genarm.cli.main import main
 from genarm.cli.options import say, say_json
-from genarm.terminal import PlainConsole
+from genarm.terminal import Bar, PlainConsole
 from tiny import save_member, tiny_model, tiny_tokenizer
 
 EVIL = "a\x1b]0;title\x07b\x9b31mc\rd\x7f"
@@ -51,6 +51,20 @@ def test_texts_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     coloured = PlainConsole(file=io.StringIO(), force_terminal=True, color_system="truecolor")
     coloured.print(EVIL, style="red")
     assert coloured.file.getvalue().startswith("\x1b[31ma\ufffd]0;")  # type: ignore[attr-defined]
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no terminal; none before its time, and none where progress is not wanted."""
+    for every, shown, lines in ((60.0, True, 0), (0.0, False, 0), (0.0, True, 3)):
+        monkeypatch.setattr("genarm.terminal.LINE_EVERY", every)
+        log = io.StringIO()
+        with Bar(console=PlainConsole(file=log), shown=shown) as bar:
+            task = bar.add_task("replies", total=1200)
+            bar.advance(task)
+            bar.advance(task, 9)
+            bar.update(task, completed=1100)
+        assert len(log.getvalue().splitlines()) == lines
+    assert log.getvalue().splitlines()[-1] == "replies: 1,100 of 1,200 after 0 min"
 
 
 def test_an_error_message_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,14 +24,14 @@ def check_output(path: Path, *, option: str = "--output", folder: bool = False) 
     Raises:
         DataError: it cannot be made or written to, or something of another kind is there.
     """
-    if path.exists() and path.is_dir() != folder:
-        other = "a file; name a folder" if folder else "a folder; name a file in it"
-        raise DataError(f"{option} {path} is {other}")
-    if path.exists() and not (folder or path.is_file()):
-        raise DataError(f"{option} {path} is a device or a pipe; name a file")
     made: list[Path] = []
     inside = path if folder else path.parent
     try:
+        if path.exists() and path.is_dir() != folder:
+            other = "a file; name a folder" if folder else "a folder; name a file in it"
+            raise DataError(f"{option} {path} is {other}")
+        if path.exists() and not (folder or path.is_file()):
+            raise DataError(f"{option} {path} is a device or a pipe; name a file")
         for above in reversed([inside, *inside.parents]):
             if not above.exists():
                 above.mkdir()
@@ -85,16 +85,21 @@ def _write_text(path: Path, text: str) -> None:
         raise
 
 
+def check_new_folder(path: Path) -> None:
+    """As `check_output` of a folder that is not there yet, or is empty (raises DataError)."""
+    check_output(path, folder=True)
+    if path.is_dir() and any(path.iterdir()):
+        raise DataError(f"{path} already exists and is not empty; choose another --output or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes the name `path` when the block ends well.
 
     Raises:
-        DataError: `path` exists and is not an empty folder, or cannot be made; nothing is ever overwritten.
+        DataError: as `check_new_folder`; nothing is ever overwritten.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path} already exists and is not empty; choose another --output or remove it")
-    check_output(path, folder=True)
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -83,7 +83,10 @@ def mean(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure made from `n` rows with its 95% percentile bootstrap interval; NaN where it is undefined."""
+    """A figure made from `n` rows with its 95% percentile bootstrap interval; NaN where it is undefined.
+
+    One row says nothing of how far others would be from it, so that it gives no interval.
+    """
 
     value: float
     low: float
@@ -123,15 +126,26 @@ def bootstrap(
     n = int(known.any(axis=1).sum())
     return tuple(
         Estimate(value=float(value), low=low, high=high, n=n)
-        for value, (low, high) in zip(values_F, map(_percentiles, drawn_SF.T), strict=True)
+        for value, (low, high) in zip(
+            values_F, map(_percentiles, drawn_SF.T if n > 1 else drawn_SF.T[:, :0]), strict=True
+        )
     )
 
 
-def mean_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Estimate:
-    """How much the mean of `first` is above that of `second`, row by row; rows with a NaN on a side are left out."""
+def mean_difference(
+    first: Sequence[float], second: Sequence[float], *, within: tuple[float, float] | None = None, seed: int = 0
+) -> Estimate:
+    """How much the mean of `first` is above that of `second`, row by row; rows with a NaN on a side are left out.
+
+    Where differences can only be `within` bounds, as those of verdicts, rows that are all the same have an interval.
+    """
     import numpy as np
 
     differences_NK = np.subtract(first, second)[:, None]
+    known = differences_NK[~np.isnan(differences_NK)].tolist()
+    if within is not None and len(set(known)) == 1:
+        value, low, high = _unanimous(known[0], len(known), within)
+        return Estimate(value=value, low=low, high=high, n=len(known))
     return bootstrap(lambda means_SK: means_SK, differences_NK, seed=seed)[0]
 
 
@@ -212,7 +226,7 @@ def win_rate(outcomes: Sequence[Outcome | None], *, seed: int = 0) -> WinRate:
     read = [outcome for outcome in outcomes if outcome is not None]
     rate, low, high = (float("nan"),) * 3
     if len(set(read)) == 1:
-        rate, low, high = _unanimous(_POINTS[read[0]], len(read))
+        rate, low, high = _unanimous(_POINTS[read[0]], len(read), (0.0, 1.0))
     elif read:
         import numpy as np
 
@@ -229,7 +243,7 @@ def win_rate(outcomes: Sequence[Outcome | None], *, seed: int = 0) -> WinRate:
     )
 
 
-def _unanimous(rate: float, n: int) -> tuple[float, float, float]:
-    """Where all verdicts are one, resampling has nothing to vary: what Wilson's interval leaves may be anything."""
-    sure = proportion(n, n).low
-    return rate, rate * sure, rate * sure + 1 - sure
+def _unanimous(value: float, n: int, within: tuple[float, float]) -> tuple[float, float, float]:
+    """Where all are one, resampling varies nothing: what `n` would miss by more than 2.5% may be anything `within`."""
+    unsure = 1 - 0.025 ** (1 / n)
+    return value, value - unsure * (value - within[0]), value + unsure * (within[1] - value)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import Progress, ProgressColumn, TaskID
 from rich.segment import Segment
+
+LINE_EVERY = 60.0
+"""Seconds between lines of progress where there is no terminal for a bar."""
 
 
 def printable(text: str) -> str:
@@ -25,3 +30,34 @@ class PlainConsole(Console):
         """As rich does; what it has itself to say to the terminal stays."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class Bar(Progress):
+    """A bar on a terminal; elsewhere, in a log, a line a minute."""
+
+    def __init__(
+        self, *columns: ProgressColumn | str, console: Console, transient: bool = True, shown: bool = True
+    ) -> None:
+        super().__init__(*columns, console=console, transient=transient, disable=not (shown and console.is_terminal))
+        self._in_lines = shown and not console.is_terminal
+        self._begun = self._said = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """As rich does, and a line where one is due."""
+        super().update(task_id, **changes)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As rich does, and a line where one is due."""
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if not self._in_lines or now - self._said < LINE_EVERY:
+            return
+        self._said = now
+        task = self.tasks[self.task_ids.index(task_id)]
+        total = "" if task.total is None else f" of {task.total:,.0f}"
+        line = f"{task.description or 'done'}: {task.completed:,.0f}{total} after {(now - self._begun) / 60:.0f} min"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

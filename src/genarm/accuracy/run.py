@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from genarm.accuracy.figures import Difference, Figures, Scores, difference, figures
 from genarm.accuracy.models import Ids, Reward, RewardFiles, check_same_tokens, full_name, open_rewards
@@ -19,6 +19,7 @@ from genarm.accuracy.settings import AccuracySettings
 from genarm.data.tokens import TokenReport, example_lines
 from genarm.errors import MemberError, VocabularyError
 from genarm.provenance import AT, Record, content_of, model_record
+from genarm.terminal import Bar
 
 Kind: TypeAlias = Literal["arm", "implicit", "trajectory"]
 
@@ -250,6 +251,6 @@ def _progress(console: Console, prepared: Sequence[_Prepared], base: RewardFiles
     responses = [2 * len(item.encoded.pairs) for item in prepared]
     of_base = [n for n, item in zip(responses, prepared, strict=True) if base and _is_policy(item.files, base)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Bar(*columns, console=console) as progress:
         task = progress.add_task("loading", total=sum(responses) + sum(of_base))
         yield lambda name, count: progress.update(task, description=f"scoring with {name}", advance=count)

@@ -155,8 +155,10 @@ def _readable(row: dict[str, Any], *, alone: bool) -> str:
 
 @contextmanager
 def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with each row."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A bar on stderr (in a log, a line a minute); yields what to call with each row."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from genarm.terminal import Bar
 
     console = open_console(stderr=True)
     columns = (
@@ -166,8 +168,8 @@ def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[dict[
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("", total=total, completed=done, speed="")
+    with Bar(*columns, console=console, shown=shown) as bar:
+        task = bar.add_task("replies", total=total, completed=done, speed="")
         tokens = 0
 
         def advance(row: dict[str, Any]) -> None:

@@ -161,13 +161,15 @@ def _forecast(expected: Estimate, pairs: int) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with each reply."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A bar on stderr (in a log, a line a minute); yields what to call with each reply."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from genarm.terminal import Bar
 
     console = open_console(stderr=True)
     columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("replies", total=total)
         yield lambda: bar.advance(task)
 
 

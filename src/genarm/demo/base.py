@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import PositiveFloat, PositiveInt
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -30,6 +30,7 @@ from transformers import (
 from genarm.demo.world import Request, all_requests, all_sentences, write_reply
 from genarm.prompts import as_conversation, encode_pair
 from genarm.tables import FORBID
+from genarm.terminal import Bar
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -94,7 +95,7 @@ def train_base(
     tokenizer = build_tokenizer()
     set_seed(seed)
     model = _new_model(tokenizer, settings)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Bar(console=console) as progress:
         trainer = Trainer(
             model=model,
             args=_training_arguments(output, settings, seed),
@@ -159,7 +160,7 @@ def _examples(
 class _Bar(TrainerCallback):
     """Shows how far training is, and its loss."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Bar) -> None:
         self.progress = progress
         self.task: TaskID = progress.add_task("training the base", total=None)
 

@@ -24,7 +24,7 @@ from genarm.demo.show import Stages, both_line, legend, next_commands, side_by_s
 from genarm.demo.sweep import NO_WEIGHTS, Measured, Series, Weights, draw_trade_off, measure
 from genarm.demo.world import OBJECTIVES, Split, split_requests
 from genarm.errors import ConfigError, DataError
-from genarm.files import write_text
+from genarm.files import check_output, write_text
 from genarm.machine import one_thread
 from genarm.model.compose import compose
 from genarm.train.config import TrainConfig
@@ -98,7 +98,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> DemoResu
     """Run the whole demonstration into the new folder `output`; if it fails, the folder is removed.
 
     Raises:
-        DataError: `output` exists and is not an empty folder.
+        DataError: `output` exists and is not an empty folder, or cannot be made.
     """
     split = split_requests(settings.seed)
     stages = Stages(console, count=5)
@@ -153,7 +153,8 @@ def _new_output(output: Path) -> Iterator[Path]:
 
     The work is done in place, not beside it, because adapters remember the path of the model they belong to.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    check_output(output, folder=True)
+    if output.is_dir() and any(output.iterdir()):
         what = "holds a finished demo" if (output / RESULTS).is_file() else "exists and is not an empty folder"
         raise DataError(f"{output} {what}; choose another --output or remove it")
     output.mkdir(parents=True, exist_ok=True)

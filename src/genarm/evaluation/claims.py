@@ -63,11 +63,11 @@ def _difference(results: Results, judge: str, first: str, second: str) -> Estima
     scored = judge in results.row(first).scores and judge in results.row(second).scores
     direct = None if scored else results.outcomes(judge, first, second)
     if direct is not None:
-        return mean_difference(points(direct), (0.5,) * len(direct))
+        return mean_difference(points(direct), (0.5,) * len(direct), within=(-0.5, 0.5))
     qualities = [results.quality(judge, name) for name in (first, second)]
     if qualities[0] is None or qualities[1] is None:
         return None
-    return mean_difference(qualities[0], qualities[1])
+    return mean_difference(qualities[0], qualities[1], within=None if scored else (-1.0, 1.0))
 
 
 def _share(claim: Claim, gaps: Sequence[Recovered]) -> Estimate | None:

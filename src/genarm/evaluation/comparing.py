@@ -12,7 +12,6 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 from rich.console import Console
-from rich.progress import Progress
 
 from genarm.errors import ConfigError, DataError
 from genarm.evaluation.answers import Answers
@@ -27,6 +26,7 @@ from genarm.judges.protocol import Protocol, load_protocol
 from genarm.rows import append_rows
 from genarm.statistics import Outcome
 from genarm.tables import read_table
+from genarm.terminal import Bar
 
 COMPARING = ("llm", "alpaca-eval")
 """Kinds of judges that compare."""
@@ -101,7 +101,7 @@ def _llm(
             Pair(prompt=question.prompt, first=one, second=other)
             for question, one, other in zip(questions, answers[first].replies, answers[second].replies, strict=True)
         ]
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Bar(console=console) as progress:
             task = progress.add_task(f"{judge.name}: {first} against {second}", total=2 * len(pairs))
             judged = judge_pairs(pairs, protocol, settings, cache, lambda task=task: progress.advance(task))  # type: ignore[misc]
         rows = [{"index": i, **verdict.record()} for i, verdict in enumerate(judged)]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from genarm.evaluation.answers import Answers, answering, read_answers
@@ -47,6 +47,7 @@ from genarm.methods.sample import Sample
 from genarm.opening import find_device
 from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
+from genarm.terminal import Bar
 from genarm.train.config import make_config
 from genarm.train.output import METRICS
 from genarm.train.run import train
@@ -152,7 +153,7 @@ def _answer(
         spec.name: claim(paths[spec.name], answers_record(recipe, spec, models, questions)) for spec in recipe.methods
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Bar(*columns, console=console, transient=False) as progress:
         running: dict[TaskID, Iterator[int]] = {}
         for spec in recipe.methods:
             task = progress.add_task(spec.name, total=len(questions))

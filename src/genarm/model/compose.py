@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 
 from genarm.errors import ConfigError, MemberError
-from genarm.files import new_folder, no_folder
+from genarm.files import check_new_folder, new_folder, no_folder
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
@@ -87,10 +87,12 @@ def compose(
         trust_remote_code: allow members with code of their own.
 
     Raises:
+        DataError: `output` cannot be written, or is there already.
         ConfigError, WeightsError: options that do not hold together.
         MemberError: a member is not there, is no causal LM or does not fit the base.
         VocabularyError: a reward has another vocabulary than the base.
     """
+    check_new_folder(Path(output))
     hub = HubOptions(trust_remote_code=trust_remote_code)
     given = _spec(str(base))
     if (Path(locate(str(given.model), None)) / ADAPTER_FILE).exists():

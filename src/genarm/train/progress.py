@@ -1,13 +1,14 @@
-"""What a training run shows while it runs: a bar on a terminal, one line per evaluation anywhere."""
+"""What a training run shows while it runs: a bar (in a log, a line a minute), and a line per evaluation."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from genarm.terminal import Bar
 from genarm.train.report import reward_text
 
 # Figures of the training beside the bar, of those that its kind has.
@@ -19,22 +20,24 @@ class ProgressDisplay(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress: Progress | None = None
+        self.progress: Bar | None = None
+        self.evaluated = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar, where there is a terminal to show it."""
-        if not (state.is_world_process_zero and self.console.is_terminal):
+        """Start the bar, in the main process."""
+        if not state.is_world_process_zero:
             return
-        self.progress = Progress(
-            TextColumn("training"),
+        self.progress = Bar(
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self.console,
+            transient=False,
         )
         self.task = self.progress.add_task("training", total=state.max_steps, figures="")
         self.progress.start()
@@ -47,6 +50,15 @@ class ProgressDisplay(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
         control.should_log = control.should_log or control.should_save
         return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show that an evaluation goes on, and how far it is."""
+        if self.progress is not None:
+            self.evaluated += 1
+            batches = len(kwargs["eval_dataloader"])
+            self.progress.update(self.task, description=f"evaluating, batch {self.evaluated} of {batches}; training")
 
     def on_log(
         self,
@@ -71,6 +83,9 @@ class ProgressDisplay(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One line with the held-out figures."""
+        self.evaluated = 0
+        if self.progress is not None:
+            self.progress.update(self.task, description="training")
         if state.is_world_process_zero and metrics is not None:
             text = reward_text(metrics) if "eval_reward" in metrics else _pair_text(metrics)
             line = f"step {state.global_step:>5}  held-out {text}"

@@ -96,9 +96,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     check_joined(process)
     console = _console(console, process)
     folder = RunFolder(path=Path(os.path.abspath(config.output)))
-    folder.check(resume=resume)
     if process.is_main_process:
         check_output(folder.path, folder=True)
+    folder.check(resume=resume)
     config = resolve(config)
     folder.check_settings(config)
     tokenizer = load_tokenizer(config)
