@@ -180,7 +180,7 @@ def test_text_without_a_chat_template(here: Path) -> None:
     Path("prompts.txt").write_text("w1 w2\nw3\nw4\nw5 w6\n", encoding="utf-8")
     files = ["--prompts", "prompts.txt", "--output", "pairs.jsonl", "--score", "function=wish:score"]
     assert main(["pairs", "--model", str(base), *files, "--samples", "16", "--max-new-tokens", "10"]) == 0
-    pairs = load_preferences("pairs.jsonl")
+    pairs = load_preferences("pairs.jsonl", chat=False)
     assert pairs.format is Format.STANDARD
     assert pairs.pairs[0].prompt == rows_of("pairs.jsonl")[0]["prompt"]
     assert isinstance(pairs.pairs[0].chosen, str)
