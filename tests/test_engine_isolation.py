@@ -75,8 +75,8 @@ def test_nan_ends_its_own_request_and_leaves_nothing_behind(speculate: int) -> N
     full = tiny_model("llama", seed=1, hidden=16, layers=1)
     for where in ("the base", "the reward 'full'"):
         base, arm = tiny_model(seed=0), copy.deepcopy(full)
-        poisoned(base if where == "the base" else arm)
         model = GuidedForCausalLM.from_members(base, {"full": arm})
+        poisoned(base if where == "the base" else arm)  # weights that are not finite from the start are refused
         changes = {"speculate": speculate, "adapt": False, "streams": 3}
         no_poison = {"logit_bias": {POISON: -100.0}}
         good = [ask(prompt, {"full": 0.5}, **no_poison) for prompt in GOOD]

@@ -209,10 +209,10 @@ def test_an_exception_in_one_request_ends_that_one_alone(monkeypatch: pytest.Mon
         expected = engine.generate([greedy(ids) for ids in PROMPTS])
         usual = TextStream.add
 
-        def add(self: TextStream, token: int) -> str:
+        def add(self: TextStream, token: int, **how: bool) -> str:
             if [search._stop for search in self._stops] == ["victim"] and self._shown._length:
                 raise ArithmeticError("cannot be decoded")
-            return usual(self, token)
+            return usual(self, token, **how)
 
         monkeypatch.setattr(TextStream, "add", add)
         victim = engine.stream(greedy(PROMPTS[0], stop=["victim"]))

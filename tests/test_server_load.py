@@ -281,10 +281,10 @@ def test_timeouts() -> None:
 def test_an_exception_in_one_request_ends_that_one_alone(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = TextStream.add
 
-    def add(self: TextStream, token: int) -> str:
+    def add(self: TextStream, token: int, **how: bool) -> str:
         if [search._stop for search in self._stops] == ["victim"] and self._shown._length > 9:
             raise ArithmeticError("a secret of the server")
-        return usual(self, token)
+        return usual(self, token, **how)
 
     expected = said(server.post(CHATS, body()))
     monkeypatch.setattr(TextStream, "add", add)
