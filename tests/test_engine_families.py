@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from families import FAMILIES, VOCABULARY, tiny_family
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
-from genarm.errors import GenarmError, UnsupportedError
+from genarm.errors import GenarmError, MemberError, UnsupportedError
 from genarm.sampling import Sampling
 from tiny import SPECIAL, tiny_tokenizer
 
@@ -31,9 +32,13 @@ ROUNDING = 1e-3
 """Of log-probs in float32: what is wrong is off by far more, as weights are large."""
 
 
-def with_lora(model: PreTrainedModel) -> PeftModel:
+def with_lora(model: PreTrainedModel, where: str | None = None) -> PeftModel:
+    """On `where`, as peft takes it, or on all linear layers but the head and those that peft takes for experts."""
     torch.manual_seed(5)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    names = {name: layer for name, layer in model.named_modules() if layer is not model.get_output_embeddings()}
+    of_experts = ("gate", "gate_proj", "up_proj", "down_proj") if any("experts" in name for name in names) else ()
+    linear = [name for name, layer in names.items() if isinstance(layer, nn.Linear) and not name.endswith(of_experts)]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=where or linear, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = PeftModel(model, config, adapter_name="lora")
@@ -141,6 +146,7 @@ def verdict(family: str) -> Verdict:
 RIGHT = (
     "afmoe", "bert", "cohere", "gemma3_text", "gemma3n_text", "jetmoe", "mixtral", "olmo2", "phi", "qwen3_moe",
 )  # fmt: skip
+EXPERTS = ("afmoe", "mixtral", "qwen3_moe")
 REFUSED = ("bloom", "codegen", "diffllama", "doge", "falcon", "falcon_h1", "gpt_oss", "lfm2", "llama4_text", "musicgen")
 
 
@@ -149,6 +155,14 @@ def test_families_that_are_right(family: str) -> None:
     found = verdict(family)
     assert not found.refused
     assert found.right, found.numbers
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_adapters_on_experts_are_refused(family: str) -> None:
+    """peft counts the weights of experts among linear layers."""
+    base = tiny_family(family)
+    with pytest.raises(MemberError, match=r"'lora' has the setting target_parameters=.*merge it into a full model"):
+        GuidedForCausalLM.from_members(base, {"lora": with_lora(base, "all-linear")})
 
 
 @pytest.mark.parametrize("family", REFUSED)
