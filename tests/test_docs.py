@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import command_docs
 import pytest
 
 from genarm.cli.main import build_parser
-from genarm.evaluation.recipe import CLAIMS, JUDGES, KINDS
+from genarm.evaluation.recipe import JUDGES, KINDS, Claim
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -44,7 +45,9 @@ def test_the_command_page_is_up_to_date() -> None:
 
 def test_the_page_of_comparisons_knows_all_that_a_recipe_may_have() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    for kind in (*KINDS, *JUDGES, *CLAIMS):
+    claims = get_args(get_type_hints(Claim)["what"])
+    assert "cheaper" in claims
+    for kind in (*KINDS, *JUDGES, *claims):
         assert f"`{kind}`" in text
 
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -20,17 +21,10 @@ import pytest
 from genarm.errors import ConfigError, DataError, GenarmError
 from genarm.judges.cache import ReplyCache, cache_key
 from genarm.judges.client import ChatClient, ClientSettings, Completion, Failure
-from genarm.judges.llm import (
-    Answer,
-    Pair,
-    Verdict,
-    estimate,
-    fingerprint,
-    judge_pairs,
-    score_responses,
-    summarise,
-)
+from genarm.judges.llm import Answer, Pair, Verdict, estimate, judge_pairs, score_responses, summarise
+from genarm.judges.parsing import VerdictTag
 from genarm.judges.protocol import load_protocol
+from genarm.provenance import digest
 from judge_server import Act, JudgeServer, Seen, completion, says
 
 KEY = "sk-test/0123456789+abcdef"
@@ -468,21 +462,18 @@ def test_the_estimate_is_what_is_then_asked(tmp_path: Path) -> None:
     assert (single.calls, single.completion_tokens) == (1, 256)
 
 
-def test_the_fingerprint_is_of_all_that_decides_a_verdict() -> None:
-    from dataclasses import replace
-
-    from genarm.judges.parsing import VerdictTag
-
-    one = fingerprint(pairs(), PAIRWISE, "m")
-    assert one == fingerprint(pairs(), replace(PAIRWISE, name="renamed", model="n"), "m")
-    others = [
-        fingerprint(pairs(3), PAIRWISE, "m"),
-        fingerprint(pairs()[::-1], PAIRWISE, "m"),
-        fingerprint(pairs(), PAIRWISE, "n"),
-        fingerprint(pairs(), replace(PAIRWISE, parser=VerdictTag(tie="[[T]]")), "m"),
-        fingerprint(pairs(), replace(PAIRWISE, sampling={"max_tokens": 9}), "m"),
+def test_the_record_of_a_protocol_is_of_all_that_decides_a_verdict() -> None:
+    one = digest(PAIRWISE.record)
+    assert one == digest(replace(PAIRWISE, name="renamed", model="n").record)
+    changes: list[dict[str, Any]] = [
+        {"parser": VerdictTag(tie="[[T]]")},
+        {"sampling": {"max_tokens": 9}},
+        {"template": f"{PAIRWISE.template} Well?"},
+        {"system": None},
+        {"template": f"{PAIRWISE.template} {{rubric}}", "rubric": "short"},
+        {"template": f"{PAIRWISE.template} {{rubric}}", "rubric": "long"},
     ]
-    assert len({one, *others}) == 6
+    assert len({one, *(digest(replace(PAIRWISE, **change).record) for change in changes)}) == 7
 
 
 # --- the key --------------------------------------------------------------------------------------------------------

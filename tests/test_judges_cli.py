@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from genarm.cli.main import build_parser, main
+from genarm.judges import protocol
 from genarm.judges.client import ClientSettings
 from genarm.judges.protocol import load_protocol, protocol_names
 from genarm.statistics import win_rate
@@ -304,6 +306,16 @@ def test_an_output_of_other_settings_is_left_alone(tmp_path: Path, capsys: Any) 
     first, second = answers(tmp_path)
     output, notes = tmp_path / "v.jsonl", tmp_path / "notes.txt"
     notes.write_text("one line")
+    hh = (Path(protocol.__file__).parent / "protocols" / "genarm-hh.toml").read_text()
+    warm = tmp_path / "warm.toml"
+    warm.write_text(re.sub(r"(?m)^temperature = .*$", "temperature = 0.5", hh))
+    renamed = tmp_path / "renamed.toml"
+    renamed.write_text(hh)
+    few = [write_answers(tmp_path / f"few-{side}.jsonl", texts) for side, texts in (("a", ["long"]), ("b", ["s"]))]
+    turned = [tmp_path / "turned-a.jsonl", tmp_path / "turned-b.jsonl"]
+    for path, source in zip(turned, (first, second), strict=True):
+        texts = [row["response"] for row in rows_of(source)]
+        write_answers(path, texts[::-1])
     with JudgeServer(grade) as server:
         assert main(command(server, first, second, output)) == 0
         written = output.read_bytes()
@@ -313,8 +325,16 @@ def test_an_output_of_other_settings_is_left_alone(tmp_path: Path, capsys: Any) 
             (command(server, second, first, output), f"answers of first ({second}) has changed"),
             (command(server, first, second, first), "no a.jsonl.settings.json beside it"),
             (command(server, first, second, notes), "no notes.txt.settings.json beside it"),
+            (command(server, *few, output), f"answers of first ({few[0]}) has changed"),
+            (command(server, *turned, output), f"answers of first ({turned[0]}) has changed"),
+            (
+                command(server, first, second, output, "--protocol", str(warm)),
+                "temperature of sampling of protocol was",
+            ),
         ):
             assert problem in refused(capsys, others)
+        assert output.read_bytes() == written
+        assert main(command(server, first, second, output, "--protocol", str(renamed))) == 0
         assert len(server.seen) == 24
     assert output.read_bytes() == written
     assert notes.read_text() == "one line"
