@@ -392,12 +392,12 @@ def test_claims_are_read(tmp_path: Path):
 @pytest.mark.parametrize(
     ("claim", "message"),
     [
-        ({"what": "better"}, "must be one of above, level, front, cheaper, gap"),
+        ({"what": "better"}, "claims.0.what is 'better'; it must be 'above', 'level', 'front', 'cheaper' or 'gap'"),
         ({"what": "above"}, "needs a judge"),
         ({"what": "cheaper", "judge": "truth"}, "has a judge"),
         ({"what": "level", "judge": "truth"}, "needs a margin above 0"),
-        ({"what": "level", "judge": "truth", "margin": -1}, "it must be a number of 0 or more"),
-        ({"what": "level", "judge": "truth", "margin": "little"}, "it must be a number of 0 or more"),
+        ({"what": "level", "judge": "truth", "margin": -1}, "margin is -1; it must be greater than or equal to 0"),
+        ({"what": "level", "judge": "truth", "margin": "little"}, "margin is 'little'; it must be a number"),
         ({"what": "above", "judge": "truth", "margin": 0.1}, "has a margin; it does not go with it"),
         ({"what": "cheaper", "share": 0.1}, "has a share; it does not go with it"),
         ({"what": "gap", "judge": "truth"}, "needs a share above 0"),
