@@ -97,8 +97,10 @@ def test_tiny_recipes_smoke(path: Path, tmp_path: Path) -> None:
     for spec in recipe.methods:
         assert f">{html.escape(spec.name)}</" in report
     answers = {file.name: file.read_bytes() for file in (run / "answers").iterdir()}
-    assert len(answers) == len(recipe.methods)
-    for rows in answers.values():
+    replies = {name: rows for name, rows in answers.items() if name.endswith(".jsonl")}
+    assert len(replies) == len(recipe.methods)
+    assert set(answers) == set(replies) | {f"{name}.settings.json" for name in replies}
+    for rows in replies.values():
         assert [json.loads(line)["index"] for line in rows.splitlines()] == list(range(6))
     assert main(command) == 0
     assert {file.name: file.read_bytes() for file in (run / "answers").iterdir()} == answers
