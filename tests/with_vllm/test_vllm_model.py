@@ -13,6 +13,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm ins
 
 import torch
 from guided import TOLERANCE, Asked, agree, ask, engine, folder, inner_model, members, oracle
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
@@ -229,13 +231,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_loaded(places: Any, tm
 
 
 def test_an_adapter_that_does_not_fit_vllms_layers(places: Any, tmp_path: Path) -> None:
-    import shutil
-
     _, members_ = places["llama"]
-    adapter = tmp_path / "adapter"
-    shutil.copytree(members_["lora"], adapter)
-    record = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**record, "use_dora": True}))
-    compose(members_["base"], {"helpful": adapter}, tmp_path / "guided")
-    with pytest.raises(ValueError, match="use_dora"), engine(tmp_path / "guided"):
+    base = AutoModelForCausalLM.from_pretrained(members_["base"])
+    dora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True)
+    get_peft_model(base, dora).save_pretrained(tmp_path / "adapter")
+    compose(members_["base"], {"helpful": tmp_path / "adapter"}, tmp_path / "guided")
+    with pytest.raises(ValueError, match="DoRA, biases or embeddings"), engine(tmp_path / "guided"):
         pass

@@ -13,6 +13,13 @@ import torch
 from guided import SHAPES, Asked, ask, engine, folder, members, oracle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.platforms import current_platform
+
+current_platform.import_kernels()
+pytestmark = pytest.mark.skipif(
+    current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"),
+    reason="vLLM's CPU build multiplies 4-bit weights on processors with AVX-512 only",
+)
 
 GROUP = 32
 BF16 = 0.15  # vLLM's 4-bit kernel on CPU computes in bfloat16; the oracle does in float32
