@@ -217,8 +217,9 @@ def test_stop_strings_against_decoding_everything_again(kind: str, data: st.Data
         for token in specials:
             visible = visible.replace(token, "")
         for token in specials:  # one that the stop string begins within is not shown either
-            cut = next((n for n in range(len(token), 0, -1) if visible.endswith(token[:n])), 0)
-            visible = visible[: len(visible) - cut] if whole[:at].endswith(token[:cut]) and cut else visible
+            begins = (n for n in range(len(token), 0, -1) if whole.startswith(token, at - n))
+            cut = next((n for n in begins if n <= at and visible.endswith(token[:n])), 0)
+            visible = visible[: len(visible) - cut]
         visible, shown = visible.replace(" ", ""), shown.replace(" ", "")
         if visible and decoded(tokenizer, ids).startswith("##"):  # the end of a word stays one where no word is shown
             visible = "##" + visible.removeprefix("##")
