@@ -849,7 +849,7 @@ def test_a_failed_stream_fails_again_when_asked_again(
 def test_statistics_and_description(model: GuidedForCausalLM) -> None:
     with Engine(model, TOKENIZER, options(streams=3, speculate=2)) as engine:
         assert engine.describe().startswith("3 streams of 64 tokens; drafts from full")
-        assert "base, one: cpu, float32 in one forward" in engine.describe()
+        assert "base, one: cpu, float32, together in one forward" in engine.describe()
         engine.generate([greedy([7, 8])])
         statistics = engine.statistics()
         assert statistics.free_rows == (6, 3)

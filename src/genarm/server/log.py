@@ -67,6 +67,7 @@ class Unhurried(logging.Handler):
             if self._waiting + len(line) > self._most:
                 self._dropped += 1
                 return
+            line = self._left_out() + line
             self._waiting += len(line)
         self._lines.put(line)
 
@@ -85,9 +86,13 @@ class Unhurried(logging.Handler):
             _write_all(self._descriptor, line)
             with self._count:
                 self._waiting -= len(line)
-                dropped, self._dropped = self._dropped, 0
-            if dropped:
-                _write_all(self._descriptor, f"… {dropped} lines of the log were left out: nobody read it\n".encode())
+                notice = b"" if self._waiting else self._left_out()
+            _write_all(self._descriptor, notice)
+
+    def _left_out(self) -> bytes:
+        # Said where the lines are missing: before the next one that is taken, or when all that was taken is written.
+        dropped, self._dropped = self._dropped, 0
+        return f"… {dropped} lines of the log were left out: nobody read it\n".encode() if dropped else b""
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
