@@ -419,12 +419,30 @@ def test_compose_refuses(members: dict[str, Path], tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
 
 
-def test_templates_that_differ_are_reported(members: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reward", ["full", "on-base-1", "on-small-1"])
+def test_rewards_that_learned_on_other_prompts_are_named(reward: str, members: dict[str, Path], tmp_path: Path) -> None:
+    def notes(output: str) -> str:
+        return "\n".join(compose(members["base"], {"r": members[reward]}, tmp_path / output).notes)
+
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(members["full"])
-    report = compose(members["base"], {"r": members["full"]}, tmp_path / "guided")
-    assert any("another chat template" in note for note in report.notes)
+    template = "{{ messages[0]['content'] }}{{ enable_thinking }}"
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(members["base"])
+    for model in ("full", "small"):
+        tokenizer.save_pretrained(members[model])
+    settings = members[reward] / "train_config.toml"
+    assert notes("same") == ""
+    settings.write_text("raw = false\nlora_rank = 8\n")
+    assert notes("trained the same way") == ""
+    settings.write_text('template_arg = ["enable_thinking=false", "depth=2"]\n')
+    assert "--template-arg enable_thinking=false; give that" in notes("first argument")
+    assert "--template-arg depth=2; give that" in notes("second argument")
+    settings.write_text("raw = true\n")
+    assert "trained on text without a chat template" in notes("raw")
+    settings.unlink()
+    tokenizer.chat_template = template + " "
+    tokenizer.save_pretrained(members[reward])
+    assert "another chat template" in notes("template")
 
 
 def test_a_folder_that_lost_a_member(members: dict[str, Path], tmp_path: Path) -> None:

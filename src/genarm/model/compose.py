@@ -6,14 +6,16 @@ belong to another model, vocabularies that really differ.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from genarm.errors import ConfigError, MemberError
 from genarm.files import check_new_folder, new_folder, no_folder
@@ -36,6 +38,8 @@ from genarm.prompts import end_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRAIN_SETTINGS = "train_config.toml"
+"""What `genarm train` leaves in an ARM's folder: the settings of the training."""
 _NEVER_COPIED = shutil.ignore_patterns("checkpoints", "*.bin", "*.pt", "*.pth", "*.pkl", ".git", ".cache")
 
 
@@ -123,14 +127,18 @@ def compose(
     if present:  # a folder's own tokenizer and settings are what its users know
         own = load_tokenizer(str(given.model), None, hub, given.revision)
         base_described = replace(base_described, tokenizer=own or base_described.tokenizer)
-    described = [_describe(spec.member, hub, name=spec.name) for spec in specs if spec.member.model is not None]
-    notes = _compare(base_described, [base_described, *described])
-    config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described)])
+    described = {
+        spec.name: _describe(spec.member, hub, name=spec.name) for spec in specs if spec.member.model is not None
+    }
+    notes = _compare(base_described, described.values())
+    for spec in specs:
+        notes += _reads_otherwise(spec, base_described, described.get(spec.name, base_described), hub)
+    config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described.values())])
     with new_folder(Path(output)) as folder:
         if bundle:
             config = _bundled(base_spec, specs, config, folder, hub)
         _write(folder, config, given, base_described, hub)
-    return ComposeReport(folder=Path(output), config=config, notes=notes)
+    return ComposeReport(folder=Path(output), config=config, notes=tuple(notes))
 
 
 def _check_names(rewards: Collection[str], *others: Mapping[str, Any] | None) -> None:
@@ -216,10 +224,10 @@ def _describe(spec: MemberSpec, hub: HubOptions, *, name: str) -> _Described:
     return _Described(vocabulary=read_vocabulary(tokenizer, size=size, label=label), tokenizer=tokenizer, config=config)
 
 
-def _compare(base: _Described, members: list[_Described]) -> tuple[str, ...]:
+def _compare(base: _Described, members: Iterable[_Described]) -> list[str]:
     """Align every reward's vocabulary with the base's (raises VocabularyError); what to tell the user."""
     notes: list[str] = []
-    for member in members[1:]:
+    for member in members:
         label = member.vocabulary.label
         tokens = unknown_tokens(align(base.vocabulary, member.vocabulary), base.vocabulary)
         if tokens:
@@ -228,10 +236,45 @@ def _compare(base: _Described, members: list[_Described]) -> tuple[str, ...]:
                 f"{label} does not know {len(tokens)} of the base's special tokens ({shown}): they are never produced "
                 "while its weight is not 0"
             )
-        templates = [getattr(m.tokenizer, "chat_template", None) for m in (base, member)]
-        if templates[0] != templates[1]:
-            notes.append(f"{label} has another chat template than the base; the base's is used for every member")
-    return tuple(notes)
+    return notes
+
+
+def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub: HubOptions) -> list[str]:
+    """In what a reward has learned on other prompts than the base's chat template makes, as far as its files say it.
+
+    `host` is the model that the reward is, or is an adapter on.
+    """
+    member = reward.member
+    tokenizer = host.tokenizer
+    where, revision = str(member.model), member.revision
+    if member.adapter is not None:
+        where, revision = member.adapter, member.adapter_revision
+        with contextlib.suppress(MemberError):  # most adapters bring no tokenizer, so they have their model's
+            tokenizer = load_tokenizer(where, None, hub, revision) or tokenizer
+    label, notes = f"{reward.name} ({where})", []
+    templates = [getattr(t, "chat_template", None) for t in (base.tokenizer, tokenizer)]
+    if templates[0] != templates[1]:
+        notes.append(f"{label} has another chat template than the base; the base's is used for every member")
+    settings = tomllib.loads(_file_of(where, TRAIN_SETTINGS, revision, hub) or "")
+    if settings.get("raw") and templates[0] is not None:
+        notes.append(f"{label} was trained on text without a chat template, so conversations are new to it")
+    return notes + [
+        f"{label} was trained with --template-arg {argument}; give that to generate, chat and serve as well, or it "
+        "reads other prompts than it has learned"
+        for argument in settings.get("template_arg") or ()
+    ]
+
+
+def _file_of(where: str, name: str, revision: str | None, hub: HubOptions) -> str | None:
+    """The text of a file of a model or an adapter, here or on the hub; None where there is no such file."""
+    path = Path(where) / name
+    if not Path(where).is_dir():
+        options = {key: value for key, value in hub.common().items() if value is not None}
+        try:
+            path = Path(hf_hub_download(where, name, revision=revision, **options))
+        except (OSError, ValueError):
+            return None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _bundled(

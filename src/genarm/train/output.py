@@ -18,10 +18,10 @@ from typing import Any
 
 from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
+from genarm.model.compose import TRAIN_SETTINGS
 from genarm.provenance import Record, check, note
 from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
 
-SETTINGS = "train_config.toml"
 INPUTS = "inputs.json"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
@@ -58,7 +58,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; choose another --output")
-        has_run = (self.path / SETTINGS).is_file()
+        has_run = (self.path / TRAIN_SETTINGS).is_file()
         if has_run and not resume:
             state = "a finished" if self.metrics() is not None else "an unfinished"
             raise ConfigError(
@@ -73,7 +73,7 @@ class RunFolder:
         Raises:
             ConfigError: names every setting that differs from the saved one.
         """
-        file = self.path / SETTINGS
+        file = self.path / TRAIN_SETTINGS
         if not file.is_file():
             return
         differences = training_differences(make_config({}, file), config)
@@ -95,7 +95,7 @@ class RunFolder:
 
     def begin(self, config: TrainConfig, record: Record) -> None:
         """Mark the folder as that of a run with these settings, made from what `record` says."""
-        write_text(self.path / SETTINGS, to_toml(config))
+        write_text(self.path / TRAIN_SETTINGS, to_toml(config))
         note(self.path / INPUTS, record)
 
     def metrics(self) -> dict[str, float] | None:
