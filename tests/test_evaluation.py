@@ -7,12 +7,10 @@ import html
 import json
 import re
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +19,11 @@ from genarm.demo.world import overall
 from genarm.errors import DataError
 from genarm.evaluation.answers import answering, read_answers
 from genarm.evaluation.plan import forwards_per_reply
-from genarm.evaluation.recipe import Recipe, slug
+from genarm.evaluation.recipe import slug
 from genarm.evaluation.recipe_file import load_recipe, scales
 from genarm.evaluation.run import RunOptions, evaluate
 from genarm.evaluation.world import WorldSettings, make_world
+from shrunk import BASE, shrunk
 
 pytest.importorskip("trl")
 
@@ -32,26 +31,6 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 EXPERIMENTS = [FOLDER / f"{name}.toml" for name in ("hh-rlhf", "weak-to-strong", "pku-pareto")]
 SCALES = [(path, scale) for path in sorted(FOLDER.glob("*.toml")) for scale in scales(path)]
 QUIET = Console(quiet=True)
-
-BASE = {"replies": 400, "hidden": 32, "heads": 2, "batch_size": 16}
-
-
-def shrunk(path: Path, target: Path, **changes: Any) -> Recipe:
-    """The recipe's tiny scale at `target`, with everything in it but less of it."""
-    content = tomllib.loads(path.read_text())
-    tiny = content["tiny"]
-    tiny["world"] = {**tiny["world"], "pairs": 60, "base": BASE}
-    if "strong" in tiny["world"]:
-        tiny["world"]["strong"] = {**BASE, "hidden": 64}
-    tiny["prompts"]["count"] = 6
-    tiny["sampling"] |= {"max_new_tokens": 12, "batch_size": 4}
-    tiny["training"] |= {"batch_size": 8, "lora_rank": 2}
-    for spec in tiny["train"]:
-        spec["max_steps"] = 2
-        if spec["kind"] == "rlhf":
-            spec["max_response_tokens"] = 8
-    target.write_text(tomli_w.dumps({**content, "tiny": {**tiny, **changes}}))
-    return load_recipe(target, "tiny")
 
 
 def options(output: Path) -> RunOptions:

@@ -1,0 +1,32 @@
+"""A recipe's tiny scale, smaller still: everything in it, but less of it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from genarm.evaluation.recipe import Recipe
+from genarm.evaluation.recipe_file import load_recipe
+
+BASE = {"replies": 400, "hidden": 32, "heads": 2, "batch_size": 16}
+
+
+def shrunk(path: Path, target: Path, **changes: Any) -> Recipe:
+    """The recipe's tiny scale at `target`, with everything in it but less of it."""
+    content = tomllib.loads(path.read_text())
+    tiny = content["tiny"]
+    tiny["world"] = {**tiny["world"], "pairs": 60, "base": BASE}
+    if "strong" in tiny["world"]:
+        tiny["world"]["strong"] = {**BASE, "hidden": 64}
+    tiny["prompts"]["count"] = 6
+    tiny["sampling"] |= {"max_new_tokens": 12, "batch_size": 4}
+    tiny["training"] |= {"batch_size": 8, "lora_rank": 2}
+    for spec in tiny["train"]:
+        spec["max_steps"] = 2
+        if spec["kind"] == "rlhf":
+            spec["max_response_tokens"] = 8
+    target.write_text(tomli_w.dumps({**content, "tiny": {**tiny, **changes}}))
+    return load_recipe(target, "tiny")
