@@ -33,7 +33,7 @@ from genarm.model.compose import compose
 from genarm.prompts import encode_pair
 from genarm.statistics import proportion
 from genarm.train.config import TrainConfig
-from genarm.train.run import train_arm
+from genarm.train.run import train
 from test_train import write_toy
 from tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -190,7 +190,7 @@ def test_order_of_the_pairs_changes_no_score(root: Path, tmp_path: Path) -> None
 
 def test_accuracy_is_what_training_reports(tmp_path: Path) -> None:
     settings = write_toy(tmp_path, n=48)
-    trained = train_arm(TrainConfig(**{**settings, "lora": True, "learning_rate": 1e-2}), console=Console(quiet=True))
+    trained = train(TrainConfig(**{**settings, "lora": True, "learning_rate": 1e-2}), console=Console(quiet=True))
     limits = {"max_prompt_tokens": 16, "max_response_tokens": 16}
     (measured,) = run(tmp_path, "arm", data=settings["eval_data"], **limits).measured
     for suffix, found in {

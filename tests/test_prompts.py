@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from genarm.accuracy.pairs import Limits, encode, read_pairs
 from genarm.accuracy.report import command
 from genarm.accuracy.settings import AccuracySettings
+from genarm.baselines.prompts import load_prompts
 from genarm.detokenizer import token_texts
 from genarm.errors import ConfigError, ConversationError, DataError
 from genarm.evaluation.prompts import read_questions
@@ -28,7 +29,7 @@ from genarm.prompts import (
     read_template_args,
 )
 from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
-from genarm.train.data import load_pairs, load_prompts
+from genarm.train.data import load_pairs
 from tiny import SHARED, save_member, tiny_model, tiny_tokenizer
 
 

@@ -23,7 +23,7 @@ from genarm.errors import DataError
 from genarm.model.compose import compose
 from genarm.provenance import AT, claim, code_record, difference, digest, file_content, model_record
 from genarm.train.config import TrainConfig
-from genarm.train.run import train_arm
+from genarm.train.run import train
 from judge_server import JudgeServer, says
 from test_train import write_toy
 from tiny import save_member, tiny_lora, tiny_model
@@ -260,11 +260,11 @@ def test_eval_knows_its_inputs(models: Path, here: Path, capsys: Any) -> None:
 def test_resumed_training_knows_its_inputs(tmp_path: Path) -> None:
     settings = {**write_toy(tmp_path, n=16), "max_steps": 1, "lora": True}
     config = TrainConfig(**settings)
-    train_arm(config, console=Console(quiet=True))
+    train(config, console=Console(quiet=True))
 
     def resume() -> str:
         console = Console(file=io.StringIO(), width=300)
-        train_arm(config, resume=True, console=console)
+        train(config, resume=True, console=console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     for file, edit, message in (

@@ -20,7 +20,7 @@ from genarm.data.tokens import TokenPair, tokenize
 from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraError
 from genarm.train.collator import PairCollator
 from genarm.train.config import TrainConfig, make_config, to_toml
-from genarm.train.run import TrainResult, train_arm
+from genarm.train.run import TrainResult, train
 from genarm.train.trainer import ArmTrainer, pair_metrics
 from tiny import save_member, tiny_model, tiny_tokenizer
 
@@ -64,7 +64,7 @@ def write_toy(folder: Path, *, family: str = "llama", n: int = 96, spread: float
 
 
 def run(settings: dict[str, Any], **changes: Any) -> TrainResult:
-    return train_arm(TrainConfig(**{**settings, **changes}), console=Console(quiet=True))
+    return train(TrainConfig(**{**settings, **changes}), console=Console(quiet=True))
 
 
 @pytest.mark.parametrize(("family", "lora"), [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True)])
@@ -322,7 +322,7 @@ def test_prompts_trained_on_and_held_out_are_pointed_out(tmp_path: Path) -> None
     for data, expected in ((settings["data"], True), (None, False)):
         console = Console(file=io.StringIO(), width=200)
         output = tmp_path / f"out-{expected}"
-        train_arm(TrainConfig(**{**settings, "eval_data": data, "output": output, "max_steps": 1}), console=console)
+        train(TrainConfig(**{**settings, "eval_data": data, "output": output, "max_steps": 1}), console=console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert ("16 held-out pairs have a prompt that is trained on too" in text) == expected
         assert ("note:" in text) == expected
@@ -330,7 +330,7 @@ def test_prompts_trained_on_and_held_out_are_pointed_out(tmp_path: Path) -> None
 
 def test_printed_summary(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
-    train_arm(TrainConfig(**write_toy(tmp_path, n=16)), console=console)
+    train(TrainConfig(**write_toy(tmp_path, n=16)), console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("pairs kept", "all weights", "held-out loss", "held-out accuracy, chosen longer:", "wrote"):
         assert part in text
@@ -396,5 +396,5 @@ def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         MemberError, match=r"the reward of a pair is .* nats off beside a longer one; train with --batch"
     ):
-        train_arm(make_config({**settings, "max_steps": 1}))
-    train_arm(make_config({**settings, "max_steps": 1, "batch_size": 1}))
+        train(make_config({**settings, "max_steps": 1}))
+    train(make_config({**settings, "max_steps": 1, "batch_size": 1}))

@@ -12,12 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from genarm.baselines.run import train
 from genarm.cli.main import main
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, MissingExtraError, VocabularyError
 from genarm.prompts import encode_pair
+from genarm.train import run as arm
 from genarm.train.config import TrainConfig, make_config
 from genarm.train.kinds import parse_rewards
-from genarm.train.run import TrainResult, train, train_arm
+from genarm.train.run import TrainResult
 from test_train import GOOD, toy_preferences, write_toy
 from tiny import save_member, tiny_model, tiny_tokenizer
 
@@ -189,7 +191,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reward_of_the_tests(reward: Path) -> None:
-    from genarm.train.rewards import load_rewards
+    from genarm.baselines.rewards import load_rewards
 
     tokenizer = tiny_tokenizer()
     (found,) = load_rewards(f"good={reward}:2", tokenizer)
@@ -284,7 +286,7 @@ def test_stopped_and_resumed(kind: str, reward: Path, tmp_path: Path, monkeypatc
     settings |= {"rewards": f"good={reward}"} if kind == "rlhf" else {}
     whole = run(settings)
 
-    from genarm.train.baseline import Baseline
+    from genarm.baselines.trainers import Baseline
 
     step, calls = Baseline.training_step, 0
 
@@ -373,12 +375,12 @@ def test_defaults_depend_on_the_kind() -> None:
     assert [c.resolved_beta for c in kinds] == [0.05, 0.1, 0.05, 0.3]
     assert [c.resolved_lora_dropout for c in kinds] == [0.05, 0.0, 0.0, 0.0]
     assert [config(lora=True).resolved_learning_rate, config(**rlhf).resolved_learning_rate] == [5e-4, 1e-6]
-    with pytest.raises(ConfigError, match="train_arm trains ARMs"):
-        train_arm(kinds[1])
+    with pytest.raises(ConfigError, match="this trains ARMs"):
+        arm.train(kinds[1])
 
 
 def test_trl_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm.train.baseline.find_spec", lambda name: None)
+    monkeypatch.setattr("genarm.baselines.trainers.find_spec", lambda name: None)
     settings = {**write_toy(tmp_path, n=8)}
     with pytest.raises(MissingExtraError, match=r"trl is not installed; .* 'genarm\[baselines\]'"):
         run(settings, kind="dpo")

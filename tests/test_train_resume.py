@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from genarm.errors import ConfigError
 from genarm.train.config import TrainConfig, to_toml
 from genarm.train.output import RunFolder
-from genarm.train.run import train_arm
+from genarm.train.run import train
 from test_train import run, write_toy
 
 # 24 pairs in batches of 4: 6 steps per epoch, 12 in all, a checkpoint after every 3.
@@ -30,7 +30,7 @@ KILLER = """
 import importlib, os, signal, sys
 from pathlib import Path
 from genarm.train.config import make_config
-from genarm.train.run import train_arm
+from genarm.train.run import train
 
 config, module, owner, name, n = sys.argv[1:]
 holder = getattr(importlib.import_module(module), owner)
@@ -44,7 +44,7 @@ def dying(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(holder, name, dying)
-train_arm(make_config({}, Path(config)))
+train(make_config({}, Path(config)))
 """
 
 
@@ -85,9 +85,9 @@ def test_killed_and_resumed(
     config = _killed(unbroken, tmp_path / "arm", *call)
     assert not (config.output / "metrics.json").exists()
     with pytest.raises(ConfigError, match="holds an unfinished run; continue it with --resume"):
-        train_arm(config)
+        train(config)
     console = Console(file=io.StringIO(), width=200)
-    result = train_arm(config, resume=True, console=console)
+    result = train(config, resume=True, console=console)
     assert result.resumed_from == resumed_from
     expected = f"resuming from step {resumed_from}" if resumed_from else "starting from the beginning"
     assert expected in console.file.getvalue()  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def test_early_stopping_survives_a_kill(tmp_path: Path) -> None:
         "stopped": ("genarm.train.output", "RunFolder", "publish", 1),
     }.items():
         config = _killed(settings, tmp_path / name, *call)
-        result = train_arm(config, resume=True, console=Console(quiet=True))
+        result = train(config, resume=True, console=Console(quiet=True))
         assert result.steps == whole.steps
         assert result.metrics["weights_of_step"] == whole.metrics["weights_of_step"]
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (whole.output, result.output))
@@ -126,7 +126,7 @@ def test_finished_run_is_left_alone(unbroken: dict[str, Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken["output"].rglob("*")}
     with pytest.raises(ConfigError, match="holds a finished run; continue it with --resume, choose another --output"):
         run(unbroken)
-    result = train_arm(TrainConfig(**unbroken), resume=True, console=Console(quiet=True))
+    result = train(TrainConfig(**unbroken), resume=True, console=Console(quiet=True))
     assert result.steps == 12
     assert result.metrics["eval_pairs"] == 60
     assert {path: path.stat().st_mtime_ns for path in unbroken["output"].rglob("*")} == before
@@ -135,14 +135,14 @@ def test_finished_run_is_left_alone(unbroken: dict[str, Any]) -> None:
 def test_other_settings_are_refused_by_name(unbroken: dict[str, Any]) -> None:
     config = TrainConfig(**{**unbroken, "beta": 0.5, "seed": 1, "report_to": "none"})
     with pytest.raises(ConfigError, match=r"--beta was 0\.05, is 0\.5; --seed was 0, is 1"):
-        train_arm(config, resume=True, console=Console(quiet=True))
+        train(config, resume=True, console=Console(quiet=True))
 
 
 def test_foreign_folders_are_refused(unbroken: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     for resume in (False, True):
         with pytest.raises(ConfigError, match="is not empty and holds no training run"):
-            train_arm(TrainConfig(**{**unbroken, "output": tmp_path}), resume=resume)
+            train(TrainConfig(**{**unbroken, "output": tmp_path}), resume=resume)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from genarm.baselines.trainers import sequence_log_probs
 from genarm.errors import MemberError, UnsupportedError
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.config import GuidedConfig, MemberSpec
@@ -24,7 +25,6 @@ from genarm.model.loading import HubOptions, add_adapters, load_model, load_toke
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.opening import ModelFiles, find_device, open_files
 from genarm.prompts import end_ids
-from genarm.train.baseline import sequence_log_probs
 from genarm.trajectory import TrajectoryReward
 
 if TYPE_CHECKING:

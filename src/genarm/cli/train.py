@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
-        from genarm.train.run import train
+        from genarm.baselines.run import train
 
         train(config, resume=given.get("resume", False))
     return 0

@@ -28,7 +28,7 @@ from genarm.files import check_output, write_text
 from genarm.machine import one_thread
 from genarm.model.compose import compose
 from genarm.train.config import TrainConfig
-from genarm.train.run import TrainResult, train_arm
+from genarm.train.run import TrainResult, train
 
 HELPFUL: Weights = (2.0, 0.0)
 BALANCED: Weights = (1.2, 0.8)
@@ -196,7 +196,7 @@ def _train_reward(folder: Path, objective: str, settings: DemoSettings, console:
         seed=settings.seed,
     )
     console.print(f"[bold]{objective}[/bold]: {DESCRIPTIONS[objective]}", highlight=False)
-    return train_arm(config, console=console)
+    return train(config, console=console)
 
 
 def _compose(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

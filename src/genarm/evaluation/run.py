@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from genarm.baselines.run import train
 from genarm.evaluation.answers import Answers, answering, read_answers
 from genarm.evaluation.build import Models, base_reference, build, kl_bound
 from genarm.evaluation.comparing import announce
@@ -50,7 +51,6 @@ from genarm.sampling import Sampling
 from genarm.terminal import Bar
 from genarm.train.config import make_config
 from genarm.train.output import METRICS
-from genarm.train.run import train
 
 RECIPE = "recipe.json"
 

@@ -19,7 +19,8 @@ from genarm.errors import ConfigError
 if TYPE_CHECKING:
     from genarm.train.config import TrainConfig
 
-KINDS = ("arm", "trajectory", "dpo", "rlhf")
+ARM = "arm"
+KINDS = (ARM, "trajectory", "dpo", "rlhf")
 
 BETAS = {"arm": 0.05, "dpo": 0.1, "rlhf": 0.05}
 GENERATIONS = 4

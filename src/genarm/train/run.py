@@ -1,4 +1,4 @@
-"""`train`: one training run from settings to a finished folder, whatever the kind.
+"""`train`: one training run of an ARM from settings to a finished folder; `run_training` does it for any kind.
 
 In order: look at the output folder, fill in the settings, read and tokenise the data, load the model, train,
 evaluate, write the result. Nothing is written before everything that can be refused has been.
@@ -7,7 +7,7 @@ evaluate, write the result. Nothing is written before everything that can be ref
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,9 @@ from genarm.files import check_output
 from genarm.provenance import AT, Record, content_of, model_record
 from genarm.terminal import PlainConsole
 from genarm.train.arguments import training_options
-from genarm.train.baseline import require_trl
 from genarm.train.config import TrainConfig
-from genarm.train.data import TrainData, load_pairs, load_prompts
-from genarm.train.kinds import parse_rewards
+from genarm.train.data import TrainData, load_pairs
+from genarm.train.kinds import ARM, parse_rewards
 from genarm.train.loading import load_model, load_tokenizer, resolve
 from genarm.train.output import Checkpoint, RunFolder
 from genarm.train.progress import ProgressDisplay
@@ -68,29 +67,49 @@ class TrainResult:
     resumed_from: int | None = None
 
 
-def train_arm(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train an autoregressive reward model; see `train`, which this is for `kind="arm"`.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What differs between kinds of training.
 
-    Raises:
-        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+    Attributes:
+        load: reads and tokenises what is trained on and held out.
+        make_trainer: the trainer, given settings, tokenizer, data, arguments of `TrainingArguments`, and callbacks;
+            it may give the tokenizer a padding token.
+        save: writes the trained weights into a folder; called in every process.
     """
-    if config.kind != "arm":
-        raise ConfigError(f"train_arm trains ARMs, and the settings say --kind {config.kind}; call train instead")
-    return train(config, resume=resume, console=console)
+
+    load: Callable[[TrainConfig, PreTrainedTokenizerBase], TrainData[Any]]
+    make_trainer: Callable[
+        [TrainConfig, PreTrainedTokenizerBase, TrainData[Any], dict[str, Any], list[TrainerCallback]], Trainer
+    ]
+    save: Callable[[Trainer, Path], None] = save_whole
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train what `config` says, a reward model or a policy, and write it to `config.output`.
+    """Train an autoregressive reward model and write it to `config.output`.
 
     With `resume`, continue from the newest complete checkpoint there; the result has the same weights as that of a
     run that was never interrupted. A finished run is returned as it is.
 
     Raises:
         GenarmError: any setting, data or model that does not serve; a loss that is not finite.
-        MissingExtraError: a baseline without trl.
+        ConfigError: settings of another kind of training, which is `genarm.baselines.run.train`'s.
     """
-    if config.kind != "arm":
-        require_trl()
+    if config.kind != ARM:
+        raise ConfigError(
+            f"this trains ARMs, and the settings say --kind {config.kind}; call genarm.baselines.run.train instead"
+        )
+    return run_training(config, Kind(load=load_pairs, make_trainer=_arm_trainer), resume=resume, console=console)
+
+
+def run_training(
+    config: TrainConfig, kind: Kind, *, resume: bool = False, console: Console | None = None
+) -> TrainResult:
+    """Train what `config` says in the way of its `kind`; see `train`.
+
+    Raises:
+        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+    """
     check_launch(config)
     process = _join_processes()
     check_joined(process)
@@ -102,7 +121,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     config = resolve(config)
     folder.check_settings(config)
     tokenizer = load_tokenizer(config)
-    data = load_prompts(config, tokenizer) if config.kind == "rlhf" else load_pairs(config, tokenizer)
+    data = kind.load(config, tokenizer)
     inputs = _inputs(config, data)
     folder.check_inputs(inputs)
     finished = folder.metrics()
@@ -120,7 +139,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if data.leaked:
         console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
-    trainer = _make_trainer(config, tokenizer, data, folder, console, resuming=checkpoint is not None)
+    trainer = _make_trainer(config, kind, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
 
     if isinstance(trainer, ArmTrainer):
@@ -144,7 +163,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         metrics=metrics,
         log=trainer.state.log_history,
     )
-    _write_result(trainer, tokenizer, folder, report)
+    _write_result(trainer, kind, tokenizer, folder, report)
     _print_result(console, folder.path, metrics)
     return TrainResult(
         output=folder.path,
@@ -195,6 +214,7 @@ def _leak_note(config: TrainConfig, leaked: int) -> str:
 
 def _make_trainer(
     config: TrainConfig,
+    kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     data: TrainData[Any],
     folder: RunFolder,
@@ -207,33 +227,19 @@ def _make_trainer(
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
     set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
-    trainer = _trainer_of_kind(config, tokenizer, data, options, callbacks)
+    trainer = kind.make_trainer(config, tokenizer, data, options, callbacks)
     trainer.remove_callback(PrinterCallback)
     sum_in_float32(trainer)
     return trainer
 
 
-def _trainer_of_kind(
+def _arm_trainer(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     data: TrainData[Any],
     options: dict[str, Any],
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The modules of the baselines import trl, so each is imported where it is asked for."""
-    match config.kind:
-        case "trajectory":
-            from genarm.train import trajectory
-
-            return trajectory.make_trainer(config, tokenizer, data, options, callbacks)
-        case "dpo":
-            from genarm.train import dpo
-
-            return dpo.make_trainer(config, tokenizer, data, options, callbacks)
-        case "rlhf":
-            from genarm.train import rlhf
-
-            return rlhf.make_trainer(config, tokenizer, data, options, callbacks)
     arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
     return ArmTrainer(
         load_model(config, tokenizer),
@@ -294,18 +300,15 @@ def _final_metrics(state: TrainerState, seconds: float, *, best: bool) -> dict[s
     return metrics
 
 
-def _write_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport) -> None:
+def _write_result(
+    trainer: Trainer, kind: Kind, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport
+) -> None:
     """Gather the weights from the processes, and write them with all that is said about them."""
     process = PartialState()
     if process.is_main_process:
         folder.stage()
     process.wait_for_everyone()
-    if report.config.kind == "trajectory" and report.config.lora:
-        from genarm.train.trajectory import save_merged
-
-        save_merged(trainer, folder.staging)
-    else:
-        save_whole(trainer, folder.staging)
+    kind.save(trainer, folder.staging)
     process.wait_for_everyone()
     if process.is_main_process:
         staging = folder.staging
@@ -333,3 +336,6 @@ def _print_result(console: Console, path: Path, metrics: Mapping[str, float]) ->
     if "eval_reward" in metrics:
         console.print(f"held-out {reward_text(metrics)}", highlight=False, markup=False)
     console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+train_arm = train

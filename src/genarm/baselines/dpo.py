@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from genarm.data.tokens import TokenPair
-from genarm.train.baseline import (
+from genarm.baselines.trainers import (
     PairBaseline,
     TranslatedLog,
     float32_adapter,
@@ -29,6 +28,7 @@ from genarm.train.baseline import (
     reference_options,
     sequence_log_probs,
 )
+from genarm.data.tokens import TokenPair
 from genarm.train.config import TrainConfig
 from genarm.train.data import TrainData
 from genarm.train.loading import adapter_config, load_weights

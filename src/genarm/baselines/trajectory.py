@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from genarm.baselines.trainers import PairBaseline, TranslatedLog, make, pair_metrics_of
 from genarm.data.tokens import TokenPair
-from genarm.train.baseline import PairBaseline, TranslatedLog, make, pair_metrics_of
 from genarm.train.config import TrainConfig
 from genarm.train.data import TrainData
 from genarm.train.loading import add_adapter, load_weights

@@ -28,10 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from genarm.errors import ConfigError
-from genarm.sampling import Reply, Sampling, derive_seed, sample_replies
-from genarm.statistics import mean
-from genarm.train.baseline import (
+from genarm.baselines.rewards import Reward, load_rewards
+from genarm.baselines.trainers import (
     Baseline,
     TranslatedLog,
     float32_adapter,
@@ -40,10 +38,12 @@ from genarm.train.baseline import (
     reference_options,
     sequence_log_probs,
 )
+from genarm.errors import ConfigError
+from genarm.sampling import Reply, Sampling, derive_seed, sample_replies
+from genarm.statistics import mean
 from genarm.train.config import TrainConfig
 from genarm.train.data import Ids, TrainData
 from genarm.train.loading import adapter_config, load_weights
-from genarm.train.rewards import Reward, load_rewards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Training of what an ARM is compared with, by trl."""
