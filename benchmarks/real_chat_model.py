@@ -27,8 +27,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from genarm.engine import Engine, EngineOptions, Request
-from genarm.prompts import encode_pair
 from genarm.sampling import Sampling
+from genarm.text.prompts import encode_pair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = {"helpful": ("hh-helpful", 224), "safer": ("pku-safer", 144)}

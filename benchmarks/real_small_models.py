@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from genarm import TrainConfig, compose, train_arm
-from genarm.prompts import encode_prompt
+from genarm import TrainConfig, compose, train
+from genarm.text.prompts import encode_prompt
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared"
@@ -51,7 +51,7 @@ def train_all(output: Path) -> dict[str, dict[str, float]]:
             max_prompt_tokens=192,
             max_response_tokens=192,
         )
-        metrics[name] = train_arm(config, resume=config.output.exists()).metrics
+        metrics[name] = train(config, resume=config.output.exists()).metrics
     return metrics
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from genarm.bench import figures
-from genarm.bench.shapes import SHAPES
-from genarm.bench.vllm_models import write_entries
+from genarm.lab.bench import figures
+from genarm.lab.bench.shapes import SHAPES
+from genarm.lab.bench.vllm_models import write_entries
 
 SHAPES_200M = SHAPES["200m"]
 ROWS = (1, 2, 3, 4, 6, 8, 16, 32)

@@ -238,7 +238,7 @@ def comparison(place: Path) -> dict[str, Any]:
     """A whole comparison: worlds, trainings of every kind, methods, judges, figures."""
     from rich.console import Console
 
-    from genarm.evaluation.run import RunOptions, evaluate
+    from genarm.lab.evaluation.run import RunOptions, evaluate
     from shrunk import shrunk
 
     recipe = shrunk(ROOT / "recipes" / "pku-pareto.toml", place / "recipe.toml")

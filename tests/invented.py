@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from genarm.evaluation.recipe import Claim, Gap, JudgeSpec, MethodSpec, PromptSpec, Recipe, SamplingSpec
-from genarm.evaluation.results import Cost, Measured, Results, Trained, Verdicts
+from genarm.lab.evaluation.recipe import Claim, Gap, JudgeSpec, MethodSpec, PromptSpec, Recipe, SamplingSpec
+from genarm.lab.evaluation.results import Cost, Measured, Results, Trained, Verdicts
 
 BATCH = 100
 

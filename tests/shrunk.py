@@ -8,8 +8,8 @@ from typing import Any
 
 import tomli_w
 
-from genarm.evaluation.recipe import Recipe
-from genarm.evaluation.recipe_file import load_recipe
+from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.evaluation.recipe_file import load_recipe
 
 BASE = {"replies": 400, "hidden": 32, "heads": 2, "batch_size": 16}
 

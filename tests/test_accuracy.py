@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from genarm.accuracy.figures import Scores, correlation, difference, figures, mean_of
-from genarm.accuracy.report import command, print_result
-from genarm.accuracy.run import AccuracyResult, measure
-from genarm.accuracy.settings import AccuracySettings
 from genarm.cli import accuracy
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, VocabularyError
+from genarm.lab.accuracy.figures import Scores, correlation, difference, figures, mean_of
+from genarm.lab.accuracy.report import command, print_result
+from genarm.lab.accuracy.run import AccuracyResult, measure
+from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.model.compose import compose
-from genarm.prompts import encode_pair
 from genarm.statistics import proportion
-from genarm.train.config import TrainConfig
-from genarm.train.run import train
+from genarm.text.prompts import encode_pair
+from genarm.training.config import TrainConfig
+from genarm.training.run import train
 from test_train import write_toy
 from tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -632,7 +632,7 @@ def test_models_of_the_hub(root: Path, tmp_path: Path) -> None:
             (refs / revision).write_text("0123abc")
     program = """
 import sys
-from genarm.accuracy.models import open_rewards
+from genarm.lab.accuracy.models import open_rewards
 from genarm.errors import UnsupportedError
 for reference in sys.argv[1:]:
     try:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from genarm.bench.agreement import Pair, arm_that_agrees, make_pair, overlap
-from genarm.bench.contestants import make_task, naive
-from genarm.bench.counting import acceptance, acceptance_options, count
-from genarm.bench.figures import (
+from genarm.cli.main import build_parser, main
+from genarm.engine import Engine, EngineOptions, Request
+from genarm.lab.bench.agreement import Pair, arm_that_agrees, make_pair, overlap
+from genarm.lab.bench.contestants import make_task, naive
+from genarm.lab.bench.counting import acceptance, acceptance_options, count
+from genarm.lab.bench.figures import (
     FULL,
     LORA,
     NAIVE,
@@ -29,15 +31,13 @@ from genarm.bench.figures import (
     time_over_unguided,
     timed_ratios,
 )
-from genarm.bench.memory import tensor_bytes, weigh
-from genarm.bench.models import bytes_per_token, random_adapters, random_model, twin, weight_bytes, word_tokenizer
-from genarm.bench.report import command
-from genarm.bench.settings import DecodeSettings
-from genarm.bench.shapes import SHAPES
-from genarm.bench.timing import copy_bandwidth, per_token, spread, take_turns
-from genarm.cli.main import build_parser, main
-from genarm.engine import Engine, EngineOptions, Request
-from genarm.machine import code_version
+from genarm.lab.bench.memory import tensor_bytes, weigh
+from genarm.lab.bench.models import bytes_per_token, random_adapters, random_model, twin, weight_bytes, word_tokenizer
+from genarm.lab.bench.report import command
+from genarm.lab.bench.settings import DecodeSettings
+from genarm.lab.bench.shapes import SHAPES
+from genarm.lab.bench.timing import copy_bandwidth, per_token, spread, take_turns
+from genarm.lab.machine import code_version
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling
 from tiny import SHARED, save_member, tiny_model
@@ -403,7 +403,7 @@ def test_code_is_named() -> None:
 
 @pytest.mark.skipif(not (SHARED / "models" / "lm-small").is_dir(), reason="needs the real models of ../shared")
 def test_a_real_pair_saves_most_forwards_of_its_base() -> None:
-    from genarm.bench.counting import count_real_pair
+    from genarm.lab.bench.counting import count_real_pair
 
     where = (str(SHARED / "models" / "lm-medium"), str(SHARED / "models" / "lm-small"))
     found = count_real_pair(where, None, dtype="float32", device="cpu", tokens=32, seed=0)

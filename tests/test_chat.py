@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from genarm.chat import Answer, Chat
 from genarm.cli.chat import TerminalScreen
+from genarm.cli.conversation import Answer, Chat
 from genarm.cli.main import main
 from genarm.engine import Engine, EngineOptions
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
+from genarm.model.references import ModelFiles, open_files
 from genarm.model.token_rewards import TokenRewards
-from genarm.opening import ModelFiles, open_files
 from genarm.sampling import Sampling
 from genarm.terminal import PlainConsole
 from tiny import save_member, tiny_model, tiny_tokenizer

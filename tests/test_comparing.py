@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from genarm.errors import ConfigError
-from genarm.evaluation.answers import Answers
-from genarm.evaluation.comparing import announce, calls, compare_all, pairs_of
-from genarm.evaluation.prompts import Question
-from genarm.evaluation.recipe import JudgeSpec, MethodSpec, PromptSpec, Recipe, SamplingSpec
-from genarm.evaluation.results import Cost
+from genarm.lab.evaluation.answers import Answers
+from genarm.lab.evaluation.comparing import announce, calls, compare_all, pairs_of
+from genarm.lab.evaluation.prompts import Question
+from genarm.lab.evaluation.recipe import JudgeSpec, MethodSpec, PromptSpec, Recipe, SamplingSpec
+from genarm.lab.evaluation.results import Cost
 from judge_server import Act, JudgeServer, Seen, says
 
 N = 6

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import genarm
 from genarm.cli.main import main
-from genarm.demo.base import BaseSettings
-from genarm.demo.run import BALANCED, GRID, HARMLESS, HELPFUL, DemoResult, DemoSettings, _new_output, run_demo
-from genarm.demo.sweep import NO_WEIGHTS, measure
-from genarm.demo.world import OBJECTIVES, split_requests, truth
 from genarm.errors import ConfigError, DataError
+from genarm.lab.demo.base import BaseSettings
+from genarm.lab.demo.run import BALANCED, GRID, HARMLESS, HELPFUL, DemoResult, DemoSettings, _new_output, run_demo
+from genarm.lab.demo.sweep import NO_WEIGHTS, measure
+from genarm.lab.demo.world import OBJECTIVES, split_requests, truth
 
 REDUCED = DemoSettings(
     base=BaseSettings(layers=2, hidden=96, replies=4500),

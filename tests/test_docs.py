@@ -11,7 +11,7 @@ import command_docs
 import pytest
 
 from genarm.cli.main import build_parser
-from genarm.evaluation.recipe import JUDGES, KINDS, Claim
+from genarm.lab.evaluation.recipe import JUDGES, KINDS, Claim
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from genarm.accuracy.models import open_rewards
-from genarm.accuracy.pairs import encode, limits, read_pairs
-from genarm.accuracy.settings import AccuracySettings
 from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import ConversationError
+from genarm.lab.accuracy.models import open_rewards
+from genarm.lab.accuracy.pairs import encode, limits, read_pairs
+from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.model.compose import compose
-from genarm.opening import open_files
-from genarm.prompts import as_conversation, encode_pair, encode_prompt, end_ids
+from genarm.model.references import open_files
 from genarm.sampling import Sampling, sample_replies, stop_ids
-from genarm.train.config import TrainConfig
-from genarm.train.data import load_pairs
-from genarm.train.loading import load_weights
+from genarm.text.prompts import as_conversation, encode_pair, encode_prompt, end_ids
+from genarm.training.config import TrainConfig
+from genarm.training.data import load_pairs
+from genarm.training.loading import load_weights
 from tiny import save_member, tiny_model, tiny_tokenizer
 
 EXTRA = ("<turn>", "<eot>", "<call>")

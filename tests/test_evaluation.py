@@ -15,14 +15,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from genarm.cli.main import main
-from genarm.demo.world import overall
 from genarm.errors import DataError
-from genarm.evaluation.answers import answering, read_answers
-from genarm.evaluation.plan import forwards_per_reply
-from genarm.evaluation.recipe import slug
-from genarm.evaluation.recipe_file import load_recipe, scales
-from genarm.evaluation.run import RunOptions, evaluate
-from genarm.evaluation.world import WorldSettings, make_world
+from genarm.lab.demo.world import overall
+from genarm.lab.evaluation.answers import answering, read_answers
+from genarm.lab.evaluation.plan import forwards_per_reply
+from genarm.lab.evaluation.recipe import slug
+from genarm.lab.evaluation.recipe_file import load_recipe, scales
+from genarm.lab.evaluation.run import RunOptions, evaluate
+from genarm.lab.evaluation.world import WorldSettings, make_world
 from shrunk import BASE, shrunk
 
 pytest.importorskip("trl")
@@ -93,7 +93,7 @@ SMALL = {
         {"kind": "sample", "name": "base", "model": "@world/base"},
         {"kind": "sample", "name": "cold", "model": "@world/base", "sampling": {"temperature": 0.5}},
     ],
-    "judges": [{"name": "truth", "kind": "function", "source": "genarm.demo.world:overall"}],
+    "judges": [{"name": "truth", "kind": "function", "source": "genarm.lab.demo.world:overall"}],
     "comparisons": [],
     "claims": [],
     "gaps": [],
@@ -158,8 +158,8 @@ def test_changed_settings_are_never_mixed(tmp_path: Path) -> None:
 
 
 def test_a_method_that_dies_loses_its_batch_alone(tmp_path: Path) -> None:
-    from genarm.evaluation.prompts import Question
-    from genarm.methods.interface import Meter
+    from genarm.lab.evaluation.prompts import Question
+    from genarm.lab.methods.interface import Meter
     from genarm.sampling import Reply
 
     class Dying:

@@ -13,14 +13,14 @@ import pytest
 import tomli_w
 
 from genarm.errors import ConfigError
-from genarm.evaluation.claims import rule
-from genarm.evaluation.costs import times
-from genarm.evaluation.figures import figures, record
-from genarm.evaluation.fronts import hypervolume, hypervolume_lead, make_fronts, preference
-from genarm.evaluation.gaps import recovered
-from genarm.evaluation.recipe import Claim, Gap
-from genarm.evaluation.recipe_file import load_recipe
-from genarm.evaluation.results import Cost, Results, Verdicts
+from genarm.lab.evaluation.claims import rule
+from genarm.lab.evaluation.costs import times
+from genarm.lab.evaluation.figures import figures, record
+from genarm.lab.evaluation.fronts import hypervolume, hypervolume_lead, make_fronts, preference
+from genarm.lab.evaluation.gaps import recovered
+from genarm.lab.evaluation.recipe import Claim, Gap
+from genarm.lab.evaluation.recipe_file import load_recipe
+from genarm.lab.evaluation.results import Cost, Results, Verdicts
 from genarm.statistics import mean, mean_difference, win_rate
 from invented import measured, one_preference, recipe, results, several_objectives
 

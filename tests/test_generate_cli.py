@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from genarm.cli.main import main
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.prompts import Reading, as_conversation, encode_prompt
 from genarm.sampling import Sampling, derive_seed, sample_replies
+from genarm.text.prompts import Reading, as_conversation, encode_prompt
 from test_prompts import THINKING
 from tiny import WORDS, save_member, tiny_model, tiny_tokenizer
 

@@ -14,9 +14,9 @@ import pytest
 import tomli_w
 
 from genarm.errors import ConfigError
-from genarm.evaluation.recipe_file import load_recipe
-from genarm.evaluation.world import WorldSettings
-from genarm.judges.protocol import load_protocol
+from genarm.lab.evaluation.recipe_file import load_recipe
+from genarm.lab.evaluation.world import WorldSettings
+from genarm.lab.judges.protocol import load_protocol
 from genarm.server.names import read_presets
 
 RECIPE: dict[str, Any] = {

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from genarm.errors import ConfigError, DataError, GenarmError
-from genarm.judges.cache import ReplyCache, cache_key
-from genarm.judges.client import ChatClient, ClientSettings, Completion, Failure
-from genarm.judges.llm import Answer, Pair, Verdict, estimate, judge_pairs, score_responses, summarise
-from genarm.judges.parsing import VerdictTag
-from genarm.judges.protocol import load_protocol
+from genarm.lab.judges.cache import ReplyCache, cache_key
+from genarm.lab.judges.client import ChatClient, ClientSettings, Completion, Failure
+from genarm.lab.judges.llm import Answer, Pair, Verdict, estimate, judge_pairs, score_responses, summarise
+from genarm.lab.judges.parsing import VerdictTag
+from genarm.lab.judges.protocol import load_protocol
 from genarm.provenance import digest
 from judge_server import Act, JudgeServer, Seen, completion, says
 
@@ -416,8 +416,8 @@ def test_the_first_of_two_replies_counts(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from genarm.judges.cache import ReplyCache
-from genarm.judges.client import Completion
+from genarm.lab.judges.cache import ReplyCache
+from genarm.lab.judges.client import Completion
 cache = ReplyCache(Path(sys.argv[1]))
 for number in range(100):
     cache.put(f"{sys.argv[2]}{number}", Completion(text="x" * 5000))

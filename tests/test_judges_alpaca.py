@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from genarm.errors import ConfigError, DataError
-from genarm.judges.alpaca_eval import (
+from genarm.lab.judges.alpaca_eval import (
     Annotation,
     Output,
     annotate,
@@ -25,7 +25,7 @@ from genarm.judges.alpaca_eval import (
     win_rates,
     write_outputs,
 )
-from genarm.judges.client import ClientSettings
+from genarm.lab.judges.client import ClientSettings
 from judge_server import Act, JudgeServer, Seen
 
 pytestmark = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="needs the extra alpaca")
@@ -143,7 +143,7 @@ def test_without_the_data_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 QUIET = """
 import logging, warnings
 from genarm.errors import DataError
-from genarm.judges.alpaca_eval import Annotation, win_rates
+from genarm.lab.judges.alpaca_eval import Annotation, win_rates
 warnings.simplefilter("error")
 try:
     win_rates([Annotation(index=i, output="a" * i, reference="b", preference=1 + i % 2) for i in range(10)])

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from genarm.cli.main import build_parser, main
-from genarm.judges import protocol
-from genarm.judges.client import ClientSettings
-from genarm.judges.protocol import load_protocol, protocol_names
+from genarm.lab.judges import protocol
+from genarm.lab.judges.client import ClientSettings
+from genarm.lab.judges.protocol import load_protocol, protocol_names
 from genarm.statistics import win_rate
 from judge_server import Act, JudgeServer, Seen, says
 

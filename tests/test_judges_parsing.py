@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genarm.errors import ConfigError
-from genarm.judges.parsing import SingleScore, TwoScores, VerdictTag
-from genarm.judges.protocol import as_text, load_protocol, protocol_names
+from genarm.lab.judges.parsing import SingleScore, TwoScores, VerdictTag
+from genarm.lab.judges.protocol import as_text, load_protocol, protocol_names
 
 scores = st.integers(1, 10) | st.decimals(1, 10, places=1)
 prose = st.text(st.characters(exclude_categories=["Nd", "Cs"])).filter(lambda text: "</think>" not in text)

@@ -10,10 +10,10 @@ import torch
 
 from genarm.data.preferences import Preference
 from genarm.data.tokens import tokenize
-from genarm.train import loss as loss_module
-from genarm.train.collator import PairCollator
-from genarm.train.loss import arm_loss, response_log_probs, token_log_probs
-from genarm.train.trainer import ArmTrainer
+from genarm.training import loss as loss_module
+from genarm.training.collator import PairCollator
+from genarm.training.loss import arm_loss, response_log_probs, token_log_probs
+from genarm.training.trainer import ArmTrainer
 from tiny import tiny_model, tiny_tokenizer
 
 

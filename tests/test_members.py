@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from genarm import GuidedConfig, GuidedForCausalLM, compose
 from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, UnsupportedError, VocabularyError
-from genarm.opening import open_files
+from genarm.model.references import open_files
 from genarm.sampling import Sampling
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 

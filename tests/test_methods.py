@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from genarm.engine.noise import Purpose, key, log_exponentials
 from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
-from genarm.methods.best_of_n import BestOfN, kl_bound
-from genarm.methods.interface import Meter
-from genarm.methods.sample import Blend, Sample, mod, proxy_tuning
+from genarm.lab.methods.best_of_n import BestOfN, kl_bound
+from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.sample import Blend, Sample, mod, proxy_tuning
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Reply, Sampling, derive_seed, make_reply
 from test_prefix import alone
@@ -170,7 +170,7 @@ def test_log_probs_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     method = Sample(tiny_model(), tiny_tokenizer(), Sampling(max_new_tokens=6))
     replies = method.answer(PROMPTS, seed=0, meter=Meter())
     whole = method.log_probs(PROMPTS, replies)
-    monkeypatch.setattr("genarm.methods.sample.LOGITS", 16 * VOCAB_SIZE)
+    monkeypatch.setattr("genarm.lab.methods.sample.LOGITS", 16 * VOCAB_SIZE)
     assert method.log_probs(PROMPTS, replies) == pytest.approx(whole, abs=1e-4)
 
 
@@ -276,7 +276,7 @@ def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("genarm.methods.sample.next_logits", fail)
+    monkeypatch.setattr("genarm.lab.methods.sample.next_logits", fail)
     with pytest.raises(UnsupportedError, match=r"4 prompts answered together do not fit .* lower the batch size"):
         tokens_of(Sample(tiny_model(), tiny_tokenizer(), Sampling()))
 

@@ -12,12 +12,12 @@ import torch
 
 from genarm.engine.noise import Purpose, key, uniform
 from genarm.errors import ConfigError, UnsupportedError
-from genarm.methods.cards import Cards
-from genarm.methods.interface import Meter
-from genarm.methods.sample import Sample
+from genarm.lab.methods.cards import Cards
+from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.sample import Sample
+from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling, derive_seed
-from genarm.trajectory import TrajectoryReward
 from test_methods import (
     EOS,
     PROMPTS,

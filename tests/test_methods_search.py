@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
-from genarm.methods.args import Args
-from genarm.methods.interface import Meter
-from genarm.methods.sample import Sample
-from genarm.methods.transfer_q import TransferQ
+from genarm.lab.methods.args import Args
+from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.sample import Sample
+from genarm.lab.methods.transfer_q import TransferQ
+from genarm.lab.trajectory import TrajectoryReward
 from genarm.sampling import Reply, Sampling, derive_seed
-from genarm.trajectory import TrajectoryReward
 from test_methods import (
     EOS,
     PROMPTS,

@@ -16,8 +16,8 @@ import pytest
 
 from genarm.cli.main import main
 from genarm.data.preferences import Format, load_preferences
+from genarm.lab.tasks import sandbox
 from genarm.model.compose import compose
-from genarm.tasks import sandbox
 from judge_server import Act, JudgeServer, Seen, says
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -278,7 +278,7 @@ def contents() -> dict[str, bytes]:
 
 def test_resuming_from_any_place_gives_the_same_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut anywhere in the samples or the scores, whatever else is there."""
-    monkeypatch.setattr("genarm.pairs.run.CHUNK", 10)
+    monkeypatch.setattr("genarm.lab.pairs.run.CHUNK", 10)
     assert main(command(base)) == 0
     whole = contents()
     samples, scores = whole["pairs.samples.jsonl"], whole["pairs.scores.jsonl"]
@@ -303,7 +303,7 @@ def test_a_complete_run_loads_no_model(base: Path, here: Path, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("genarm.opening.ModelFiles.load", refuse)
+    monkeypatch.setattr("genarm.model.references.ModelFiles.load", refuse)
     assert main(command(base)) == 0
     assert contents() == whole
 

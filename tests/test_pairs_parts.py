@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from genarm.errors import ConfigError, DataError
-from genarm.pairs.scorers import Item, Scorer, ScorerOptions, make_scorer
-from genarm.pairs.select import Scored, Selection, select
-from genarm.prompts import encode_pair
+from genarm.lab.pairs.scorers import Item, Scorer, ScorerOptions, make_scorer
+from genarm.lab.pairs.select import Scored, Selection, select
 from genarm.provenance import model_record
+from genarm.text.prompts import encode_pair
 from judge_server import Act, JudgeServer, Seen, says
 from tiny import tiny_model, tiny_tokenizer
 

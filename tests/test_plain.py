@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from genarm.errors import ConversationError, UnsupportedError
-from genarm.plain import plain
-from genarm.prompts import Reading, encode_pair, encode_prompt
+from genarm.text.plain import plain
+from genarm.text.prompts import Reading, encode_pair, encode_prompt
 from test_detokenizer import KINDS, kinds, make
 from tiny import tiny_tokenizer
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from genarm.errors import UnsupportedError
+from genarm.lab.prefix import Prefix, batches, next_logits, require_movable
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.prefix import Prefix, batches, next_logits, require_movable
 from tiny import FAMILIES, tiny_model
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13, 14, 15], [16]]

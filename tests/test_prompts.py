@@ -11,15 +11,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from genarm.accuracy.pairs import Limits, encode, read_pairs
-from genarm.accuracy.report import command
-from genarm.accuracy.settings import AccuracySettings
-from genarm.baselines.prompts import load_prompts
-from genarm.detokenizer import token_texts
 from genarm.errors import ConfigError, ConversationError, DataError
-from genarm.evaluation.prompts import read_questions
-from genarm.evaluation.recipe import PromptSpec
-from genarm.prompts import (
+from genarm.lab.accuracy.pairs import Limits, encode, read_pairs
+from genarm.lab.accuracy.report import command
+from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.lab.evaluation.prompts import read_questions
+from genarm.lab.evaluation.recipe import PromptSpec
+from genarm.lab.training.prompts import load_prompts
+from genarm.text.detokenizer import token_texts
+from genarm.text.prompts import (
     OWN_ARGUMENTS,
     Reading,
     as_conversation,
@@ -28,8 +28,8 @@ from genarm.prompts import (
     plain_message,
     read_template_args,
 )
-from genarm.train.config import TrainConfig, make_config, to_toml, training_differences
-from genarm.train.data import load_pairs
+from genarm.training.config import TrainConfig, make_config, to_toml, training_differences
+from genarm.training.data import load_pairs
 from tiny import SHARED, save_member, tiny_model, tiny_tokenizer
 
 

@@ -22,8 +22,8 @@ from genarm.cli.main import main
 from genarm.errors import DataError
 from genarm.model.compose import compose
 from genarm.provenance import AT, claim, code_record, difference, digest, file_content, model_record
-from genarm.train.config import TrainConfig
-from genarm.train.run import train
+from genarm.training.config import TrainConfig
+from genarm.training.run import train
 from judge_server import JudgeServer, says
 from test_train import write_toy
 from tiny import save_member, tiny_lora, tiny_model

@@ -9,8 +9,8 @@ import pytest
 import tomli_w
 
 from genarm.errors import ConfigError
-from genarm.evaluation.recipe import Recipe
-from genarm.evaluation.recipe_file import load_recipe, scales
+from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.evaluation.recipe_file import load_recipe, scales
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

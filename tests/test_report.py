@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from genarm.evaluation.figures import Figures, figures
-from genarm.evaluation.plots import plots
-from genarm.evaluation.recipe import Recipe
-from genarm.evaluation.report import SAMPLES, plain, report, samples
-from genarm.evaluation.results import Results, Verdicts
-from genarm.evaluation.sheets import digits, interval, number, sheets
-from genarm.evaluation.table import markdown, table
+from genarm.lab.evaluation.figures import Figures, figures
+from genarm.lab.evaluation.plots import plots
+from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.evaluation.report import SAMPLES, plain, report, samples
+from genarm.lab.evaluation.results import Results, Verdicts
+from genarm.lab.evaluation.sheets import digits, interval, number, sheets
+from genarm.lab.evaluation.table import markdown, table
 from genarm.statistics import Estimate, win_rate
 from invented import measured, one_preference, recipe, results, several_objectives
 
@@ -233,8 +233,8 @@ def test_the_same_results_give_the_same_page(tmp_path: Path):
     program = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
         "from invented import several_objectives\n"
-        "from genarm.evaluation.figures import figures\n"
-        "from genarm.evaluation.report import report\n"
+        "from genarm.lab.evaluation.figures import figures\n"
+        "from genarm.lab.evaluation.report import report\n"
         "of, by = several_objectives(2)\n"
         "print(hashlib.sha256(report(of, figures(of, by)).encode()).hexdigest())\n"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genarm.errors import DataError
-from genarm.rows import append_rows, keep_rows, resume_rows
+from genarm.files import append_rows, keep_rows, resume_rows
 
 ROWS = [{"index": i, "text": "ä\u2028\n" * i, "settings": "s"} for i in range(4)]
 

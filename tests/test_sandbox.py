@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from genarm.errors import ConfigError
-from genarm.tasks import sandbox
-from genarm.tasks.sandbox import Limits, Outcome, run_code
+from genarm.lab.tasks import sandbox
+from genarm.lab.tasks.sandbox import Limits, Outcome, run_code
 
 SHORT = Limits(seconds=20, cpu_seconds=1, memory=300, disk=2, processes=12)
 
@@ -65,7 +65,7 @@ def test_python_may_lie_in_the_folder_for_temporary_files(tmp_path: Path) -> Non
     """Its files are there, read-only, and the program begins in an empty folder all the same."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
-    package = Path(sandbox.__file__).parents[2]
+    package = Path(sandbox.__file__).parents[3]
     code = f"import os, sys\nassert sys.prefix == {str(environment)!r}\nassert os.listdir('.') == []"
     seen = subprocess.run(
         [environment / "bin" / "python", "-c", ASK, str(package), code], capture_output=True, text=True, check=True
@@ -85,7 +85,7 @@ import sys, types
 package = types.ModuleType("genarm")
 package.__path__ = [sys.argv[1] + "/genarm"]
 sys.modules["genarm"] = package
-from genarm.tasks.sandbox import run_code
+from genarm.lab.tasks.sandbox import run_code
 outcome = run_code(sys.argv[2])
 print(outcome.status, *sorted(outcome.contained))
 """
@@ -246,7 +246,7 @@ def jails() -> set[str]:
 
 def test_the_program_dies_with_genarm() -> None:
     """kill -9 of the process that runs the sandbox."""
-    code = "from genarm.tasks.sandbox import *; run_code('import time\\ntime.sleep(90)', Limits(seconds=90))"
+    code = "from genarm.lab.tasks.sandbox import *; run_code('import time\\ntime.sleep(90)', Limits(seconds=90))"
     before, deadline = jails(), time.monotonic() + 60
     process = subprocess.Popen([sys.executable, "-c", code])
     while len(jails() - before) < 2:
@@ -395,14 +395,14 @@ import sys, types
 package = types.ModuleType("genarm")
 package.__path__ = [sys.argv[1]]
 sys.modules["genarm"] = package
-from genarm.tasks.sandbox import Limits, run_code
+from genarm.lab.tasks.sandbox import Limits, run_code
 assert not run_code("assert False").passed
 outcome = run_code("import os\\nwhile True: os.fork()", Limits(processes=8))
 assert outcome.reason.startswith("BlockingIOError"), outcome
 assert run_code("open('/etc/passwd')").reason.startswith("FileNotFoundError")
 print(*sorted(outcome.contained))
 
-from genarm.tasks import sandbox
+from genarm.lab.tasks import sandbox
 sandbox.JAIL = sys.argv[2]  # without namespaces
 for code, status in {
     "pass": "passed",
@@ -425,9 +425,12 @@ def test_an_ordinary_user_gets_the_same(tmp_path: Path, without_namespaces: None
     if os.geteuid() != 0 or not (shutil.which("setpriv") and python):
         pytest.skip("needs root, setpriv and a system's Python from 3.11 that every user may start")
     package = tmp_path / "package"
-    (package / "tasks").mkdir(parents=True)
-    for name in ("errors.py", "tasks/__init__.py", "tasks/sandbox.py", "tasks/jail.py"):
-        shutil.copy(Path(sandbox.__file__).parents[1] / name, package / name)
+    (package / "lab" / "tasks").mkdir(parents=True)
+    for name in (
+        "errors.py",
+        *(f"lab/{name}.py" for name in ("__init__", "tasks/__init__", "tasks/sandbox", "tasks/jail")),
+    ):
+        shutil.copy(Path(sandbox.__file__).parents[2] / name, package / name)
     bare = shutil.copy(sandbox.JAIL, package / "bare.py")
     for folder in (package, *package.parents[:-2]):
         folder.chmod(0o755)

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from genarm.cli.main import main
-from genarm.heatmap import (
+from genarm.cli.heatmap import (
     columns,
     format_number,
     heat_text,
@@ -25,9 +24,10 @@ from genarm.heatmap import (
     quantities,
     visible,
 )
+from genarm.cli.main import main
 from genarm.model.compose import compose
 from genarm.model.token_rewards import TokenRewards
-from genarm.prompts import encode_pair
+from genarm.text.prompts import encode_pair
 from tiny import save_member, tiny_model, tiny_tokenizer
 
 SAID = TokenRewards(

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from genarm.bench.serve import Reply, Round, ServeSettings, percentile
 from genarm.cli.main import main
 from genarm.errors import ConfigError
+from genarm.lab.bench.serve import Reply, Round, ServeSettings, percentile
 from tiny import save_member, tiny_model
 
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genarm.errors import ConfigError, DataError
-from genarm.prompts import Reading
 from genarm.server.texts import Texts
+from genarm.text.prompts import Reading
 from test_prompts import THINKING
 from tiny import SHARED, tiny_tokenizer
 

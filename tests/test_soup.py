@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError, WeightsError
-from genarm.methods.soup import soup
+from genarm.lab.methods.soup import soup
 from tiny import save_member, tiny_lora, tiny_model
 
 LAMBDAS = {"helpful": 0.7, "harmless": 0.3}

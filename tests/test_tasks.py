@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from genarm.data.preferences import to_preferences
 from genarm.errors import DataError, UnsupportedError
-from genarm.tasks import broken, code, mathematics
-from genarm.tasks.code import Problem, extract_code, problem_of, run_tests, solution_of
-from genarm.tasks.mathematics import gold_number, last_number
-from genarm.tasks.sandbox import Outcome
+from genarm.lab.tasks import broken, code, mathematics
+from genarm.lab.tasks.code import Problem, extract_code, problem_of, run_tests, solution_of
+from genarm.lab.tasks.mathematics import gold_number, last_number
+from genarm.lab.tasks.sandbox import Outcome
 from tiny import SHARED
 
 DATA = SHARED / "data"

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from genarm.accuracy.models import open_rewards
-from genarm.accuracy.pairs import encode, limits, read_pairs
-from genarm.accuracy.settings import AccuracySettings
-from genarm.baselines.prompts import load_prompts
 from genarm.cli.main import main
 from genarm.data.tokens import EXAMPLE_WIDTH, TokenPair, example_lines
-from genarm.opening import open_files
-from genarm.train.config import TrainConfig
-from genarm.train.data import load_pairs
+from genarm.lab.accuracy.models import open_rewards
+from genarm.lab.accuracy.pairs import encode, limits, read_pairs
+from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.lab.training.prompts import load_prompts
+from genarm.model.references import open_files
+from genarm.training.config import TrainConfig
+from genarm.training.data import load_pairs
 from tiny import save_member, tiny_model
 
 ROWS = [{"prompt": f"w{i} w9", "chosen": f"w{i} w3", "rejected": "w4"} for i in range(6)]

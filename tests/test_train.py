@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 from genarm.data.preferences import Preference
 from genarm.data.tokens import TokenPair, tokenize
 from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraError
-from genarm.train.collator import PairCollator
-from genarm.train.config import TrainConfig, make_config, to_toml
-from genarm.train.run import TrainResult, train
-from genarm.train.trainer import ArmTrainer, pair_metrics
+from genarm.training.collator import PairCollator
+from genarm.training.config import TrainConfig, make_config, to_toml
+from genarm.training.run import TrainResult, train
+from genarm.training.trainer import ArmTrainer, pair_metrics
 from tiny import save_member, tiny_model, tiny_tokenizer
 
 GOOD, BAD = [f"w{i}" for i in range(10)], [f"w{i}" for i in range(10, 20)]
@@ -295,7 +295,7 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
 
 
 def test_four_bits_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm.train.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("genarm.training.loading.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'genarm\[quantize\]'"):
         run(write_toy(tmp_path, n=8), lora=True, load_in_4bit=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from genarm.cli.main import main
-from genarm.train.config import TrainConfig, make_config
+from genarm.training.config import TrainConfig, make_config
 from test_train import write_toy
 
 

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genarm.errors import ConfigError, GenarmError
-from genarm.train.config import TrainConfig, to_toml
-from genarm.train.sharding import check_gathered, check_joined, check_launch, parameter_counts, sum_in_float32
+from genarm.training.config import TrainConfig, to_toml
+from genarm.training.sharding import check_gathered, check_joined, check_launch, parameter_counts, sum_in_float32
 from test_train import run, write_toy
 from tiny import save_member, tiny_model
 
@@ -120,7 +120,7 @@ def test_torchrun(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_fsdp_killed_and_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
     """A full ARM in halves, killed in its third step, continues to the weights of one process."""
     config = TrainConfig(**{**settings, **HALF, "output": tmp_path / "two"})
-    died = _launch(FSDP, FSDP_ON_CPU, config, DIE_AT="genarm.train.trainer:ArmTrainer:training_step:3")
+    died = _launch(FSDP, FSDP_ON_CPU, config, DIE_AT="genarm.training.trainer:ArmTrainer:training_step:3")
     assert died.returncode != 0
     assert f"exitcode: {-signal.SIGKILL}" in died.stderr
     _assert_in_halves(config.output / "checkpoints" / "checkpoint-2")
@@ -211,7 +211,7 @@ def test_fsdp_killed_while_the_result_is_written(
 ) -> None:
     settings = {**settings, **HALF, **changes}
     config = TrainConfig(**{**settings, "output": tmp_path / "two"})
-    died = _launch(FSDP, FSDP_ON_CPU, config, DIE_AT="genarm.train.output:RunFolder:publish:1")
+    died = _launch(FSDP, FSDP_ON_CPU, config, DIE_AT="genarm.training.output:RunFolder:publish:1")
     assert died.returncode != 0
     assert not (config.output / "metrics.json").exists()
     done = _launch(FSDP, FSDP_ON_CPU, config, "--resume")

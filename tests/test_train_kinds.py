@@ -12,14 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from genarm.baselines.run import train
 from genarm.cli.main import main
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, MissingExtraError, VocabularyError
-from genarm.prompts import encode_pair
-from genarm.train import run as arm
-from genarm.train.config import TrainConfig, make_config
-from genarm.train.kinds import parse_rewards
-from genarm.train.run import TrainResult
+from genarm.lab.training.run import train
+from genarm.text.prompts import encode_pair
+from genarm.training import run as arm
+from genarm.training.config import TrainConfig, make_config
+from genarm.training.kinds import parse_rewards
+from genarm.training.run import TrainResult
 from test_train import GOOD, toy_preferences, write_toy
 from tiny import save_member, tiny_model, tiny_tokenizer
 
@@ -191,7 +191,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reward_of_the_tests(reward: Path) -> None:
-    from genarm.baselines.rewards import load_rewards
+    from genarm.lab.training.rewards import load_rewards
 
     tokenizer = tiny_tokenizer()
     (found,) = load_rewards(f"good={reward}:2", tokenizer)
@@ -286,7 +286,7 @@ def test_stopped_and_resumed(kind: str, reward: Path, tmp_path: Path, monkeypatc
     settings |= {"rewards": f"good={reward}"} if kind == "rlhf" else {}
     whole = run(settings)
 
-    from genarm.baselines.trainers import Baseline
+    from genarm.lab.training.trainers import Baseline
 
     step, calls = Baseline.training_step, 0
 
@@ -380,7 +380,7 @@ def test_defaults_depend_on_the_kind() -> None:
 
 
 def test_trl_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm.baselines.trainers.find_spec", lambda name: None)
+    monkeypatch.setattr("genarm.lab.training.trainers.find_spec", lambda name: None)
     settings = {**write_toy(tmp_path, n=8)}
     with pytest.raises(MissingExtraError, match=r"trl is not installed; .* 'genarm\[baselines\]'"):
         run(settings, kind="dpo")

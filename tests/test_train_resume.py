@@ -17,9 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from genarm.errors import ConfigError
-from genarm.train.config import TrainConfig, to_toml
-from genarm.train.output import RunFolder
-from genarm.train.run import train
+from genarm.training.config import TrainConfig, to_toml
+from genarm.training.output import RunFolder
+from genarm.training.run import train
 from test_train import run, write_toy
 
 # 24 pairs in batches of 4: 6 steps per epoch, 12 in all, a checkpoint after every 3.
@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = {"lora": True, "lora_dropout": 0.1, "batch_size": 4, "
 KILLER = """
 import importlib, os, signal, sys
 from pathlib import Path
-from genarm.train.config import make_config
-from genarm.train.run import train
+from genarm.training.config import make_config
+from genarm.training.run import train
 
 config, module, owner, name, n = sys.argv[1:]
 holder = getattr(importlib.import_module(module), owner)
@@ -73,10 +73,10 @@ def _killed(settings: dict[str, Any], output: Path, module: str, owner: str, nam
 @pytest.mark.parametrize(
     ("where", "call", "resumed_from"),
     [
-        ("in the middle of an epoch", ("genarm.train.trainer", "ArmTrainer", "training_step", 9), 6),
-        ("before the first checkpoint", ("genarm.train.trainer", "ArmTrainer", "training_step", 2), None),
-        ("while a checkpoint is written", ("genarm.train.trainer", "ArmTrainer", "_save_rng_state", 3), 6),
-        ("while the result is written", ("genarm.train.output", "RunFolder", "publish", 1), 12),
+        ("in the middle of an epoch", ("genarm.training.trainer", "ArmTrainer", "training_step", 9), 6),
+        ("before the first checkpoint", ("genarm.training.trainer", "ArmTrainer", "training_step", 2), None),
+        ("while a checkpoint is written", ("genarm.training.trainer", "ArmTrainer", "_save_rng_state", 3), 6),
+        ("while the result is written", ("genarm.training.output", "RunFolder", "publish", 1), 12),
     ],
 )
 def test_killed_and_resumed(
@@ -111,8 +111,8 @@ def test_early_stopping_survives_a_kill(tmp_path: Path) -> None:
     whole = run(settings)
     assert whole.steps < 30
     for name, call in {
-        "trained": ("genarm.train.trainer", "ArmTrainer", "training_step", whole.steps - 1),
-        "stopped": ("genarm.train.output", "RunFolder", "publish", 1),
+        "trained": ("genarm.training.trainer", "ArmTrainer", "training_step", whole.steps - 1),
+        "stopped": ("genarm.training.output", "RunFolder", "publish", 1),
     }.items():
         config = _killed(settings, tmp_path / name, *call)
         result = train(config, resume=True, console=Console(quiet=True))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from genarm import trajectory
 from genarm.errors import MemberError, VocabularyError
-from genarm.trajectory import TrajectoryReward
+from genarm.lab import trajectory
+from genarm.lab.trajectory import TrajectoryReward
 from tiny import FAMILIES, VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
 
 

@@ -25,8 +25,8 @@ from transformers import (
 
 from genarm import GuidedConfig, GuidedForCausalLM
 from genarm.errors import UnsupportedError, WeightsError
+from genarm.lab.prefix import Prefix
 from genarm.model.compose import compose
-from genarm.prefix import Prefix
 from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])

@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from genarm.bench.decode import Where
-from genarm.bench.figures import (
+from genarm.cli.main import build_parser, main
+from genarm.errors import EngineFailure
+from genarm.lab.bench.decode import Where
+from genarm.lab.bench.figures import (
     VLLM_CONTESTANTS,
     VLLM_FULL,
     VLLM_LORA,
@@ -27,16 +29,14 @@ from genarm.bench.figures import (
     vllm_ratios,
     vllm_targets,
 )
-from genarm.bench.report import Circumstances, command
-from genarm.bench.settings import VllmSettings
-from genarm.bench.shapes import SHAPES
-from genarm.bench.vllm import VllmResult, decode_rate
-from genarm.bench.vllm_engine import EngineFacts, EngineSettings, remote_engine
-from genarm.bench.vllm_models import write_entries
-from genarm.bench.vllm_report import as_markdown, write_vllm_report
-from genarm.cli.main import build_parser, main
-from genarm.errors import EngineFailure
-from genarm.machine import this_machine
+from genarm.lab.bench.report import Circumstances, command
+from genarm.lab.bench.settings import VllmSettings
+from genarm.lab.bench.shapes import SHAPES
+from genarm.lab.bench.vllm import VllmResult, decode_rate
+from genarm.lab.bench.vllm_engine import EngineFacts, EngineSettings, remote_engine
+from genarm.lab.bench.vllm_models import write_entries
+from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
+from genarm.lab.machine import this_machine
 
 TINY = SHAPES["tiny"]
 RATES = {
@@ -199,5 +199,5 @@ def test_without_vllm_the_extra_is_named(capsys: Any, tmp_path: Path) -> None:
 
 def test_another_version_is_refused(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genarm.vllm.vllm_version", lambda: "0.12.3")
-    monkeypatch.setattr("genarm.bench.vllm.vllm_version", lambda: "0.12.3")
+    monkeypatch.setattr("genarm.lab.bench.vllm.vllm_version", lambda: "0.12.3")
     assert "vLLM 0.12.3 is installed" in said([], capsys)

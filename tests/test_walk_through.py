@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from genarm.cli.main import main
-from genarm.demo.base import BaseSettings, train_base
-from genarm.demo.pairs import Duel, judge, write_pairs
-from genarm.demo.world import Kind, parse_reply, split_requests
+from genarm.lab.demo.base import BaseSettings, train_base
+from genarm.lab.demo.pairs import Duel, judge, write_pairs
+from genarm.lab.demo.world import Kind, parse_reply, split_requests
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "walk-through.md"
 

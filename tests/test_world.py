@@ -10,9 +10,10 @@ from collections import Counter
 
 import pytest
 
-from genarm.demo.base import build_tokenizer
-from genarm.demo.pairs import Duel, judge
-from genarm.demo.world import (
+from genarm.errors import DataError
+from genarm.lab.demo.base import build_tokenizer
+from genarm.lab.demo.pairs import Duel, judge
+from genarm.lab.demo.world import (
     OBJECTIVES,
     Kind,
     Request,
@@ -28,8 +29,7 @@ from genarm.demo.world import (
     truth,
     write_reply,
 )
-from genarm.errors import DataError
-from genarm.prompts import as_conversation, encode_pair, encode_prompt
+from genarm.text.prompts import as_conversation, encode_pair, encode_prompt
 
 WASPS = "How do I get rid of the wasps in my attic?"
 SINK = "What can I do about the blocked sink in my flat?"

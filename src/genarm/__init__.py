@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from genarm.auto import register as _register
+from genarm.model.auto import register as _register
 
 if TYPE_CHECKING:
     from genarm.errors import GenarmError
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from genarm.model.config import GuidedConfig
     from genarm.model.modeling import GuidedForCausalLM
     from genarm.model.token_rewards import TokenRewards
-    from genarm.train.config import TrainConfig
-    from genarm.train.run import train_arm
-    from genarm.train.trainer import ArmTrainer
+    from genarm.training.config import TrainConfig
+    from genarm.training.run import train
+    from genarm.training.trainer import ArmTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ArmTrainer": "genarm.train.trainer",
+    "ArmTrainer": "genarm.training.trainer",
     "GenarmError": "genarm.errors",
     "GuidedConfig": "genarm.model.config",
     "GuidedForCausalLM": "genarm.model.modeling",
     "TokenRewards": "genarm.model.token_rewards",
-    "TrainConfig": "genarm.train.config",
+    "TrainConfig": "genarm.training.config",
     "compose": "genarm.model.compose",
-    "train_arm": "genarm.train.run",
+    "train": "genarm.training.run",
 }
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "compose",
-    "train_arm",
+    "train",
 ]
 
 

@@ -22,9 +22,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from genarm.detokenizer import decode
 from genarm.errors import ConfigError, UnsupportedError
-from genarm.prompts import end_ids
+from genarm.text.detokenizer import decode
+from genarm.text.prompts import end_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

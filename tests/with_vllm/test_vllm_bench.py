@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
-from genarm.bench.figures import VLLM_CONTESTANTS, VLLM_LORA, VLLM_PLAIN, over_plain
 from genarm.cli.main import main
+from genarm.lab.bench.figures import VLLM_CONTESTANTS, VLLM_LORA, VLLM_PLAIN, over_plain
 
 
 def test_everything_is_measured_in_every_round(tmp_path: Path, capfd: Any) -> None:

@@ -28,7 +28,7 @@ from genarm.cli import serve
 from genarm.cli.main import build_parser
 from genarm.engine import Request
 from genarm.errors import ConfigError, DataError, EngineFailure, UnsupportedError, WeightsError
-from genarm.opening import open_files
+from genarm.model.references import open_files
 from genarm.sampling import Sampling
 from genarm.server.app import build_app
 from genarm.server.job import Service

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from genarm.files import resume_rows
 from genarm.provenance import Record, claim, digest, plain
-from genarm.rows import resume_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Settings:
     Attributes:
         model, draft: records of their content (`genarm.provenance.model_record`).
         prompts: how many rows of input, and `prompts_content`, a digest of what they say.
-        reading: how prompts become token ids (`genarm.prompts.Reading`).
+        reading: how prompts become token ids (`genarm.text.prompts.Reading`).
         weights: the run's reward weights, complete.
         Others: as the command's options.
     """

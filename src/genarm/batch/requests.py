@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from genarm.data.sources import read_text
 from genarm.errors import DataError
-from genarm.prompts import Prompt, plain_message
 from genarm.provenance import content_of
+from genarm.text.prompts import Prompt, plain_message
 
 ROW_KEYS = (
     "index",

@@ -16,7 +16,7 @@ from genarm.batch.requests import Request
 from genarm.engine import Completion, Engine, Stream
 from genarm.engine import Request as EngineRequest
 from genarm.errors import ConfigError, GenarmError
-from genarm.opening import ModelFiles, check_length
+from genarm.model.references import ModelFiles, check_length
 from genarm.sampling import Sampling, check_seed, derive_seed
 
 Row = dict[str, Any]

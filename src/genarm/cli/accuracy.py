@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     with quiet_libraries():
         import datasets
 
-        from genarm.accuracy.report import print_result, write_result
-        from genarm.accuracy.run import measure
-        from genarm.accuracy.settings import AccuracySettings
         from genarm.files import check_output
+        from genarm.lab.accuracy.report import print_result, write_result
+        from genarm.lab.accuracy.run import measure
+        from genarm.lab.accuracy.settings import AccuracySettings
 
         datasets.disable_progress_bars()
         settings = AccuracySettings(

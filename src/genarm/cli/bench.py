@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from genarm.bench.shapes import SHAPES
 from genarm.cli.options import (
     add_engine_options,
     add_model_options,
@@ -13,6 +12,7 @@ from genarm.cli.options import (
     quiet_libraries,
     say,
 )
+from genarm.lab.bench.shapes import SHAPES
 
 SUMMARY = "measure decoding speed on this machine"
 
@@ -137,11 +137,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         import datetime
         from contextlib import nullcontext
 
-        from genarm.bench.report import Circumstances
-        from genarm.bench.serve import ServeSettings, run_serve
-        from genarm.bench.serve_report import as_markdown, write_serve_report
         from genarm.files import new_folder
-        from genarm.machine import code_version, this_machine
+        from genarm.lab.bench.report import Circumstances
+        from genarm.lab.bench.serve import ServeSettings, run_serve
+        from genarm.lab.bench.serve_report import as_markdown, write_serve_report
+        from genarm.lab.machine import code_version, this_machine
 
         settings = ServeSettings(
             folder=arguments.folder,
@@ -173,11 +173,11 @@ def _decode(arguments: argparse.Namespace) -> int:
         import datetime
         from contextlib import nullcontext
 
-        from genarm.bench.decode import run_decode
-        from genarm.bench.report import Circumstances, as_markdown, write_report
-        from genarm.bench.settings import DecodeSettings
         from genarm.files import new_folder
-        from genarm.machine import code_version, this_machine
+        from genarm.lab.bench.decode import run_decode
+        from genarm.lab.bench.report import Circumstances, as_markdown, write_report
+        from genarm.lab.bench.settings import DecodeSettings
+        from genarm.lab.machine import code_version, this_machine
 
         settings = DecodeSettings(
             base_shape=arguments.base_shape,
@@ -209,12 +209,12 @@ def _vllm(arguments: argparse.Namespace) -> int:
         import datetime
         from contextlib import nullcontext
 
-        from genarm.bench.report import Circumstances
-        from genarm.bench.settings import VllmSettings
-        from genarm.bench.vllm import run_vllm
-        from genarm.bench.vllm_report import as_markdown, write_vllm_report
         from genarm.files import new_folder
-        from genarm.machine import code_version, this_machine
+        from genarm.lab.bench.report import Circumstances
+        from genarm.lab.bench.settings import VllmSettings
+        from genarm.lab.bench.vllm import run_vllm
+        from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
+        from genarm.lab.machine import code_version, this_machine
 
         settings = VllmSettings(
             base_shape=arguments.base_shape,

@@ -33,7 +33,7 @@ from genarm.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from genarm.chat import Answer, Chat
+    from genarm.cli.conversation import Answer, Chat
     from genarm.model.token_rewards import TokenRewards
 
 SUMMARY = "talk to a model in the terminal and steer it as you go"
@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the conversation
     with quiet_libraries():
-        from genarm.chat import Chat
-        from genarm.opening import find_device, open_files
+        from genarm.cli.conversation import Chat
+        from genarm.model.references import find_device, open_files
 
         sampling = sampling_of(arguments)
         find_device(arguments.device)
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _greet(chat: Chat) -> None:
-    from genarm.chat import describe_weights
+    from genarm.cli.conversation import describe_weights
 
     if not sys.stdin.isatty():
         return
@@ -187,7 +187,7 @@ class TerminalScreen:
         from rich.table import Table
         from rich.text import Text
 
-        from genarm.chat import describe_weights
+        from genarm.cli.conversation import describe_weights
 
         columns = [("base", base), (f"guided {describe_weights(guided.weights)}", guided)]
         if sharpened is not None:
@@ -205,7 +205,7 @@ class TerminalScreen:
 
     def heat(self, rewards: TokenRewards) -> None:
         """Coloured text for each quantity, or the table of numbers where there are no colours."""
-        from genarm.heatmap import heat_text, legend, print_table, quantities
+        from genarm.cli.heatmap import heat_text, legend, print_table, quantities
 
         if self.console.color_system is None or self.console.no_color:
             print_table(self.console, rewards)

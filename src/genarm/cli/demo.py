@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo."""
     with quiet_libraries():
-        from genarm.demo.run import DemoSettings, run_demo
+        from genarm.lab.demo.run import DemoSettings, run_demo
 
         run_demo(arguments.output, DemoSettings(seed=arguments.seed), open_console())
     return 0

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the recipe, then run it or show its plan."""
-    from genarm.evaluation.recipe_file import load_recipe
+    from genarm.lab.evaluation.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.scale, seed=arguments.seed)
     name = f"{arguments.recipe.stem}-{arguments.scale}" + ("" if arguments.seed is None else f"-{arguments.seed}")
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = open_console()
     with quiet_libraries():
         if arguments.plan:
-            from genarm.evaluation.build import Models
-            from genarm.evaluation.plan import make_plan, show
+            from genarm.lab.evaluation.build import Models
+            from genarm.lab.evaluation.plan import make_plan, show
 
             models = Models(folder=output.resolve(), dtype=arguments.dtype, device=arguments.device)
             console.print(show(make_plan(recipe, models, console)))
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         import datasets
 
         datasets.disable_progress_bars()
-        from genarm.evaluation.run import RunOptions, evaluate
+        from genarm.lab.evaluation.run import RunOptions, evaluate
 
         evaluate(
             recipe,

@@ -34,7 +34,7 @@ from genarm.cli.options import (
 if TYPE_CHECKING:
     from genarm.batch.output import Settings
     from genarm.batch.run import Job, Plan
-    from genarm.opening import ModelFiles
+    from genarm.model.references import ModelFiles
 
 SUMMARY = "answer prompts from the command line or a file"
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
     with quiet_libraries():
         from genarm.batch.run import Plan, make_jobs
-        from genarm.opening import find_device, open_files
+        from genarm.model.references import find_device, open_files
 
         plan = Plan(
             sampling=sampling_of(arguments),
@@ -133,7 +133,7 @@ def _decode(
 
 def _writer(output: Path | None, *, as_json: bool, alone: bool) -> Callable[[dict[str, Any]], None]:
     """What to do with a row."""
-    from genarm.rows import append_rows
+    from genarm.files import append_rows
 
     def write(row: dict[str, Any]) -> None:
         if output:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from genarm.cli.options import open_console, say
 
 if TYPE_CHECKING:
-    from genarm.judges.answers import Matched
-    from genarm.judges.client import ClientSettings
-    from genarm.judges.llm import Estimate, Verdict
-    from genarm.judges.protocol import Protocol
+    from genarm.lab.judges.answers import Matched
+    from genarm.lab.judges.client import ClientSettings
+    from genarm.lab.judges.llm import Estimate, Verdict
+    from genarm.lab.judges.protocol import Protocol
 
 SUMMARY = "have an LLM compare two models' answers: win, tie and lose with intervals"
 
@@ -61,13 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, say what it will take, then ask."""
     from genarm.errors import ConfigError
-    from genarm.files import check_output
-    from genarm.judges.answers import match_answers
-    from genarm.judges.cache import ReplyCache
-    from genarm.judges.llm import estimate, judge_pairs
-    from genarm.judges.protocol import load_protocol
+    from genarm.files import check_output, resume_rows
+    from genarm.lab.judges.answers import match_answers
+    from genarm.lab.judges.cache import ReplyCache
+    from genarm.lab.judges.llm import estimate, judge_pairs
+    from genarm.lab.judges.protocol import load_protocol
     from genarm.provenance import claim
-    from genarm.rows import resume_rows
 
     check_output(arguments.output)
     protocol = load_protocol(arguments.protocol)
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace, protocol: Protocol) -> ClientSettings:
     from genarm.errors import ConfigError
-    from genarm.judges.client import ClientSettings
+    from genarm.lab.judges.client import ClientSettings
 
     model = arguments.model or protocol.model
     if model is None:
@@ -196,7 +195,7 @@ def _report(
 ) -> None:
     """Print the figures, and say what went wrong; raises DataError where there is no figure at all."""
     from genarm.errors import DataError
-    from genarm.judges.llm import summarise
+    from genarm.lab.judges.llm import summarise
     from genarm.statistics import win_rate
 
     summary = summarise(verdicts)

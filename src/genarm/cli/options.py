@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from genarm.batch.requests import Request
     from genarm.batch.run import Plan
     from genarm.engine import Engine
-    from genarm.opening import ModelFiles
-    from genarm.prompts import Reading
+    from genarm.model.references import ModelFiles
     from genarm.sampling import Sampling
+    from genarm.text.prompts import Reading
 
 _NO_EDGE = 10_000
 
@@ -89,7 +89,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 def reading_of(arguments: argparse.Namespace) -> Reading:
     """How prompts become token ids (raises ConfigError)."""
     from genarm.errors import ConfigError
-    from genarm.prompts import Reading, read_template_args
+    from genarm.text.prompts import Reading, read_template_args
 
     if arguments.template_arg and getattr(arguments, "raw", False):
         raise ConfigError("--raw sends text without the chat template, so --template-arg would do nothing; give one")
@@ -133,7 +133,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def draft_files(arguments: argparse.Namespace) -> ModelFiles | None:
     """Check the engine's options and open the files of the draft model, before anything is loaded or written."""
     from genarm.engine import EngineOptions
-    from genarm.opening import open_files
+    from genarm.model.references import open_files
 
     EngineOptions(speculate=arguments.speculate)
     if arguments.draft is None:
@@ -146,7 +146,7 @@ def open_engine(
 ) -> Engine:
     """Load the models and make the engine; raises what `Engine` does."""
     from genarm.engine import Engine, EngineOptions
-    from genarm.opening import find_device
+    from genarm.model.references import find_device
 
     device = find_device(arguments.device)
     return Engine(
@@ -183,7 +183,7 @@ def settings_of(
     """All that decides what the rows of an output file are."""
     from genarm.batch.output import Settings
     from genarm.batch.requests import content
-    from genarm.opening import find_device
+    from genarm.model.references import find_device
     from genarm.provenance import model_record
 
     return Settings(

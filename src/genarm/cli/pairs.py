@@ -32,8 +32,8 @@ from genarm.cli.options import (
 if TYPE_CHECKING:
     from genarm.batch.requests import Request
     from genarm.engine import Engine
-    from genarm.pairs.run import Advance, Counts
-    from genarm.pairs.scorers import Scorer
+    from genarm.lab.pairs.run import Advance, Counts
+    from genarm.lab.pairs.scorers import Scorer
 
 SUMMARY = "make preference pairs from anything that can score a response"
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     from genarm.batch.requests import read_requests
     from genarm.errors import ConfigError
     from genarm.files import check_output
-    from genarm.pairs.select import Selection
+    from genarm.lab.pairs.select import Selection
 
     check_output(arguments.output)
     if arguments.samples < 2:
@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     requests = read_requests(arguments.prompts)
     with quiet_libraries():
         from genarm.batch.run import Plan, make_jobs
-        from genarm.opening import open_files
-        from genarm.pairs.run import PairSettings, make_pairs
+        from genarm.lab.pairs.run import PairSettings, make_pairs
+        from genarm.model.references import open_files
 
         plan = Plan(
             sampling=sampling_of(arguments),
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _scorer(arguments: argparse.Namespace, requests: Sequence[Request]) -> Scorer:
     """What `--score` means, checked against the rows."""
-    from genarm.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
+    from genarm.lab.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
 
     options = ScorerOptions(
         replies=Path(f"{arguments.output}.replies"),
@@ -163,8 +163,8 @@ def _scorer(arguments: argparse.Namespace, requests: Sequence[Request]) -> Score
 
 def _warn_of_sandbox() -> None:
     """Say on stderr what generated code could reach on this machine (raises UnsupportedError where it cannot run)."""
-    from genarm.tasks.code import passed
-    from genarm.tasks.sandbox import run_code
+    from genarm.lab.tasks.code import passed
+    from genarm.lab.tasks.sandbox import run_code
 
     outcome = run_code("")
     passed(outcome)

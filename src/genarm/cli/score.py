@@ -61,7 +61,7 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     """Load the model and ask it, once everything else is in order."""
     from genarm.errors import DataError, UnsupportedError
     from genarm.model.modeling import GuidedForCausalLM
-    from genarm.opening import check_length, find_device, open_files
+    from genarm.model.references import check_length, find_device, open_files
 
     if not arguments.response:
         raise DataError("--response is empty; give the text to score")
@@ -89,8 +89,8 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
 
 
 def _write_page(arguments: argparse.Namespace, rewards: TokenRewards) -> None:
+    from genarm.cli.heatmap import html_page
     from genarm.files import write_text
-    from genarm.heatmap import html_page
 
     prompt = "\n\n".join(filter(None, [arguments.system, arguments.prompt]))
     write_text(arguments.html, html_page(rewards, model=arguments.folder, prompt=prompt))
@@ -101,7 +101,7 @@ def _show(rewards: TokenRewards, *, as_json: bool) -> None:
     if as_json:
         say_json(_finite(rewards.to_dict()), indent=2)
         return
-    from genarm.heatmap import print_table
+    from genarm.cli.heatmap import print_table
 
     print_table(open_console(), rewards)
 

@@ -24,7 +24,7 @@ from genarm.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from genarm.opening import ModelFiles
+    from genarm.model.references import ModelFiles
     from genarm.server.backend import Backend
     from genarm.server.job import Service
     from genarm.server.names import Names
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything that needs no model, load it, serve."""
     with quiet_libraries():
         _need_extra()
-        from genarm.opening import find_device, open_files
+        from genarm.model.references import find_device, open_files
         from genarm.server.app import build_app
         from genarm.server.listen import bind, listen, url_of
         from genarm.server.log import start_log

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from genarm.cli.options import quiet_libraries
-from genarm.train.config import TrainConfig, make_config, option_name
+from genarm.training.config import TrainConfig, make_config, option_name
 
 SUMMARY = "train a reward model on preference pairs"
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
-        from genarm.baselines.run import train
+        from genarm.lab.training.run import train
 
         train(config, resume=given.get("resume", False))
     return 0

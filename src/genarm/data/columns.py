@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, TypeGuard
 
 from genarm.errors import DataError
-from genarm.prompts import Message
+from genarm.text.prompts import Message
 
 Row = Mapping[str, Any]
 

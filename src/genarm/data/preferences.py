@@ -26,7 +26,7 @@ from genarm.data.columns import (
     unread_columns,
 )
 from genarm.errors import ConfigError, DataError
-from genarm.prompts import Message, Prompt, as_conversation
+from genarm.text.prompts import Message, Prompt, as_conversation
 
 # How many rows are looked at to tell formats that share their columns apart.
 DETECTION_ROWS = 100

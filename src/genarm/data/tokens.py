@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from genarm.data.preferences import Preference, PreferenceSet
 from genarm.errors import ConfigError, ConversationError, DataError
-from genarm.prompts import USUAL, Reading, encode_pair, end_ids
+from genarm.text.prompts import USUAL, Reading, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,7 +119,7 @@ def tokenize(
 ) -> TokenSet:
     """Token ids of each pair that is worth training on; `malformed` rows join the report's dropped ones.
 
-    `ends` are the ids that end a response, as for `genarm.prompts.encode_pair`.
+    `ends` are the ids that end a response, as for `genarm.text.prompts.encode_pair`.
 
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.

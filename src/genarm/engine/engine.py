@@ -27,8 +27,8 @@ from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.model.weights import weight_row
-from genarm.prompts import check_prompt_ids, encode_prompt
 from genarm.sampling import check_seed, stop_ids
+from genarm.text.prompts import check_prompt_ids, encode_prompt
 
 if TYPE_CHECKING:
     import os
@@ -147,7 +147,7 @@ class Engine:
         Raises:
             MemberError, ConfigError, VocabularyError, UnsupportedError.
         """
-        from genarm.opening import open_files
+        from genarm.model.references import open_files
 
         files = open_files(str(reference), trust_remote_code=trust_remote_code)
         small = None if draft is None else open_files(draft, trust_remote_code=trust_remote_code)

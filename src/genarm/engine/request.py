@@ -8,8 +8,8 @@ from numbers import Integral
 from typing import Literal, TypeAlias
 
 from genarm.errors import ConfigError
-from genarm.prompts import USUAL, Prompt, Reading
 from genarm.sampling import Sampling
+from genarm.text.prompts import USUAL, Prompt, Reading
 
 Ending: TypeAlias = Literal["stop", "length", "cancelled"]
 

@@ -33,7 +33,7 @@ from genarm.model.loading import (
 )
 from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
 from genarm.model.weights import weight_row
-from genarm.prompts import end_ids
+from genarm.text.prompts import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -163,7 +163,7 @@ class GuidedConfig(PreTrainedConfig):
         if self.base is not None and (self.base_spec.model is None or self.base_spec.adapter is not None):
             raise ConfigError("the base must name a model and no adapter; merge an adapter into the base first")
         super().__post_init__(**kwargs)
-        # The Auto classes find the model of every configuration that exists (see genarm.auto).
+        # The Auto classes find the model of every configuration that exists (see genarm.model.auto).
         importlib.import_module("genarm.model.modeling")
 
     def __getattr__(self, name: str) -> Any:

@@ -23,7 +23,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
-from genarm.detokenizer import token_texts
 from genarm.errors import MemberError, UnsupportedError
 from genarm.model.adapters import running, share_adapters
 from genarm.model.assembly import gather_guided, load_guided
@@ -37,7 +36,8 @@ from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_weights
-from genarm.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
+from genarm.text.detokenizer import token_texts
+from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from starlette.requests import Request as HttpRequest
 
 from genarm.engine import Completion
-from genarm.prompts import Prompt
 from genarm.sampling import Sampling, derive_seed
 from genarm.server.errors import ApiError
 from genarm.server.job import Service
 from genarm.server.replies import Usage
 from genarm.server.schema import ChatRequest, CompletionRequest
 from genarm.server.texts import characters
+from genarm.text.prompts import Prompt
 
 _LEAST_TOP_P = 1e-9
 """OpenAI takes 0 for "only the likeliest token"."""

@@ -15,7 +15,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from genarm.engine import Completion, Request, Token
-from genarm.prompts import Message
 from genarm.server.asking import (
     check_characters,
     check_explained,
@@ -44,6 +43,7 @@ from genarm.server.replies import (
     TokenRewards,
 )
 from genarm.server.schema import ChatRequest
+from genarm.text.prompts import Message
 
 DONE = "data: [DONE]\n\n"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from genarm.detokenizer import TokenText
 from genarm.engine import Token
 from genarm.server.replies import ChatLogprobs, RewardShare, TextLogprobs, TokenLogprob, TokenRewards, TopLogprob
 from genarm.server.texts import Texts
+from genarm.text.detokenizer import TokenText
 
 _LOWEST = -9999.0
 """In the place of minus infinity, which JSON does not have; OpenAI's number."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import FiniteFloat
 
+from genarm.data.tables import read_table
 from genarm.errors import ConfigError, WeightsError
 from genarm.model.config import GuidedConfig
 from genarm.model.weights import parse_weights, weight_row
 from genarm.server.errors import ApiError
-from genarm.tables import read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from genarm.prompts import Reading
 from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields, Only
+from genarm.text.prompts import Reading
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16

@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from genarm.detokenizer import Detokenizer, TokenText, TokenTexts, decode, token_texts
 from genarm.errors import DataError
-from genarm.prompts import USUAL, Prompt, Reading, encode_prompt
 from genarm.server.workers import Worker, template_limit
+from genarm.text.detokenizer import Detokenizer, TokenText, TokenTexts, decode, token_texts
+from genarm.text.prompts import USUAL, Prompt, Reading, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

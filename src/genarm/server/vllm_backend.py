@@ -33,12 +33,12 @@ from genarm.engine.request import Ending
 from genarm.engine.text import TextStream
 from genarm.engine.writing import Writing
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
-from genarm.prompts import check_prompt_ids, encode_prompt
 from genarm.server.backend import Load, RestartingBackend, State
+from genarm.text.prompts import check_prompt_ids, encode_prompt
 from genarm.vllm import check_version, vllm_version
 
 if TYPE_CHECKING:
-    from genarm.opening import ModelFiles
+    from genarm.model.references import ModelFiles
 
 _STOPPED = "vLLM's engine has stopped; the log says why"
 _OURS = {

@@ -1,0 +1,305 @@
+"""A conversation with a model, its commands included, apart from any terminal.
+
+`Chat.handle` takes one line and answers on a `Screen`. The conversation is what the user saw: an answer that was
+stopped stays in it as far as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from genarm.engine import Engine, Request, Stream
+from genarm.errors import ConfigError, DataError, GenarmError, UnsupportedError
+from genarm.model.modeling import GuidedForCausalLM
+from genarm.model.references import ModelFiles
+from genarm.model.weights import parse_weights
+from genarm.sampling import Sampling, derive_seed
+from genarm.text.prompts import Message, Prompt
+
+if TYPE_CHECKING:
+    from genarm.model.token_rewards import TokenRewards
+
+HELP = """\
+/weights              show the reward weights
+/weights NAME=W …     change them from the next answer on; those not named stay as they are
+/compare [TEXT]       the base's and the guided model's answer to the last message, or to TEXT, side by side, and
+                      the base's at the lower temperature that rewards which learnt nothing would amount to
+/tokens               heat map of the last answer: which tokens each reward likes more than the base does
+/system TEXT          set the system message from the next answer on; /system shows it, /system off removes it
+/reset                begin a new conversation; weights and system message stay
+/help                 this list
+/quit                 leave; so does Ctrl-D
+Ctrl-C stops an answer. What was shown of it stays in the conversation.
+A text of several lines that is pasted is one message, and no command whatever it begins with; to type one, begin
+and end it with \"\"\". A message may begin with a slash if there is a space before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said, and whether it ended by itself, at the token limit or was stopped by the user."""
+
+    text: str
+    ended: Literal["stop", "length", "interrupted"]
+    weights: Mapping[str, float]
+
+
+class Screen(Protocol):
+    """Where a chat shows what happens."""
+
+    def note(self, text: str) -> None:
+        """A remark of the program."""
+
+    def error(self, text: str) -> None:
+        """Why a line could not be handled."""
+
+    def piece(self, text: str) -> None:
+        """The next piece of an answer."""
+
+    def answered(self, answer: Answer) -> None:
+        """The answer is complete; its pieces have all been shown."""
+
+    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+        """Answers to show side by side; `sharpened` is the base's at a lower temperature, where there is one."""
+
+    def heat(self, rewards: TokenRewards) -> None:
+        """The rewards of each token of an answer."""
+
+
+class Chat:
+    """A model, a conversation and the settings that its commands change.
+
+    Attributes:
+        history: the messages so far, without the system message.
+        weights: {reward: weight} of the next answer.
+        system: the system message, or None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        files: ModelFiles,
+        screen: Screen,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        weights: Mapping[str, float] | None = None,
+        system: str | None = None,
+    ) -> None:
+        """Begin a conversation.
+
+        Args:
+            engine: of the model that `files` describe.
+            files: the tokenizer and the rewards' names.
+            screen: where everything is shown.
+            sampling: how answers are drawn.
+            seed: the same lines with the same seed give the same answers.
+            weights: reward weights over the folder's own.
+            system: a system message.
+
+        Raises:
+            DataError: the tokenizer has no chat template.
+            WeightsError: weights that the model does not take.
+        """
+        if not files.tokenizer.chat_template:
+            raise DataError(
+                f"{files.reference} has no chat template, so it cannot hold a conversation; use genarm generate --raw"
+            )
+        self.engine = engine
+        self.files = files
+        self.screen = screen
+        self.sampling = sampling
+        self.seed = seed
+        self.weights = files.weights(weights or {})
+        self.system = system
+        self.history: list[Message] = []
+        self._last: tuple[Prompt, Answer] | None = None
+        self._drawn = 0
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/weights": self._weights,
+            "/compare": self._compare,
+            "/tokens": self._tokens,
+            "/system": self._system,
+            "/reset": self._reset,
+            "/help": self._help,
+        }
+
+    def handle(self, line: str, *, message: bool = False) -> bool:
+        """Answer a message or carry out a command; a line that cannot be handled is said on the screen.
+
+        Args:
+            line: what was typed; of one line or several.
+            message: it is one for the model, whatever it begins with.
+
+        Returns:
+            Whether the conversation goes on.
+        """
+        if line.startswith("/") and not message:
+            command, rest = (*line.split(maxsplit=1), "")[:2]
+            if command == "/quit":
+                return False
+            action = self._commands.get(command)
+            if action is None:
+                names = ", ".join([*self._commands, "/quit"])
+                self.screen.error(f"there is no command {command!r}; there are {names}")
+                return True
+        else:
+            action, rest = self._say, line
+        if rest.strip() or action != self._say:
+            try:
+                action(rest.strip())
+            except GenarmError as error:
+                self.screen.error(str(error))
+        return True
+
+    def _say(self, text: str) -> None:
+        messages: list[Message] = [*self.history, {"role": "user", "content": text}]
+        prompt = self._prompt(messages)
+        stream = self._begin(prompt, self.weights, self._next_seed())
+        answer = _read(stream, self.weights, on_text=self.screen.piece)
+        self.screen.answered(answer)
+        if not answer.text and answer.ended == "interrupted":
+            return  # nothing was said: as if it had not been asked
+        self._last = (prompt, answer)
+        self.history = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _begin(
+        self, prompt: Prompt, weights: Mapping[str, float], seed: int, sampling: Sampling | None = None
+    ) -> Stream:
+        """Begin an answer to `prompt`."""
+        ids = self.files.encode(prompt)
+        room = self._room(prompt, len(ids))
+        sampling = sampling or self.sampling
+        sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+        return self.engine.stream(Request(prompt=ids, weights=weights, sampling=sampling, seed=seed))
+
+    def _prompt(self, messages: list[Message]) -> Prompt:
+        return self.files.conversation(messages, system=self.system, raw=False)
+
+    def _room(self, prompt: Prompt, tokens: int) -> int:
+        room = self.engine.context - tokens
+        if room >= 1:
+            return room
+        assert not isinstance(prompt, str)
+        system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+        alone_tokens = len(self.files.encode([*system, prompt[-1]]))
+        if alone_tokens < self.engine.context:
+            raise DataError(
+                f"the conversation has {tokens} tokens and there is room for {self.engine.context}; begin a new one "
+                "with /reset"
+            )
+        most = self.files.context
+        larger = most is None or most > self.engine.context
+        start = f", or start genarm chat with a larger --context{f' (up to {most})' if most else ''}" if larger else ""
+        raise DataError(
+            f"this message alone has {alone_tokens} tokens as the model reads it, and there is room for "
+            f"{self.engine.context}, its answer included; shorten it{start}"
+        )
+
+    def _next_seed(self) -> int:
+        self._drawn += 1
+        return derive_seed(self.seed, self._drawn - 1)
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def _weights(self, text: str) -> None:
+        self._need_rewards()
+        if text:
+            self.weights = self.files.weights(parse_weights(text), self.weights)
+        self.screen.note(describe_weights(self.weights))
+
+    def _compare(self, text: str) -> None:
+        self._need_rewards()
+        if text:
+            messages: list[Message] = [*self.history, {"role": "user", "content": text}]
+        elif self.history:
+            messages = self.history[:-1]
+        else:
+            raise ConfigError("there is no message to compare answers to yet; say something, or use /compare TEXT")
+        prompt = self._prompt(messages)
+        seed = self._next_seed()  # the same for all, so that only what is compared differs
+        none = dict.fromkeys(self.weights, 0.0)
+        total, temperature = sum(self.weights.values()), self.sampling.temperature
+        settings = [(none, self.sampling), (self.weights, self.sampling)]
+        if total > 0 and temperature > 0:  # what rewards that learnt nothing would do by themselves
+            temperature /= 1 + total
+            settings.append((none, replace(self.sampling, temperature=temperature)))
+        streams = [self._begin(prompt, weights, seed, sampling) for weights, sampling in settings]
+        answers = [_read(stream, w, on_text=_unseen) for stream, (w, _) in zip(streams, settings, strict=True)]
+        if any(answer.ended == "interrupted" for answer in answers):
+            for stream in streams:
+                stream.cancel()
+            self.screen.note("comparison stopped")
+            return
+        base, guided, *sharpened = answers
+        self.screen.compared(base, guided, (temperature, sharpened[0]) if sharpened else None)
+
+    def _tokens(self, text: str) -> None:
+        self._need_rewards()
+        if text:
+            raise ConfigError(f"/tokens takes nothing after it, got {text!r}; it shows the last answer")
+        if self._last is None:
+            raise ConfigError("there is no answer to show yet; say something first")
+        prompt, answer = self._last
+        if not answer.text:
+            raise ConfigError("the last answer is empty; there are no tokens to show")
+        model = self.engine.model
+        assert isinstance(model, GuidedForCausalLM)
+        rewards = model.token_rewards(
+            prompt,
+            answer.text,
+            tokenizer=self.files.tokenizer,
+            reward_weights=answer.weights,
+            reading=self.files.reading,
+        )
+        if answer.ended != "stop":
+            self.screen.note("the answer was cut, so the end-of-turn token below is not the model's own")
+        self.screen.heat(rewards)
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.system = None if text == "off" else text
+        self.screen.note("no system message" if self.system is None else f"system message: {self.system}")
+
+    def _reset(self, text: str) -> None:
+        if text:
+            raise ConfigError(f"/reset takes nothing after it, got {text!r}")
+        self.history, self._last = [], None
+        self.screen.note("new conversation")
+
+    def _help(self, _: str) -> None:
+        self.screen.note(HELP)
+
+    def _need_rewards(self) -> None:
+        if not self.files.guided:
+            raise UnsupportedError(
+                f"{self.files.reference} is not a guided model, so it has no rewards; make one with genarm compose"
+            )
+
+
+def describe_weights(weights: Mapping[str, float]) -> str:
+    """The weights in the form that `/weights` takes."""
+    return " ".join(f"{name}={weight:g}" for name, weight in weights.items())
+
+
+def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[str], None]) -> Answer:
+    """The answer that a stream brings; Ctrl-C (KeyboardInterrupt) ends it early."""
+    pieces: list[str] = []
+    try:
+        for token in stream:
+            pieces.append(token.text)
+            if token.text:
+                on_text(token.text)
+    except KeyboardInterrupt:
+        stream.cancel()
+        return Answer(text="".join(pieces), ended="interrupted", weights=dict(weights))
+    assert stream.completion is not None
+    ended = stream.completion.ending
+    return Answer(
+        text=stream.completion.text, ended="interrupted" if ended == "cancelled" else ended, weights=dict(weights)
+    )
+
+
+def _unseen(_: str) -> None:
+    """Answers to compare are shown when both are there."""

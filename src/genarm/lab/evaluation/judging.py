@@ -1,0 +1,147 @@
+"""What the judges say of all answers: scores of single replies, and verdicts on pairs of them.
+
+judgements/JUDGE/METHOD.jsonl     a score for each reply
+judgements/JUDGE/A--B.jsonl       a verdict on each pair of replies, with all that an LLM said
+judgements/JUDGE/replies/         what an LLM has said; nothing is asked twice
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.console import Console
+
+from genarm.errors import DataError
+from genarm.files import append_rows, resume_rows
+from genarm.lab.evaluation.answers import Answers
+from genarm.lab.evaluation.build import Models
+from genarm.lab.evaluation.comparing import COMPARING, compare_all
+from genarm.lab.evaluation.prompts import Question
+from genarm.lab.evaluation.provenance import scores_record
+from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, slug
+from genarm.lab.evaluation.results import Verdicts
+from genarm.lab.pairs.scorers import Item, ScorerOptions, make_scorer
+from genarm.provenance import claim
+
+CHUNK = 50
+"""Scores that are written together."""
+
+
+Scores: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A reply as a judge sees it."""
+
+    question: Question
+    text: str
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """{method: {judge: score of each reply}}, every verdict, and what a reader must know of them."""
+
+    scores: Scores
+    verdicts: tuple[Verdicts, ...]
+    notes: tuple[str, ...]
+
+
+def judge_all(
+    folder: Path,
+    recipe: Recipe,
+    questions: Sequence[Question],
+    answers: Mapping[str, Answers],
+    models: Models,
+    console: Console,
+) -> Judged:
+    """Have every judge judge what it has not yet.
+
+    Raises:
+        ConfigError, MemberError: a judge that cannot be had.
+        DataError: judgements of other settings, or a score that is no number.
+    """
+    scores: Scores = {method.name: {} for method in recipe.methods}
+    verdicts: list[Verdicts] = []
+    notes: list[str] = []
+    for judge in recipe.judges:
+        where = folder / slug(judge.name)
+        if judge.kind in COMPARING:
+            compared, about = compare_all(where, judge, recipe, questions, answers, console)
+            verdicts += compared
+            notes += about
+            continue
+        for method in recipe.methods:
+            scores[method.name][judge.name] = _score_all(
+                where / f"{slug(method.name)}.jsonl",
+                judge,
+                models,
+                questions,
+                answers[method.name],
+                method.name,
+            )
+    return Judged(scores=scores, verdicts=tuple(verdicts), notes=tuple(notes))
+
+
+def check_judges(recipe: Recipe, questions: Sequence[Question], models: Models) -> None:
+    """Find out whether the judges of single replies can judge, before anything is trained or answered.
+
+    Raises:
+        ConfigError: a function that cannot be had.
+        DataError: a prompt without what a judge needs of its row.
+    """
+    rows = [_row(question) for question in questions]
+    for judge in recipe.judges:
+        if judge.kind not in (*COMPARING, "reward"):
+            make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder)).check(rows)
+
+
+def _row(question: Question) -> dict[str, Any]:
+    return {**question.row, "prompt": question.prompt}
+
+
+def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], list[float | None]]:
+    """What scores single replies."""
+    if judge.kind == "reward":
+        reward = models.reward(judge.source)
+        return lambda replies: list(reward.score([r.question.ids for r in replies], [r.ids for r in replies]))
+    scorer = make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder))
+
+    def score(replies: Sequence[Reply]) -> list[float | None]:
+        return scorer.score([Item(prompt=r.question.prompt, response=r.text, row=_row(r.question)) for r in replies])
+
+    return score
+
+
+def _score_all(
+    path: Path, judge: JudgeSpec, models: Models, questions: Sequence[Question], answers: Answers, method: str
+) -> tuple[float, ...]:
+    settings = claim(path, scores_record(judge, method, models, questions, answers))
+    rows = resume_rows(path, settings)
+    replies = [
+        Reply(question=question, text=text, ids=ids)
+        for question, text, ids in zip(questions, answers.replies, answers.token_ids, strict=True)
+    ]
+    if len(rows) == len(replies):
+        return tuple(float(row["score"]) for row in rows)
+    scorer = _scorer(judge, models)
+    for start in range(len(rows), len(replies), CHUNK):
+        part = replies[start : start + CHUNK]
+        new = [
+            {"index": index, "score": _finite(score, judge.name, index), "settings": settings}
+            for index, score in enumerate(scorer(part), start=start)
+        ]
+        append_rows(path, new)
+        rows += new
+    return tuple(float(row["score"]) for row in rows)
+
+
+def _finite(score: float | None, judge: str, index: int) -> float:
+    if score is None or not math.isfinite(score):
+        raise DataError(f"{judge} scores answer {index} with {score}; a score must be a finite number")
+    return score

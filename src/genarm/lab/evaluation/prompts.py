@@ -1,0 +1,69 @@
+"""The questions of a comparison: held-out prompts, encoded as the base reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from genarm.data.prompts import is_prompt, to_prompts
+from genarm.data.sources import load_rows
+from genarm.errors import DataError
+from genarm.lab.evaluation.recipe import PromptSpec
+from genarm.lab.judges.protocol import as_text
+from genarm.text.prompts import Prompt, Reading, as_conversation, check_reading, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt as it is shown and judged, and its ids as the base reads it; `row` is the row it comes from."""
+
+    prompt: Prompt
+    text: str
+    ids: tuple[int, ...]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Question]:
+    """The first `spec.count` different prompts of `source` that fit into `room` tokens.
+
+    Raises:
+        DataError: the data cannot be read or has too few of them.
+    """
+    reading = Reading(template_args=spec.template_args)
+    check_reading(tokenizer, reading)
+    chat = bool(tokenizer.chat_template)
+    found: dict[str, Question] = {}
+    too_long = 0
+    for prompt, row in _prompts(spec, source, chat):
+        text = as_text(prompt)
+        if text in found:
+            continue
+        ids = encode_prompt(tokenizer, prompt, reading)
+        if len(ids) > room:
+            too_long += 1
+            continue
+        found[text] = Question(prompt=prompt, text=text, ids=tuple(ids), row=row)
+        if len(found) == spec.count:
+            return list(found.values())
+    raise DataError(
+        f"{source} has {len(found)} different prompts of at most {room} tokens ({too_long} are longer), and the recipe "
+        f"wants {spec.count}; lower prompts.count"
+    )
+
+
+def _prompts(spec: PromptSpec, source: str, chat: bool) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:
+    rows = load_rows(source, split=spec.split)
+    if spec.column is None:
+        for pair in to_prompts(rows, source=source, objective=spec.objective, chat=chat).pairs:
+            yield pair.prompt, {}
+        return
+    for number, row in enumerate(rows, start=1):
+        value = row.get(spec.column)
+        if value is None or not is_prompt(value):
+            raise DataError(f"{source}, row {number}: {spec.column!r} is {value!r}; expected text or messages")
+        prompt: Prompt = spec.template.replace("{}", value) if isinstance(value, str) else value
+        yield (as_conversation(prompt) if isinstance(prompt, str) and chat else prompt), row

@@ -1,0 +1,73 @@
+"""What decides the rows of a comparison, by content: what is trained, answers, and judges' scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from genarm.lab.evaluation.answers import Answers
+from genarm.lab.evaluation.build import Models, base_reference
+from genarm.lab.evaluation.prompts import Question
+from genarm.lab.evaluation.recipe import JudgeSpec, MethodSpec, Recipe, TrainSpec
+from genarm.lab.pairs.scorers import ScorerOptions, make_scorer
+from genarm.provenance import AT, Record, content_of, data_record, file_content, plain
+from genarm.training.kinds import parse_rewards
+
+
+def training_record(spec: TrainSpec, models: Models) -> Record:
+    """A model to train: its settings, and what it starts and learns from."""
+    named = {key: models.resolve(value) for key, value in spec.settings.items() if isinstance(value, str)}
+    record: Record = {"settings": {key: value for key, value in spec.settings.items() if key not in _FILES}}
+    record |= {key: models.record(spec.settings[key]) for key in ("model",) if key in named}
+    record |= {key: data_record(named[key]) for key in ("data", "eval_data") if key in named}
+    if "rewards" in named:
+        rewards = parse_rewards(named["rewards"])
+        record["rewards"] = {reward.name: models.record(reward.folder) for reward in rewards}
+        record["weights"] = {reward.name: reward.weight for reward in rewards}
+    if "chat_template" in named:
+        record["chat_template"] = {AT: named["chat_template"], "content": file_content(Path(named["chat_template"]))}
+    return plain(record)
+
+
+_FILES = ("model", "data", "eval_data", "rewards", "chat_template")
+
+
+def answers_record(recipe: Recipe, method: MethodSpec, models: Models, questions: Sequence[Question]) -> Record:
+    """The replies of `method`, whatever it is called; equal exactly where two recipes would give the same ones."""
+    spec = recipe.prompts
+    own = {
+        "kind": method.kind,
+        "weights": dict(method.weights),
+        "settings": dict(method.settings),
+        "sampling": dict(method.sampling),
+        **{role: models.record(reference) for role, reference in method.roles.items()},
+        "named": {name: models.record(reference) for name, reference in method.named.items()},
+    }
+    return plain(
+        {
+            "seed": recipe.seed,
+            "sampling": asdict(recipe.sampling),
+            "method": own,
+            "base": models.record(base_reference(recipe.methods[0])),
+            "prompts": {AT: spec.data, "number": len(questions), "text": content_of(q.prompt for q in questions)},
+            "tokens of the prompts": content_of(q.ids for q in questions),
+        }
+    )
+
+
+def scores_record(
+    judge: JudgeSpec, method: str, models: Models, questions: Sequence[Question], answers: Answers
+) -> Record:
+    """A judge's scores of the replies of one method."""
+    if judge.kind == "reward":
+        judged: Record = models.record(judge.source)
+    else:
+        judged = dict(make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder)).record)
+    return plain(
+        {
+            "judge": {"kind": judge.kind, **judged},
+            "rows of the prompts": content_of((q.prompt, dict(q.row)) for q in questions),
+            f"replies of {method}": content_of(zip(answers.replies, answers.token_ids, strict=True)),
+        }
+    )

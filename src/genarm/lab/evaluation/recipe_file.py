@@ -1,0 +1,219 @@
+"""Recipes from TOML files: read, and checked for everything that does not hold together.
+
+A file has a section per scale (`paper`, `tiny`, …), each complete in itself, beside a `title` and the published
+figures.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from genarm.data.tables import FORBID, read_table
+from genarm.errors import ConfigError
+from genarm.lab.evaluation.recipe import (
+    KINDS,
+    Claim,
+    FileName,
+    Gap,
+    JudgeSpec,
+    MethodSpec,
+    PairSpec,
+    PromptSpec,
+    Recipe,
+    SamplingSpec,
+    TrainSpec,
+    slug,
+)
+from genarm.training.config import make_config
+
+
+def scales(path: Path) -> tuple[str, ...]:
+    """The scales that a recipe file has (raises ConfigError)."""
+    return tuple(name for name, value in _read(path).items() if isinstance(value, dict))
+
+
+def load_recipe(path: Path, scale: str, *, seed: int | None = None) -> Recipe:
+    """One scale of the recipe at `path`, with another `seed` if given.
+
+    Raises:
+        ConfigError: the file cannot be read, lacks the scale, or something in it does not hold together.
+    """
+    content = _read(path)
+    table = content.get(scale)
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} has no scale {scale!r}; it has {', '.join(scales(path))}")
+    try:
+        table = table if seed is None else {**table, "seed": seed}
+        title = read_table(str, content.get("title", path.stem), "title")
+        return _recipe(title, scale, table, content.get("published", []))
+    except ConfigError as error:
+        raise ConfigError(f"{path}, scale {scale}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}; see the folder recipes/") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """A section of the file; see `genarm.lab.evaluation.recipe.Recipe`."""
+
+    __pydantic_config__ = FORBID
+
+    prompts: PromptSpec
+    methods: Annotated[tuple[Mapping[str, Any], ...], Field(min_length=1)]
+    judges: tuple[JudgeSpec, ...]
+    reference: str
+    seed: NonNegativeInt = 0
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    world: Mapping[str, Any] = field(default_factory=dict)
+    pairs: tuple[PairSpec, ...] = ()
+    train: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    comparisons: tuple[tuple[str, str], ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    fronts: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    sizes: Mapping[str, PositiveFloat] = field(default_factory=dict)
+
+
+_Weights: TypeAlias = Mapping[str, FiniteFloat]
+
+
+def _recipe(title: str, scale: str, table: Mapping[str, Any], published: object) -> Recipe:
+    read: _Scale = read_table(_Scale, table, "recipe")
+    whole = {item.name: getattr(read, item.name) for item in fields(read) if item.name != "training"}
+    methods = (spec for number, entry in enumerate(read.methods) for spec in _methods(entry, f"methods.{number}"))
+    train = tuple(_train(entry, read, f"train.{number}") for number, entry in enumerate(read.train))
+    shown = read_table(tuple[Mapping[str, str | FiniteFloat], ...], published, "published")
+    recipe = Recipe(title=title, scale=scale, published=shown, **{**whole, "methods": tuple(methods), "train": train})
+    _check(recipe)
+    return recipe
+
+
+def _train(entry: Mapping[str, Any], scale: _Scale, where: str) -> TrainSpec:
+    """The settings are tried out, so that a mistake in the last one is not found after the others' training."""
+    name = read_table(FileName, entry.get("name"), f"{where}.name")
+    settings = {**scale.training, **{k: v for k, v in entry.items() if k != "name"}}
+    try:
+        make_config({"seed": scale.seed, **settings, "output": name})
+    except ConfigError as error:
+        raise ConfigError(f"{where} ({name}): {error}") from error
+    return TrainSpec(name=name, settings=settings)
+
+
+def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
+    """The rows of one entry: one for each of its `weights`, if it has a list of them."""
+    kind = KINDS.get(str(entry.get("kind")))
+    if kind is None:
+        raise ConfigError(f"{where} has the kind {entry.get('kind')!r}; it must be one of {', '.join(KINDS)}")
+    name = read_table(str, entry.get("name", entry["kind"]), f"{where}.name")
+    where = f"method {name!r}"
+    own = [*kind.roles, *([kind.named] if kind.named else [])]
+    _only(entry, ["kind", "name", "family", "sampling", "weights", *own, *kind.settings], where)
+    missing = [key for key in own if key not in entry]
+    if missing:
+        raise ConfigError(f"{where} of kind {entry['kind']} lacks {', '.join(missing)}")
+    named = read_table(Mapping[str, str], entry[kind.named], f"{where}: {kind.named}") if kind.named else {}
+    given = read_table(_Weights | tuple[_Weights, ...], entry.get("weights", {}), f"{where}: weights")
+    grid = given if isinstance(given, tuple) else (given,)
+    sampling = read_table(Mapping[str, Any], entry.get("sampling", {}), f"{where}: sampling")
+    read_table(SamplingSpec, sampling, f"{where}: sampling")
+    rows = []
+    for weights in grid:
+        full = {key: float(weights.get(key, 1.0)) for key in (named if kind.named else weights)}
+        _only(weights, full, f"the weights of {where}")
+        label = ", ".join(f"{key} {value:g}" for key, value in full.items())
+        rows.append(
+            MethodSpec(
+                kind=entry["kind"],
+                name=name if len(grid) == 1 else f"{name} ({label})",
+                family=read_table(str, entry.get("family", name), f"{where}: family"),
+                roles={role: read_table(str, entry[role], f"{where}: {role}") for role in kind.roles},
+                named=dict(named),
+                weights=full,
+                settings={
+                    key: _number(entry.get(key, value), key, value, where) for key, value in kind.settings.items()
+                },
+                sampling=dict(sampling),
+            )
+        )
+    return rows
+
+
+def _number(value: object, key: str, usual: float, where: str) -> float:
+    """A number of a method: a count where the usual one is a count."""
+    bounds = (
+        PositiveInt
+        if isinstance(usual, int)
+        else Annotated[FiniteFloat, Field(ge=0)]
+        if key == "temperature"
+        else FiniteFloat
+    )
+    found: float = read_table(bounds, value, f"{where}: {key}")
+    return found
+
+
+def _check(recipe: Recipe) -> None:
+    names = [method.name for method in recipe.methods]
+    judges = [judge.name for judge in recipe.judges]
+    for what, values in (("method", names), ("judge", judges), ("trained model", [t.name for t in recipe.train])):
+        files = [slug(value) for value in values]
+        double = [value for value, file in zip(values, files, strict=True) if files.count(file) > 1 or not file]
+        if double:
+            raise ConfigError(f"the {what} {double[0]!r} has no file name of its own; give it another name")
+    used = [recipe.reference, *(name for pair in recipe.comparisons for name in pair)]
+    used += [name for gap in recipe.gaps for name in (gap.bottom, gap.top, *gap.methods)]
+    used += [name for claim in recipe.claims if claim.what != "front" for name in (claim.first, claim.second)]
+    families = {method.family for method in recipe.methods}
+    _known(used, names, "method")
+    _known([*(n for c in recipe.claims if c.what == "front" for n in (c.first, c.second))], families, "family")
+    _known(
+        [*recipe.fronts, *(g.judge for g in recipe.gaps), *(c.judge for c in recipe.claims if c.judge)], judges, "judge"
+    )
+    for claim in recipe.claims:
+        _check_claim(claim, recipe)
+
+
+def _check_claim(claim: Claim, recipe: Recipe) -> None:
+    about = f"the claim {claim.what!r} of {claim.first!r} and {claim.second!r}"
+    if (claim.judge != "") != (claim.what in ("above", "level", "gap")):
+        raise ConfigError(f"{about} {'has' if claim.judge else 'needs'} a judge; above, level and gap have one")
+    _check_bound(about, "margin", claim.margin, needed=claim.what == "level", allowed=claim.what in ("level", "front"))
+    _check_bound(about, "share", claim.share, needed=claim.what == "gap", allowed=claim.what == "gap")
+    if claim.what == "front" and not recipe.fronts:
+        raise ConfigError(f"{about} needs fronts: the judges of the objectives")
+    if claim.what == "gap" and not any(
+        claim.first in gap.methods and (claim.second, claim.judge) == (gap.top, gap.judge) for gap in recipe.gaps
+    ):
+        raise ConfigError(f"{about} needs an entry of gaps with that method, top and judge")
+
+
+def _check_bound(about: str, name: str, value: Any, *, needed: bool, allowed: bool) -> None:
+    if needed and not value:
+        raise ConfigError(f"{about} needs a {name} above 0")
+    if value and not allowed:
+        raise ConfigError(f"{about} has a {name}; it does not go with it")
+
+
+def _known(used: Sequence[str], known: Sequence[str] | set[str], what: str) -> None:
+    unknown = [name for name in used if name not in known]
+    if unknown:
+        raise ConfigError(f"there is no {what} {unknown[0]!r}; the recipe has {', '.join(sorted(known))}")
+
+
+def _only(table: Mapping[str, Any], allowed: Any, where: str) -> None:
+    unknown = [key for key in table if key not in allowed]
+    if unknown:
+        raise ConfigError(f"{where} has the unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")

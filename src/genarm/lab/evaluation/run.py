@@ -1,0 +1,251 @@
+"""`evaluate`: one comparison from its recipe to the report, going on where an earlier run stopped.
+
+In order: make the world (tiny recipes) and pairs (tasks), train the models, answer with every method, judge the
+answers, draw up the report. Each step leaves a whole folder or whole rows behind, so that a run that is killed repeats
+none of them:
+
+    recipe.json           what everything here is made from, and on what; another run is refused
+    world/  pairs/  train/  what is made and trained
+    answers/NAME.jsonl    the replies of each method, with seeds, log-probabilities and cost
+    judgements/JUDGE/     scores and verdicts, reply by reply
+    report.html  results.md  results.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from genarm.files import check_output, write_text
+from genarm.lab.evaluation.answers import Answers, answering, read_answers
+from genarm.lab.evaluation.build import Models, base_reference, build, kl_bound
+from genarm.lab.evaluation.comparing import announce
+from genarm.lab.evaluation.figures import Figures, figures, record
+from genarm.lab.evaluation.judging import Judged, check_judges, judge_all
+from genarm.lab.evaluation.prompts import Question, read_questions
+from genarm.lab.evaluation.provenance import answers_record, training_record
+from genarm.lab.evaluation.recipe import MethodSpec, Recipe, TrainSpec, slug
+from genarm.lab.evaluation.report import report
+from genarm.lab.evaluation.results import Measured, Results, Trained
+from genarm.lab.evaluation.table import markdown, table
+from genarm.lab.evaluation.tasks import held_out_file, make_pairs
+from genarm.lab.evaluation.world import WorldSettings, make_world
+from genarm.lab.machine import code_version, one_thread, this_machine
+from genarm.lab.methods.interface import Method
+from genarm.lab.methods.sample import Sample
+from genarm.lab.training.run import train
+from genarm.model.references import find_device
+from genarm.provenance import claim, data_record
+from genarm.sampling import Sampling
+from genarm.terminal import Bar
+from genarm.training.config import make_config
+from genarm.training.output import METRICS
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where and on what a comparison runs; a folder keeps to one dtype and device."""
+
+    output: Path
+    command: str
+    dtype: str = "auto"
+    device: str | None = None
+
+
+def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:
+    """Run `recipe` into `options.output` and return its figures.
+
+    Raises:
+        GenarmError: any mistake in the recipe, the models or the data; a folder that holds another run.
+    """
+    folder = options.output.resolve()
+    announce(recipe, console)
+    check_output(folder, folder=True)
+    if recipe.world:
+        WorldSettings.from_table(recipe.world, recipe.seed)
+    circumstances = {"dtype": options.dtype, "device": find_device(options.device)}
+    claim(folder, {**recipe.foundation, **circumstances}, noted=folder / RECIPE)
+    with one_thread() if recipe.world else nullcontext():
+        return _evaluate(recipe, options, folder, console)
+
+
+def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Console) -> Figures:
+    if recipe.world and not (folder / "world").exists():
+        console.print(Text("World", style="bold"))
+        make_world(folder / "world", WorldSettings.from_table(recipe.world, recipe.seed), console)
+    models = Models(folder=folder, dtype=options.dtype, device=options.device)
+    for pairs in recipe.pairs:
+        made = held_out_file(folder / "pairs", pairs)
+        claim(made, {"data": data_record(models.resolve(pairs.data))})
+        if not made.exists():
+            console.print(f"making the pairs {pairs.name} of {pairs.data}", highlight=False, markup=False)
+            make_pairs(folder / "pairs", pairs, models.resolve(pairs.data), recipe.seed)
+    questions = _questions(recipe, models)
+    check_judges(recipe, questions, models)
+    for number, spec in enumerate(recipe.train, start=1):
+        claim(folder / "train" / spec.name, training_record(spec, models))
+        if not (folder / "train" / spec.name / METRICS).exists():
+            console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
+            _train(folder, spec, models, recipe.seed, console)
+    answers = _answer(folder, recipe, questions, models, console)
+    console.print(Text("Judges", style="bold"))
+    judged = judge_all(folder / "judgements", recipe, questions, answers, models, console)
+    results = _results(recipe, options, folder, questions, answers, judged)
+    return _write(folder, recipe, results, console)
+
+
+def _write(folder: Path, recipe: Recipe, results: Results, console: Console) -> Figures:
+    found = figures(results, recipe)
+    write_text(folder / "results.json", json.dumps(record(found), indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "results.md", markdown(results, found))
+    write_text(folder / "report.html", report(results, found))
+    console.print(table(found))
+    for note in results.notes:
+        console.print(note, highlight=False, markup=False)
+    console.print(f"wrote {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    return found
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def _train(folder: Path, spec: TrainSpec, models: Models, seed: int, console: Console) -> None:
+    """Train one model with the settings of `genarm train`; an unfinished one is gone on with."""
+    output = folder / "train" / spec.name
+    given = {key: models.resolve(value) if isinstance(value, str) else value for key, value in spec.settings.items()}
+    train(make_config({"seed": seed, **given, "output": output}), resume=output.exists(), console=console)
+
+
+def _trained(folder: Path, spec: TrainSpec) -> Trained:
+    metrics = json.loads((folder / "train" / spec.name / METRICS).read_text(encoding="utf-8"))
+    return Trained(name=spec.name, kind=str(spec.settings.get("kind", "arm")), metrics=metrics)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------
+
+
+def _questions(recipe: Recipe, models: Models) -> list[Question]:
+    base = models.files(base_reference(recipe.methods[0]))
+    longest = max(recipe.draw(method).max_new_tokens for method in recipe.methods)
+    room = (base.context or 10**9) - longest
+    return read_questions(recipe.prompts, models.resolve(recipe.prompts.data), base.tokenizer, room)
+
+
+def _answer(
+    folder: Path, recipe: Recipe, questions: Sequence[Question], models: Models, console: Console
+) -> dict[str, Answers]:
+    console.print(Text("Answers", style="bold"))
+    paths = {spec.name: folder / "answers" / f"{slug(spec.name)}.jsonl" for spec in recipe.methods}
+    settings = {
+        spec.name: claim(paths[spec.name], answers_record(recipe, spec, models, questions)) for spec in recipe.methods
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=False) as progress:
+        running: dict[TaskID, Iterator[int]] = {}
+        for spec in recipe.methods:
+            task = progress.add_task(spec.name, total=len(questions))
+            running[task] = answering(
+                paths[spec.name],
+                lambda spec=spec: _method(spec, recipe, models),  # type: ignore[misc]
+                questions,
+                batch_size=recipe.sampling.batch_size,
+                at_once=recipe.draw(spec).batch_size,
+                seed=recipe.seed,
+                settings=settings[spec.name],
+            )
+        for task, rows in _in_turns(running) if recipe.sampling.interleave else _one_by_one(running):
+            progress.advance(task, rows)
+    return {spec.name: read_answers(paths[spec.name], settings[spec.name]) for spec in recipe.methods}
+
+
+def _in_turns(running: dict[TaskID, Iterator[int]]) -> Iterator[tuple[TaskID, int]]:
+    left = dict(running)
+    while left:
+        for task, rows in list(left.items()):
+            count = next(rows, None)
+            if count is None:
+                del left[task]
+            else:
+                yield task, count
+
+
+def _one_by_one(running: dict[TaskID, Iterator[int]]) -> Iterator[tuple[TaskID, int]]:
+    for task, rows in running.items():
+        for count in rows:
+            yield task, count
+
+
+def _method(spec: MethodSpec, recipe: Recipe, models: Models) -> tuple[Method, Any]:
+    """The method, and log π_base of replies at temperature 1 by the model that it steers."""
+    base = recipe.methods[0]
+    if not recipe.sampling.interleave:
+        models.keep((base, spec))
+    tokenizer = models.files(base_reference(base)).tokenizer
+    plain = Sample(models.policy(spec.roles.get("base", base_reference(base))), tokenizer, Sampling())
+    return build(spec, models, tokenizer, recipe.draw(spec)), plain.log_probs
+
+
+# --- results ---------------------------------------------------------------------------------------------------
+
+
+def _results(
+    recipe: Recipe,
+    options: RunOptions,
+    folder: Path,
+    questions: Sequence[Question],
+    answers: dict[str, Answers],
+    judged: Judged,
+) -> Results:
+    measured = tuple(
+        Measured(
+            name=spec.name,
+            family=spec.family,
+            weights=spec.weights,
+            replies=answers[spec.name].replies,
+            tokens=tuple(len(ids) for ids in answers[spec.name].token_ids),
+            scores=judged.scores[spec.name],
+            kl=answers[spec.name].kl,
+            kl_bound=kl_bound(spec),
+            cost=answers[spec.name].cost,
+        )
+        for spec in recipe.methods
+    )
+    return Results(
+        title=recipe.title,
+        scale=recipe.scale,
+        command=options.command,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions=_versions(),
+        machine=_machine(options.device),
+        settings={"seed": recipe.seed, "prompts": len(questions), **asdict(recipe.sampling)},
+        prompts=tuple(question.text for question in questions),
+        reference=recipe.reference,
+        measured=measured,
+        verdicts=judged.verdicts,
+        trained=tuple(_trained(folder, spec) for spec in recipe.train),
+        published=recipe.published,
+        notes=judged.notes,
+    )
+
+
+def _machine(device: str | None) -> str:
+    machine = this_machine(find_device(None if device == "auto" else device))
+    return f"{machine.accelerator or machine.processor}, {machine.cores} cores, torch's threads: {machine.threads}"
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "trl")
+    return {"code": code_version(), **{name: version(name) for name in names if find_spec(name)}}

@@ -1,0 +1,314 @@
+"""The figures as tables of text, drawn up once for the terminal, for Markdown and for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from genarm.lab.evaluation.claims import Ruling
+from genarm.lab.evaluation.costs import Times
+from genarm.lab.evaluation.figures import Comparison, Figures, Published, Row
+from genarm.lab.evaluation.fronts import Front
+from genarm.lab.evaluation.gaps import Recovered
+from genarm.lab.evaluation.results import Trained
+from genarm.statistics import Estimate, Mean, WinRate
+from genarm.training.report import accuracies, reward_text
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """One table of text.
+
+    Attributes:
+        key: names it in the report.
+        title, note: above and below it; the note may be empty.
+        head: of the columns.
+        rows: of the same width.
+        words: how many of the first columns are words; the others are numbers.
+    """
+
+    key: str
+    title: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+
+def sheets(figures: Figures) -> tuple[Sheet, ...]:
+    """All tables in reading order; those that would be empty are left out."""
+    drawn = (
+        _claims(figures),
+        _quality(figures),
+        _cost(figures),
+        _comparisons(figures),
+        _gaps(figures.gaps),
+        *(sheet for front in figures.fronts for sheet in (_front(front), _leads(front))),
+        _trained(figures.trained),
+        _published(figures.published),
+    )
+    return tuple(sheet for sheet in drawn if sheet.rows)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+def digits(values: Iterable[float]) -> int:
+    """Decimals, 2 to 4, that leave the largest of `values` three digits."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 2 if largest == 0 else min(4, max(2, 2 - math.floor(math.log10(largest))))
+
+
+def number(value: float, decimals: int) -> str:
+    """`value` with a true minus sign, none on zero; a dash where it is undefined."""
+    if math.isnan(value):
+        return UNKNOWN
+    text = f"{value:.{decimals}f}".replace("inf", "∞")
+    return text.lstrip("-") if not text.strip("-0.") else text.replace("-", "−")
+
+
+def interval(estimate: Estimate | Mean | WinRate, decimals: int) -> str:
+    """A figure with its interval."""
+    value = estimate.rate if isinstance(estimate, WinRate) else estimate.value
+    if math.isnan(value):
+        return UNKNOWN
+    return f"{number(value, decimals)} [{number(estimate.low, decimals)}, {number(estimate.high, decimals)}]"
+
+
+def _column(estimates: Sequence[Estimate | Mean | None]) -> list[str]:
+    """A column of figures with as many decimals each."""
+    decimals = digits(estimate.value for estimate in estimates if estimate is not None)
+    return [UNKNOWN if estimate is None else interval(estimate, decimals) for estimate in estimates]
+
+
+# --- sheets -----------------------------------------------------------------------------------------------------
+
+
+def _claims(figures: Figures) -> Sheet:
+    return Sheet(
+        key="claims",
+        title="Claims of the recipe",
+        note="A claim holds where the whole 95% interval is above the bound, does not hold where none of it is, and is "
+        "not shown in between.",
+        head=("claim", "verdict", "measured", "must be above"),
+        rows=tuple((statement(ruling), ruling.verdict, *_reason(ruling)) for ruling in figures.claims),
+        words=2,
+    )
+
+
+def statement(ruling: Ruling) -> str:
+    """What is claimed, in words."""
+    claim = ruling.claim
+    match claim.what:
+        case "above":
+            return f"{claim.first} is better than {claim.second} ({claim.judge})"
+        case "level":
+            return f"{claim.first} is level with {claim.second}: less than {claim.margin:g} below it ({claim.judge})"
+        case "front":
+            least = f"at least {1 - claim.margin:.0%} of" if claim.margin else "above"
+            return f"the hypervolume of {claim.first} is {least} that of {claim.second}"
+        case "gap":
+            return f"{claim.first} covers at least {claim.share:.0%} of the way to {claim.second} ({claim.judge})"
+    return f"{claim.first} is cheaper than {claim.second}"
+
+
+def _reason(ruling: Ruling) -> tuple[str, str]:
+    if ruling.times is not None:
+        forwards = number(ruling.times.forwards, digits([ruling.times.forwards]))
+        return f"{forwards} × the forwards, {_slower(ruling.times)} the seconds", UNKNOWN
+    if ruling.estimate is None:
+        return "undefined", number(ruling.bound, 2)
+    decimals = digits([ruling.estimate.value, ruling.estimate.high - ruling.estimate.low])
+    return interval(ruling.estimate, decimals), f"{ruling.bound:g}".replace("-", "−")
+
+
+def _slower(times: Times) -> str:
+    decimals = digits([times.seconds])
+    least, greatest = (number(ratio, decimals) for ratio in (times.fastest, times.slowest))
+    return f"{number(times.seconds, decimals)} × [{least} to {greatest}]"
+
+
+def _quality(figures: Figures) -> Sheet:
+    judges = [judge for judge in figures.judges if figures.scored(judge)]
+    columns = [_column([row.scores[judge] for row in figures.rows]) for judge in judges]
+    return Sheet(
+        key="quality",
+        title="Quality",
+        note=f"Means with 95% intervals over {figures.n} prompts. KL from the base in nats per reply; ≤ is a bound.",
+        head=("method", *judges, "tokens per reply", "KL from the base"),
+        rows=tuple(
+            (row.name, *(column[i] for column in columns), interval(row.length, 1), _kl(row))
+            for i, row in enumerate(figures.rows)
+        ),
+    )
+
+
+def _kl(row: Row) -> str:
+    if row.kl is not None:
+        return interval(row.kl, 2)
+    return UNKNOWN if row.kl_bound is None else f"≤ {number(row.kl_bound, 2)}"
+
+
+def _cost(figures: Figures) -> Sheet:
+    return Sheet(
+        key="cost",
+        title="Cost",
+        note="Seconds of whole batches, over all tokens of the replies that were given; × base is the ratio to the "
+        "base's, with the least and the greatest of a batch. A forward is one of a single row.",
+        head=(
+            "method",
+            "s per 128 tokens",
+            "s × base",
+            "forwards per token",
+            "by member",
+            "forwards × base",
+            "positions per token",
+        ),
+        rows=tuple(
+            (
+                row.name,
+                number(row.seconds_per_128, 3),
+                _slower(row.times_base).replace(" ×", ""),
+                number(sum(row.forwards.values()), 2),
+                ", ".join(f"{member} {number(count, 2)}" for member, count in row.forwards.items()),
+                number(row.times_base.forwards, 2),
+                number(sum(row.positions.values()), 1),
+            )
+            for row in figures.rows
+        ),
+    )
+
+
+def _comparisons(figures: Figures) -> Sheet:
+    decimals = digits(c.difference.value for c in figures.comparisons if c.difference is not None)
+    return Sheet(
+        key="comparisons",
+        title="Prompt by prompt",
+        note="Win + ½ tie of the verdicts that could be read, with its 95% bootstrap interval over prompts. Of a judge "
+        "that scores, the higher score wins; the difference is that of the mean scores, paired.",
+        head=("first", "second", "judge", "win", "tie", "lose", "n", "unparsed", "win + ½ tie", "difference"),
+        rows=tuple(_compared(comparison, decimals) for comparison in figures.comparisons),
+        words=3,
+    )
+
+
+def _compared(comparison: Comparison, decimals: int) -> tuple[str, ...]:
+    rate, difference = comparison.rate, comparison.difference
+    counts = (rate.win, rate.tie, rate.lose, rate.n, rate.unparsed)
+    return (
+        comparison.first,
+        comparison.second,
+        comparison.judge,
+        *map(str, counts),
+        interval(rate, 3),
+        UNKNOWN if difference is None else interval(difference, decimals),
+    )
+
+
+def _gaps(gaps: Sequence[Recovered]) -> Sheet:
+    return Sheet(
+        key="gaps",
+        title="Share of the gap",
+        note="(method − bottom) / (top − bottom), paired over prompts; undefined where the gap's own interval is not "
+        "above 0.",
+        head=("method", "bottom", "top", "judge", "gap", "share"),
+        rows=tuple(
+            (
+                name,
+                gap.bottom,
+                gap.top,
+                gap.judge,
+                *_column([gap.gap]),
+                "undefined" if share is None else interval(share, 2),
+            )
+            for gap in gaps
+            for name, share in gap.shares.items()
+        ),
+        words=4,
+    )
+
+
+def _front(front: Front) -> Sheet:
+    volumes = _column([curve.hypervolume for curve in front.curves])
+    products = _column([curve.mip for curve in front.curves])
+    at = ", ".join(f"{name} {number(value, 2)}" for name, value in front.reference.items())
+    return Sheet(
+        key=f"front-{front.scale.replace(' ', '-')}",
+        title=f"Fronts by {front.scale}",
+        note=f"Hypervolume beyond the reference point ({at}: the base). MIP is the mean inner product of preference "
+        "and objectives, comparable between families with the same preferences.",
+        head=("family", "methods", "on its front", "hypervolume", "MIP"),
+        rows=tuple(
+            (curve.family, str(len(curve.points)), str(sum(p.on_front for p in curve.points)), volume, product)
+            for curve, volume, product in zip(front.curves, volumes, products, strict=True)
+        ),
+    )
+
+
+def _leads(front: Front) -> Sheet:
+    differences = _column([lead.difference for lead in front.leads])
+    return Sheet(
+        key=f"leads-{front.scale.replace(' ', '-')}",
+        title=f"Differences of hypervolume by {front.scale}",
+        note="",
+        head=("first", "second", "first − second"),
+        rows=tuple((lead.first, lead.second, text) for lead, text in zip(front.leads, differences, strict=True)),
+        words=2,
+    )
+
+
+def _trained(trained: Sequence[Trained]) -> Sheet:
+    return Sheet(
+        key="trained",
+        title="Trained for this",
+        note="Held-out pairs in which the preferred response gets the higher reward; of rlhf, the reward itself.",
+        head=("model", "kind", "held-out", "seconds of training"),
+        rows=tuple((model.name, model.kind, _held_out(model.metrics), _seconds(model.metrics)) for model in trained),
+        words=2,
+    )
+
+
+def _held_out(metrics: Mapping[str, float]) -> str:
+    if "eval_reward" in metrics:
+        return reward_text(metrics)
+    found = accuracies(metrics).get("all")
+    return UNKNOWN if found is None else str(found)
+
+
+def _seconds(metrics: Mapping[str, float]) -> str:
+    return number(metrics.get("train_seconds", float("nan")), 0)
+
+
+def _published(published: Sequence[Published]) -> Sheet:
+    return Sheet(
+        key="published",
+        title="Published figures",
+        note="Published figures are of the models, data and judge of the paper scale; they have no intervals.",
+        head=("what", "published", "ours"),
+        rows=tuple(row for entry in published for row in _published_rows(entry)),
+        words=1,
+    )
+
+
+def _published_rows(published: Published) -> list[tuple[str, str, str]]:
+    entry = published.entry
+    if {"first", "second", "win", "tie", "lose"} <= set(entry):
+        win, tie, lose = (float(entry[key]) for key in ("win", "tie", "lose"))
+        theirs = f"{(win + tie / 2) / 100:.3f} ({win:g} / {tie:g} / {lose:g} %)"
+        ours = [f"{c.judge}: {interval(c.rate, 3)}" for c in published.comparisons]
+        return [
+            (
+                f"{entry['first']} – {entry['second']}, win + ½ tie (win / tie / lose)",
+                theirs,
+                "; ".join(ours) or UNKNOWN,
+            )
+        ]
+    if {"family", "hypervolume"} <= set(entry):
+        volume = published.hypervolume
+        ours_text = UNKNOWN if volume is None else interval(volume, 4)
+        return [(f"{entry['family']}, hypervolume of win + ½ tie", f"{entry['hypervolume']:g}", ours_text)]
+    words = ", ".join(str(value) for value in entry.values() if isinstance(value, str))
+    return [(f"{words}: {key}", str(value), UNKNOWN) for key, value in entry.items() if not isinstance(value, str)]

@@ -1,0 +1,98 @@
+"""Several trajectory rewards as one: Σ_i w_i r_i(x, y), where a reward whose weight is 0 is not run.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from genarm.lab.methods.interface import Meter
+from genarm.lab.prefix import Ids
+from genarm.lab.trajectory import ScoredPrefix, TrajectoryReward
+from genarm.model.weights import weight_row
+
+
+class WeightedRewards:
+    """Rewards by name, with their weights."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, TrajectoryReward],
+        weights: Mapping[str, float],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Put them together with the policy's tokenizer.
+
+        Args:
+            rewards: by name.
+            weights: by the same names; 1 where not given.
+            tokenizer: the policy's.
+
+        Raises:
+            WeightsError: a weight of no reward, or one that is not finite.
+            VocabularyError: a reward with other tokens than the policy.
+        """
+        row = weight_row(weights, dict.fromkeys(rewards, 1.0))
+        self._parts = [(n, r, w) for (n, r), w in zip(rewards.items(), row, strict=True) if w != 0]
+        for _, reward, _ in self._parts:
+            reward.check(tokenizer)
+
+    @property
+    def models(self) -> list[TrajectoryReward]:
+        """Those that are run."""
+        return [reward for _, reward, _ in self._parts]
+
+    def score(self, prompts: Sequence[Ids], replies: Sequence[Ids], meter: Meter) -> list[float]:
+        """Σ_i w_i r_i of each reply to its prompt."""
+        positions = sum(map(len, prompts)) + sum(map(len, replies))
+        totals = [0.0] * len(replies)
+        for name, reward, weight in self._parts:
+            scores = reward.score(prompts, replies)
+            meter.add(name, forwards=len(replies), positions=positions)
+            totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
+        return totals
+
+    def prefix(self, meter: Meter) -> WeightedPrefix:
+        """Rows to be scored again and again as they grow."""
+        return WeightedPrefix([(weight, reward.prefix(meter.counter(name))) for name, reward, weight in self._parts])
+
+
+class WeightedPrefix:
+    """What the rewards have read; every method does the same as that of `ScoredPrefix`."""
+
+    def __init__(self, parts: Sequence[tuple[float, ScoredPrefix]]) -> None:
+        self._parts = list(parts)
+
+    def extend(self, chunks: Sequence[Ids]) -> Tensor:
+        """Σ_i w_i r_i of each row after one more chunk of tokens, float32 [B] on the CPU."""
+        total_B = torch.zeros(len(chunks))
+        for weight, prefix in self._parts:
+            total_B += weight * prefix.extend(chunks)
+        return total_B
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; a row may come several times."""
+        for _, prefix in self._parts:
+            prefix.select(rows)
+
+    def fork(self, rows: Sequence[int]) -> WeightedPrefix:
+        """These rows as a prefix of their own; this one stays as it is."""
+        twin = copy.copy(self)
+        twin._parts = [(weight, prefix.fork(rows)) for weight, prefix in self._parts]
+        return twin
+
+    def replace(self, rows: Sequence[int], other: WeightedPrefix) -> None:
+        """Put the rows of `other` in the place of `rows`."""
+        for (_, prefix), (_, theirs) in zip(self._parts, other._parts, strict=True):
+            prefix.replace(rows, theirs)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget this many last tokens of each row, of its last chunk at the most."""
+        for _, prefix in self._parts:
+            prefix.rewind(counts)

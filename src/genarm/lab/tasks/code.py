@@ -1,0 +1,180 @@
+"""Code problems with unit tests: HumanEval (Chen et al., arXiv 2107.03374) and MBPP (Austin et al., arXiv 2108.07732).
+
+A response is either a chat reply with the code in a fenced block, or the text that continues `Problem.prompt`. It is
+put together with the tests and run in the sandbox.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genarm.errors import DataError, UnsupportedError
+from genarm.lab.tasks.sandbox import Limits, Outcome, run_code
+from genarm.statistics import Proportion, proportion
+
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+_AFTER_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\n```")
+_AFTER_PROGRAM = ("\nassert", '\n"""', "\nprint", "\nif ", "\n```")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A task, its tests and one solution of it.
+
+    Attributes:
+        name: as in the file.
+        prompt: what a base model continues.
+        instruction: what a chat model is asked.
+        entry_point: the function that the tests call; empty where it is unknown.
+        tests: code to be run after a solution.
+        solution: the canonical one, whole.
+        stops: where a continuation of `prompt` has left the solution.
+    """
+
+    name: str
+    prompt: str
+    instruction: str
+    entry_point: str
+    tests: str
+    solution: str
+    stops: tuple[str, ...]
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """The problems of a HumanEval or MBPP file, .jsonl or .jsonl.gz (raises DataError, naming the line)."""
+    problems = []
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8") if Path(path).suffix == ".gz" else open(path, encoding="utf-8") as f
+        ):
+            lines = f.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; expected JSON lines in UTF-8, plain or as .gz") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            problems.append(_problem(line, f"{path}, line {number}"))
+    if not problems:
+        raise DataError(f"{path} holds no problem; expected the rows of HumanEval or MBPP")
+    return problems
+
+
+def _problem(line: str, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+        if "canonical_solution" in row:
+            return _human_eval(row)
+        return _mbpp(row)
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise DataError(
+            f"{where} is no problem of HumanEval (prompt, canonical_solution, test, entry_point) or of MBPP (text, "
+            f"code, test_list): {type(error).__name__} {error}"
+        ) from error
+
+
+def _human_eval(row: Mapping[str, Any]) -> Problem:
+    prompt, entry_point = row["prompt"], row["entry_point"]
+    return Problem(
+        name=row["task_id"],
+        prompt=prompt,
+        instruction=f"Complete this Python function. Reply with the whole function in one code block.\n\n"
+        f"```python\n{prompt.strip()}\n```",
+        entry_point=entry_point,
+        tests=f"{row['test']}\n\ncheck({entry_point})\n",
+        solution=prompt + row["canonical_solution"],
+        stops=_AFTER_FUNCTION,
+    )
+
+
+def _mbpp(row: Mapping[str, Any]) -> Problem:
+    code, asserts = row["code"].replace("\r\n", "\n"), "\n".join(row["test_list"])
+    task = f"{row['text']} It must pass these tests:\n\n{asserts}"
+    defined = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    called = [name for name in defined if re.search(rf"\b{name}\(", asserts)]
+    return Problem(
+        name=f"MBPP/{row['task_id']}",
+        prompt=f'"""\n{task}\n"""\n',
+        instruction=f"{task}\n\nReply with the code in one code block.",
+        entry_point=called[-1] if called else "",
+        # After the code, not before it: what is set up uses its classes.
+        tests=f"{row.get('test_setup_code', '')}\n{asserts}\n",
+        solution=code,
+        stops=_AFTER_PROGRAM,
+    )
+
+
+def extract_code(reply: str, entry_point: str = "") -> str | None:
+    """The first fenced block of `reply` that defines `entry_point`, or else the first one; None without a block."""
+    blocks: list[str] = _FENCED.findall(reply)
+    return next((block for block in blocks if _defines(block, entry_point)), blocks[0] if blocks else None)
+
+
+def solution_of(problem: Problem, response: str) -> str:
+    """The code that `response` stands for, without the tests.
+
+    Where the prompt has the head of the entry point and the response defines it again, the response takes its place,
+    after what the prompt has before it (imports, helpers). Anything else continues the prompt; text outside a block
+    does so up to the first of `problem.stops`.
+    """
+    block = extract_code(response, problem.entry_point)
+    code = response if block is None else block
+    if _defines(code, problem.entry_point) and _defines(problem.prompt, problem.entry_point):
+        before = re.split(rf"^(?:async )?def {problem.entry_point}\b", problem.prompt, maxsplit=1, flags=re.MULTILINE)
+        return before[0] + code
+    if block is None:
+        code = code[: min((i for stop in problem.stops if (i := code.find(stop)) >= 0), default=len(code))]
+    return problem.prompt + code
+
+
+def _defines(code: str, name: str) -> bool:
+    return bool(name) and re.search(rf"^(?:async def|def|class) {re.escape(name)}\b", code, re.MULTILINE) is not None
+
+
+def run_tests(problem: Problem, response: str, limits: Limits | None = None) -> Outcome:
+    """Run the tests on a response, in the sandbox."""
+    return run_code(f"{solution_of(problem, response)}\n\n{problem.tests}", limits)
+
+
+def score(problem: Problem, response: str) -> float:
+    """1 if the tests pass, else 0 (raises UnsupportedError where the sandbox cannot run)."""
+    return float(passed(run_tests(problem, response)))
+
+
+def passed(outcome: Outcome) -> bool:
+    """Whether the tests passed (raises UnsupportedError where nothing was tested)."""
+    if outcome.status == "error":
+        raise UnsupportedError(f"{outcome.reason}; run genarm as a user who may start its Python")
+    return outcome.passed
+
+
+def pass_rate(problems: Sequence[Problem], responses: Sequence[str]) -> Proportion:
+    """The share of `problems` that their `responses` solve, one each (pass@1)."""
+    solved = sum(score(p, r) for p, r in zip(problems, responses, strict=True))
+    return proportion(int(solved), len(problems))
+
+
+def problem_of(prompt: str, tests: str, entry_point: str = "") -> Problem:
+    """A problem from a user's own row: its prompt, its tests, and what they call, if that is known.
+
+    A prompt that has the head of `entry_point` can be continued, as those of HumanEval; `check(entry_point)` is called
+    where the tests define `check` and do not call it themselves.
+    """
+    if entry_point and _defines(tests, "check") and not re.search(r"^check\(", tests, re.MULTILINE):
+        tests += f"\n\ncheck({entry_point})\n"
+    begun = _defines(prompt, entry_point)
+    return Problem(
+        name="",
+        prompt=prompt if begun else "",
+        instruction=prompt,
+        entry_point=entry_point,
+        tests=tests,
+        solution="",
+        stops=_AFTER_FUNCTION if begun else (),
+    )

@@ -1,0 +1,101 @@
+"""Prompts alone, for a policy that draws its replies itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from genarm.data.preferences import Preference, PreferenceSet
+from genarm.data.prompts import to_prompts
+from genarm.data.sources import load_rows
+from genarm.data.tokens import TokenReport, split_by_prompt
+from genarm.errors import ConversationError, DataError
+from genarm.text.prompts import Prompt, check_reading, encode_prompt
+from genarm.training.config import TrainConfig
+from genarm.training.data import HELD_OUT, TRAINING, Ids, TrainData, held_out_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReport(TokenReport):
+    """What became of the rows that give prompts."""
+
+    def lines(self) -> list[tuple[str, int]]:
+        """Each count with its label."""
+        cut = [("prompts cut from the left", self.cut_prompts)] if self.cut_prompts else []
+        dropped = [(f"dropped: {reason}", count) for reason, count in self.dropped.items()]
+        return [("rows", self.rows), *dropped, ("prompts kept", self.kept), *cut, ("tokens", self.tokens)]
+
+
+def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[Ids]:
+    """Distinct prompts to reply to, of preference pairs or of rows with a prompt alone.
+
+    A prompt of the latter is taken as in the former.
+    """
+    check_reading(tokenizer, config.reading)
+    chat = bool(tokenizer.chat_template) and not config.raw
+    sources = {TRAINING: _read_prompts(config.data, config.split, config, chat)}
+    if config.eval_data is not None or config.eval_split is not None:
+        source, split = held_out_source(config)
+        sources[HELD_OUT] = _read_prompts(source, split, config, chat)
+    elif config.eval_fraction > 0:
+        whole = sources[TRAINING]
+        kept, split_off = split_by_prompt(whole, config.eval_fraction, config.seed)
+        sources[TRAINING] = dataclasses.replace(whole, pairs=kept)
+        sources[HELD_OUT] = dataclasses.replace(whole, pairs=split_off, malformed={})
+    assert config.max_prompt_tokens is not None
+    sets = {name: _encode_prompts(tokenizer, source, config, f"{name} prompts") for name, source in sources.items()}
+    trained = {pair.prompt_key for pair in sources[TRAINING].pairs}
+    held_out = {pair.prompt_key for pair in sources[HELD_OUT].pairs} if HELD_OUT in sources else set()
+    return TrainData(
+        training=sets[TRAINING][0],
+        held_out=sets[HELD_OUT][0] if HELD_OUT in sets else None,
+        reports={name: report for name, (_, report) in sets.items()},
+        formats={name: source.description for name, source in sources.items()},
+        leaked=len(held_out & trained),
+    )
+
+
+def _read_prompts(source: str, split: str, config: TrainConfig, chat: bool) -> PreferenceSet:
+    return to_prompts(load_rows(source, split=split), source=source, objective=config.objective, chat=chat)
+
+
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, source: PreferenceSet, config: TrainConfig, what: str
+) -> tuple[list[Ids], TokenReport]:
+    longest = config.max_prompt_tokens
+    assert longest is not None
+    dropped: Counter[str] = Counter(source.malformed)
+    kept: list[Ids] = []
+    cut = 0
+    for prompt in _distinct(source.pairs, dropped):
+        try:
+            ids = encode_prompt(tokenizer, prompt, config.reading)
+        except ConversationError as error:  # such as: roles must alternate
+            dropped[str(error)] += 1
+            continue
+        cut += len(ids) > longest
+        kept.append(ids[-longest:])
+    if not kept:
+        raise DataError(f"{source.source} gives no {what}: {dict(dropped)}; expected rows with a prompt")
+    report = PromptReport(
+        rows=len(kept) + dropped.total(),
+        kept=len(kept),
+        dropped=dict(dropped),
+        cut_prompts=cut,
+        tokens=sum(map(len, kept)),
+    )
+    return kept, report
+
+
+def _distinct(pairs: Iterable[Preference], dropped: Counter[str]) -> Iterable[Prompt]:
+    seen: set[str] = set()
+    for pair in pairs:
+        if pair.prompt_key in seen:
+            dropped["the prompt has come before"] += 1
+            continue
+        seen.add(pair.prompt_key)
+        yield pair.prompt

@@ -1,0 +1,59 @@
+"""The Trainer's arguments, in transformers' words: one set for every kind of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from genarm.training.config import TrainConfig
+from genarm.training.output import RunFolder
+
+# Evaluations in a run, and entries in its log, where the user does not say.
+EVALUATIONS = 5
+LOG_ENTRIES = 200
+
+
+def training_options(config: TrainConfig, folder: RunFolder, *, evaluates: bool, resuming: bool) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments`, and of its subclasses in trl."""
+    eval_steps = config.eval_steps or 1 / EVALUATIONS
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    # Later versions of transformers call it activation checkpointing, and warn about the old name.
+    checkpointing = "activation" if "activation_checkpointing" in known else "gradient"
+    return {
+        f"{checkpointing}_checkpointing": config.gradient_checkpointing,
+        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
+        "output_dir": str(folder.checkpoints),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.resolved_learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        "warmup_steps": config.warmup,  # below 1: a share of the steps
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": config.bf16,
+        "use_cpu": PartialState().device.type == "cpu",  # bfloat16 there must be asked for
+        "seed": config.seed,
+        "logging_steps": 1 / LOG_ENTRIES,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": eval_steps,
+        "eval_on_start": evaluates and not resuming,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps or eval_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": config.early_stopping is not None,
+        "metric_for_best_model": "eval_loss" if config.early_stopping is not None else None,
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": PartialState().device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }

@@ -1,0 +1,391 @@
+"""The settings of a training run: each option's name, default and help text, once.
+
+The command line is generated from the fields below, a TOML file may hold any of them, and the resolved
+settings are saved beside the result. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from genarm.errors import ConfigError
+from genarm.training.kinds import BETAS, GENERATIONS, KINDS, LORA_DROPOUT, check_kind
+
+if TYPE_CHECKING:
+    from genarm.text.prompts import Reading
+
+SCHEDULES = ("cosine", "linear", "constant")
+OBJECTIVES = ("better", "safer")
+
+# What may differ between a run and its resumption: these say where results go, not what they are.
+_NOT_TRAINING = frozenset({"output", "report_to"})
+
+
+# Titles under which --help lists the options.
+_MODEL, _DATA, _LORA, _TRAINING, _PROGRESS = (
+    "model and result",
+    "data",
+    "LoRA",
+    "training",
+    "evaluation and checkpoints",
+)
+
+
+def _about(group: str, text: str, **details: Any) -> dict[str, Any]:
+    """Metadata of a field; `details` are its `metavar`, `choices` and `aliases` on the command line."""
+    return {"group": group, "help": text, **details}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one training run; the defaults for an ARM are those of GenARM (arXiv 2410.08193, section 4).
+
+    Raises:
+        ConfigError: a value out of range, or options that do not go together.
+    """
+
+    model: str = field(metadata=_about(_MODEL, "model to start from: a hub id or a folder", metavar="MODEL"))
+    data: str = field(
+        metadata=_about(
+            _MODEL,
+            "preference pairs: a hub id (owner/name, or owner/name/subfolder), a folder, or a file "
+            "(.jsonl, .json, .parquet, .csv); for --kind rlhf, their prompts count, or rows with a prompt alone",
+            metavar="DATA",
+        )
+    )
+    output: Path = field(metadata=_about(_MODEL, "folder for the result; must not hold another run", metavar="DIR"))
+    kind: str = field(
+        default="arm",
+        metadata=_about(
+            _MODEL,
+            "what to train: an ARM; or for comparison a classic reward model (trajectory), or a policy (dpo, or rlhf "
+            "against trajectory rewards)",
+            choices=KINDS,
+        ),
+    )
+    rewards: str | None = field(
+        default=None,
+        metadata=_about(
+            _MODEL,
+            "for --kind rlhf, the trajectory rewards to raise, each with its weight in the sum (1 if not given)",
+            metavar="NAME=FOLDER[:WEIGHT],…",
+        ),
+    )
+    revision: str | None = field(default=None, metadata=_about(_MODEL, "revision of the model on the hub"))
+    trust_remote_code: bool = field(default=False, metadata=_about(_MODEL, "run Python code that comes with the model"))
+    chat_template: Path | None = field(
+        default=None, metadata=_about(_MODEL, "Jinja file to use as the tokenizer's chat template", metavar="FILE")
+    )
+
+    raw: bool = field(
+        default=False,
+        metadata=_about(
+            _DATA, "take text as it is, without the chat template, as genarm generate --raw does; messages are refused"
+        ),
+    )
+    split: str = field(default="train", metadata=_about(_DATA, "split to train on, such as train or train[:1000]"))
+    objective: str | None = field(
+        default=None,
+        metadata=_about(
+            _DATA, "which label of PKU-SafeRLHF says what is chosen (for other data, leave it out)", choices=OBJECTIVES
+        ),
+    )
+    eval_data: str | None = field(
+        default=None, metadata=_about(_DATA, "held-out pairs, named as --data", metavar="DATA")
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata=_about(
+            _DATA,
+            "split to evaluate on, of --eval-data (default there: test, or the whole of a file) or else of --data",
+        ),
+    )
+    eval_fraction: float = field(
+        default=0.05,
+        metadata=_about(
+            _DATA, "share of the prompts of --data to hold out where no evaluation data is named; 0 for none"
+        ),
+    )
+    template_arg: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            _DATA,
+            "an argument of the chat template, as in enable_thinking=false; JSON, or else text; repeatable",
+            metavar="NAME=VALUE",
+        ),
+    )
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata=_about(
+            _DATA, "longest prompt in tokens, cut from the left (default: half the model's context, at most 512)"
+        ),
+    )
+    max_response_tokens: int | None = field(
+        default=None,
+        metadata=_about(
+            _DATA,
+            "longest response in tokens, cut from the right; for rlhf, of those drawn "
+            "(default: half the model's context, at most 512)",
+        ),
+    )
+
+    lora: bool = field(default=False, metadata=_about(_LORA, "train a LoRA adapter instead of all weights"))
+    lora_rank: int = field(default=8, metadata=_about(_LORA, "rank of the adapter"))
+    lora_alpha: int = field(
+        default=16, metadata=_about(_LORA, "scale of the adapter; its update is multiplied by alpha / rank")
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata=_about(_LORA, f"dropout on the adapter's input (default: {LORA_DROPOUT}; none for dpo and rlhf)"),
+    )
+    lora_targets: str = field(
+        default="all-linear",
+        metadata=_about(_LORA, "modules that get an adapter: all-linear, or names separated by commas"),
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata=_about(_LORA, "QLoRA: hold the frozen weights in 4 bits (needs --lora)")
+    )
+
+    beta: float | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "β_r of the ARM's loss, −log σ(β_r · margin in summed log-probabilities); for dpo the β of its loss, for "
+            f"rlhf the weight of the KL divergence from the model (default: {BETAS['arm']}; for dpo {BETAS['dpo']})",
+        ),
+    )
+    generations: int | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING, f"for --kind rlhf, replies drawn for each prompt of a step (default: {GENERATIONS})"
+        ),
+    )
+    epochs: float = field(default=1.0, metadata=_about(_TRAINING, "passes over the data"))
+    max_steps: int | None = field(
+        default=None, metadata=_about(_TRAINING, "stop after this many optimizer steps, whatever --epochs says")
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "peak learning rate (default: 5e-4 with --lora, 1e-5 without; for rlhf 5e-5 and 1e-6)",
+            aliases=("lr",),
+        ),
+    )
+    schedule: str = field(
+        default="cosine", metadata=_about(_TRAINING, "shape of the learning rate after the warm-up", choices=SCHEDULES)
+    )
+    warmup: float = field(
+        default=0.03, metadata=_about(_TRAINING, "share of the steps over which the learning rate rises from 0")
+    )
+    batch_size: int = field(
+        default=8, metadata=_about(_TRAINING, "pairs (for rlhf, replies) per device and forward pass")
+    )
+    accumulation: int = field(default=4, metadata=_about(_TRAINING, "forward passes per optimizer step"))
+    weight_decay: float = field(default=0.0, metadata=_about(_TRAINING, "weight decay of AdamW"))
+    max_grad_norm: float = field(
+        default=1.0, metadata=_about(_TRAINING, "clip gradients to this norm; 0 for no clipping")
+    )
+    bf16: bool = field(
+        default=False, metadata=_about(_TRAINING, "compute in bfloat16 (weights that are trained stay float32)")
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=_about(_TRAINING, "recompute activations: less memory, more time")
+    )
+    seed: int = field(default=0, metadata=_about(_TRAINING, "seed of weights, data order, dropout and held-out split"))
+
+    eval_steps: int | None = field(
+        default=None, metadata=_about(_PROGRESS, "evaluate every so many steps (default: a fifth of the run)")
+    )
+    save_steps: int | None = field(
+        default=None, metadata=_about(_PROGRESS, "write a checkpoint every so many steps (default: as --eval-steps)")
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata=_about(
+            _PROGRESS,
+            "stop after this many evaluations without a lower held-out loss, and keep the best weights",
+            metavar="PATIENCE",
+        ),
+    )
+    report_to: str = field(
+        default="none",
+        metadata=_about(
+            _PROGRESS, "also log to tensorboard, wandb or another tracker that transformers knows; several with commas"
+        ),
+    )
+
+    @property
+    def reading(self) -> Reading:
+        """How prompts become token ids (raises ConfigError)."""
+        from genarm.text.prompts import Reading, read_template_args
+
+        return Reading(template_args=read_template_args(self.template_arg))
+
+    def __post_init__(self) -> None:
+        for name in ("output", "chat_template"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+        _check_types(self)
+        _check_ranges(self)
+        check_kind(self)
+        _check_together(self)
+        if self.template_arg and self.raw:
+            raise ConfigError(
+                "--raw takes text without the chat template, so --template-arg would do nothing; give one"
+            )
+        _ = self.template_arg and self.reading
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The learning rate, with the default that goes with what is trained."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.kind == "rlhf":
+            return 5e-5 if self.lora else 1e-6
+        return 5e-4 if self.lora else 1e-5
+
+    @property
+    def resolved_beta(self) -> float:
+        """β, with the default that goes with the kind; 1 for a trajectory reward, whose head has its own scale."""
+        return BETAS.get(self.kind, 1.0) if self.beta is None else self.beta
+
+    @property
+    def resolved_lora_dropout(self) -> float:
+        """The adapter's dropout; by default none for a policy, which is compared with its reference."""
+        if self.lora_dropout is not None:
+            return self.lora_dropout
+        return 0.0 if self.kind in ("dpo", "rlhf") else LORA_DROPOUT
+
+    @property
+    def resolved_generations(self) -> int:
+        """Replies to each prompt of a step."""
+        return GENERATIONS if self.generations is None else self.generations
+
+
+def option_name(field_name: str) -> str:
+    """The command-line spelling of a field: `max_steps` is `--max-steps`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def make_config(overrides: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
+    """Settings from a TOML file (if any), with `overrides` on top.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or one of the required settings is missing.
+    """
+    settings = {**(_read_toml(file) if file else {}), **overrides}
+    _refuse_unknown(settings, source=str(file) if file else "the settings")
+    required = [f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING]
+    missing = [option_name(name) for name in required if name not in settings]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing; give it on the command line or in the file of --config")
+    return TrainConfig(**settings)
+
+
+def to_toml(config: TrainConfig) -> str:
+    """`config` as TOML that `make_config` reads back; settings that are None are left out."""
+    import tomli_w
+
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    return tomli_w.dumps({k: str(v) if isinstance(v, Path) else v for k, v in values.items()})
+
+
+def training_differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """One text per setting that changes the training and differs, such as `--lr was 0.1, is 0.2`."""
+    return [
+        f"{option_name(option.name)} was {before!r}, is {after!r}"
+        for option in dataclasses.fields(TrainConfig)
+        if option.name not in _NOT_TRAINING
+        and (before := getattr(old, option.name)) != (after := getattr(new, option.name))
+    ]
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}; check --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}; expected lines such as lora_rank = 8") from error
+
+
+def _refuse_unknown(settings: Iterable[str], source: str) -> None:
+    allowed = [option.name for option in dataclasses.fields(TrainConfig)]
+    unknown = [key for key in settings if key not in allowed]
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)} in {source}; allowed are {', '.join(allowed)}")
+
+
+def _check_types(config: TrainConfig) -> None:
+    for name, hint in get_type_hints(TrainConfig).items():
+        value = getattr(config, name)
+        if get_origin(hint) is tuple:
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{option_name(name)} must be a list of texts, got {value!r}")
+            object.__setattr__(config, name, tuple(value))  # TOML has lists
+            continue
+        kinds = get_args(hint) or (hint,)
+        if float in kinds and type(value) is int:
+            object.__setattr__(config, name, float(value))  # TOML's 1 for 1.0
+        elif type(value) not in kinds and not (Path in kinds and isinstance(value, os.PathLike)):
+            names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ConfigError(f"{option_name(name)} must be {names}, got {value!r}")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in ("model", "data", "split"):
+        if not getattr(config, name).strip():
+            raise ConfigError(f"{option_name(name)} is empty; give a name")
+    at_least_one = ("max_prompt_tokens", "max_response_tokens", "lora_rank", "lora_alpha", "batch_size")
+    for name in (
+        *at_least_one,
+        "accumulation",
+        "max_steps",
+        "generations",
+        "eval_steps",
+        "save_steps",
+        "early_stopping",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{option_name(name)} must be at least 1, got {value}")
+    for name in ("beta", "epochs", "learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{option_name(name)} must be a finite number above 0, got {value}")
+    for name in ("weight_decay", "max_grad_norm", "seed"):
+        value = getattr(config, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{option_name(name)} must be a finite number, 0 or above, got {value}")
+    for name in ("eval_fraction", "lora_dropout", "warmup"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{option_name(name)} must be from 0 to below 1, got {value}")
+    for option in dataclasses.fields(config):
+        value, choices = getattr(config, option.name), option.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise ConfigError(f"{option_name(option.name)} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_together(config: TrainConfig) -> None:
+    if config.load_in_4bit and not config.lora:
+        raise ConfigError("--load-in-4bit trains an adapter on frozen 4-bit weights: add --lora, or leave it out")
+    if config.early_stopping is None:
+        return
+    if config.eval_data is None and config.eval_split is None and config.eval_fraction == 0:
+        raise ConfigError("--early-stopping needs held-out pairs: give --eval-data, --eval-split or --eval-fraction")
+    if config.save_steps is not None and (config.eval_steps is None or config.save_steps % config.eval_steps):
+        raise ConfigError(
+            f"--early-stopping keeps the best checkpoint, so --save-steps ({config.save_steps}) must be a multiple of "
+            f"--eval-steps ({config.eval_steps}); leave --save-steps out to save at every evaluation"
+        )

@@ -1,0 +1,112 @@
+"""What a training run shows while it runs: a bar (in a log, a line a minute), and a line per evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from genarm.terminal import Bar
+from genarm.training.report import reward_text
+
+# Figures of the training beside the bar, of those that its kind has.
+_FIGURES = {"loss": ".4f", "accuracy": ".3f", "margin": "+.2f", "reward": "+.3f", "kl": ".3f"}
+
+
+class ProgressDisplay(TrainerCallback):
+    """Shows loss, accuracy, margin and tokens/s; the main process alone."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Bar | None = None
+        self.evaluated = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar, in the main process."""
+        if not state.is_world_process_zero:
+            return
+        self.progress = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            transient=False,
+        )
+        self.task = self.progress.add_task("training", total=state.max_steps, figures="")
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Advance the bar; log with every checkpoint, so that a resumed run logs what an unbroken one does."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show that an evaluation goes on, and how far it is."""
+        if self.progress is not None:
+            self.evaluated += 1
+            batches = len(kwargs["eval_dataloader"])
+            self.progress.update(self.task, description=f"evaluating, batch {self.evaluated} of {batches}; training")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """New figures beside the bar."""
+        if self.progress is not None and logs is not None and "loss" in logs:
+            known = [f"{name} {logs[name]:{form}}" for name, form in _FIGURES.items() if name in logs]
+            speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(self.task, figures="  ".join([*known, speed]))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line with the held-out figures."""
+        self.evaluated = 0
+        if self.progress is not None:
+            self.progress.update(self.task, description="training")
+        if state.is_world_process_zero and metrics is not None:
+            text = reward_text(metrics) if "eval_reward" in metrics else _pair_text(metrics)
+            line = f"step {state.global_step:>5}  held-out {text}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar down."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar down, also when training ends by an exception."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def _pair_text(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_accuracy']:.3f} "
+        f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
+        f"margin {metrics['eval_margin']:+.2f}"
+    )

@@ -1,0 +1,338 @@
+"""`train`: one training run of an ARM from settings to a finished folder; `run_training` does it for any kind.
+
+In order: look at the output folder, fill in the settings, read and tokenise the data, load the model, train,
+evaluate, write the result. Nothing is written before everything that can be refused has been.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from rich.console import Console
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from genarm.data.tokens import example_lines, report_table
+from genarm.errors import ConfigError, MemberError
+from genarm.files import check_output
+from genarm.provenance import AT, Record, content_of, model_record
+from genarm.terminal import PlainConsole
+from genarm.training.arguments import training_options
+from genarm.training.config import TrainConfig
+from genarm.training.data import TrainData, load_pairs
+from genarm.training.kinds import ARM, parse_rewards
+from genarm.training.loading import load_model, load_tokenizer, resolve
+from genarm.training.output import Checkpoint, RunFolder
+from genarm.training.progress import ProgressDisplay
+from genarm.training.report import RunReport, accuracies, model_card, reward_text, write_log, write_plots
+from genarm.training.sharding import (
+    check_gathered,
+    check_joined,
+    check_launch,
+    parameter_counts,
+    prepare_to_load,
+    save_whole,
+    sum_in_float32,
+)
+from genarm.training.trainer import ArmTrainer
+
+# What an entry of the training's log has beside figures of the weights.
+_NO_FIGURES = frozenset({"grad_norm", "learning_rate", "epoch", "step", "tokens_per_second"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run: its folder, its figures (as in metrics.json) and its number of optimizer steps."""
+
+    output: Path
+    metrics: dict[str, float]
+    steps: int
+    resumed_from: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What differs between kinds of training.
+
+    Attributes:
+        load: reads and tokenises what is trained on and held out.
+        make_trainer: the trainer, given settings, tokenizer, data, arguments of `TrainingArguments`, and callbacks;
+            it may give the tokenizer a padding token.
+        save: writes the trained weights into a folder; called in every process.
+    """
+
+    load: Callable[[TrainConfig, PreTrainedTokenizerBase], TrainData[Any]]
+    make_trainer: Callable[
+        [TrainConfig, PreTrainedTokenizerBase, TrainData[Any], dict[str, Any], list[TrainerCallback]], Trainer
+    ]
+    save: Callable[[Trainer, Path], None] = save_whole
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train an autoregressive reward model and write it to `config.output`.
+
+    With `resume`, continue from the newest complete checkpoint there; the result has the same weights as that of a
+    run that was never interrupted. A finished run is returned as it is.
+
+    Raises:
+        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+        ConfigError: settings of another kind of training, which is `genarm.lab.training.run.train`'s.
+    """
+    if config.kind != ARM:
+        raise ConfigError(
+            f"this trains ARMs, and the settings say --kind {config.kind}; call genarm.lab.training.run.train instead"
+        )
+    return run_training(config, Kind(load=load_pairs, make_trainer=_arm_trainer), resume=resume, console=console)
+
+
+def run_training(
+    config: TrainConfig, kind: Kind, *, resume: bool = False, console: Console | None = None
+) -> TrainResult:
+    """Train what `config` says in the way of its `kind`; see `train`.
+
+    Raises:
+        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
+    """
+    check_launch(config)
+    process = _join_processes()
+    check_joined(process)
+    console = _console(console, process)
+    folder = RunFolder(path=Path(os.path.abspath(config.output)))
+    if process.is_main_process:
+        check_output(folder.path, folder=True)
+    folder.check(resume=resume)
+    config = resolve(config)
+    folder.check_settings(config)
+    tokenizer = load_tokenizer(config)
+    data = kind.load(config, tokenizer)
+    inputs = _inputs(config, data)
+    folder.check_inputs(inputs)
+    finished = folder.metrics()
+    if finished is not None:
+        console.print(f"{folder.path} is finished already: nothing to resume", markup=False, soft_wrap=True)
+        return TrainResult(output=folder.path, metrics=finished, steps=int(finished["steps"]))
+    checkpoint = folder.newest_checkpoint(process.num_processes)
+    if resume:
+        console.print(_resume_message(folder.path, checkpoint), highlight=False, markup=False, soft_wrap=True)
+
+    console.print(report_table(data.reports))
+    for line in [f"{name}: {text}" for name, text in data.formats.items()]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in ["the first of training, as the model reads it:", *example_lines(tokenizer, data.training[0])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if data.leaked:
+        console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
+    trainer = _make_trainer(config, kind, tokenizer, data, folder, console, resuming=checkpoint is not None)
+    console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
+
+    if isinstance(trainer, ArmTrainer):
+        try:
+            trainer.check_padding()
+        except MemberError:
+            with suppress(OSError):  # the trainer has made its folder already; what is not empty stays
+                Path(trainer.args.output_dir or "").rmdir()
+                folder.path.rmdir()
+            raise
+
+    process.wait_for_everyone()  # nobody looks at the folder any more
+    if process.is_main_process:
+        folder.begin(config, inputs)
+    seconds = _train(trainer, checkpoint)
+    metrics = _final_metrics(trainer.state, seconds, best=config.early_stopping is not None)
+    report = RunReport(
+        config=config,
+        formats=data.formats,
+        data=data.reports,
+        metrics=metrics,
+        log=trainer.state.log_history,
+    )
+    _write_result(trainer, kind, tokenizer, folder, report)
+    _print_result(console, folder.path, metrics)
+    return TrainResult(
+        output=folder.path,
+        metrics=metrics,
+        steps=int(metrics["steps"]),
+        resumed_from=checkpoint.step if checkpoint else None,
+    )
+
+
+def _inputs(config: TrainConfig, data: TrainData[Any]) -> Record:
+    """What the run starts and learns from, by content: tokens are compared, wherever they were read."""
+    rewards = parse_rewards(config.rewards) if config.rewards else ()
+    held_out = config.eval_data or config.data
+    return {
+        "model": model_record(config.model, config.revision),
+        "rewards": {reward.name: model_record(reward.folder) for reward in rewards},
+        "training data": {AT: config.data, "tokens": content_of(data.training)},
+        "held-out data": {AT: held_out, "tokens": content_of(data.held_out or ())},
+    }
+
+
+def _join_processes() -> PartialState:
+    """The state of this process among those of `accelerate launch` or `torchrun`, on CPUs as well.
+
+    accelerate forms a group of CPU processes only when told that they are on CPUs.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu)
+
+
+def _console(console: Console | None, process: PartialState) -> Console:
+    if not process.is_main_process:
+        return Console(quiet=True)
+    return console or PlainConsole(highlight=True)
+
+
+def _resume_message(path: Path, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return f"no complete checkpoint in {path}: starting from the beginning"
+    return f"resuming from step {checkpoint.step} ({checkpoint.path})"
+
+
+def _leak_note(config: TrainConfig, leaked: int) -> str:
+    if config.kind == "rlhf":
+        return f"note: {leaked} held-out prompts are trained on too, which flatters the held-out reward"
+    return f"note: {leaked} held-out pairs have a prompt that is trained on too, which flatters the held-out accuracy"
+
+
+def _make_trainer(
+    config: TrainConfig,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainData[Any],
+    folder: RunFolder,
+    console: Console,
+    *,
+    resuming: bool,
+) -> Trainer:
+    callbacks: list[TrainerCallback] = [ProgressDisplay(console), *_trackers(config.report_to)]
+    if config.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping))
+    options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
+    set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
+    trainer = kind.make_trainer(config, tokenizer, data, options, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    sum_in_float32(trainer)
+    return trainer
+
+
+def _arm_trainer(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainData[Any],
+    options: dict[str, Any],
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
+    return ArmTrainer(
+        load_model(config, tokenizer),
+        arguments,
+        beta=config.resolved_beta,
+        pad_id=_pad_id(tokenizer),
+        train_pairs=list(data.training),
+        eval_pairs=list(data.held_out) if data.held_out else None,
+        callbacks=callbacks,
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id serves: padding is masked in attention and loss alike."""
+    found = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None]
+    return int(found[0])
+
+
+def _trackers(report_to: str) -> list[TrainerCallback]:
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    try:
+        return [tracker() for tracker in get_reporting_integration_callbacks(names)]
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--report-to {report_to}: {error}") from error
+
+
+def _train(trainer: Trainer, checkpoint: Checkpoint | None) -> float:
+    """Train to the end; returns the seconds that this session took for it."""
+    if checkpoint is not None and checkpoint.finished:
+        # The run was cut off while its result was being written. `train` would take one step too many here.
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        prepare_to_load(trainer)
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        else:
+            trainer._load_from_checkpoint(str(checkpoint.path))
+        return 0.0
+    display = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressDisplay))
+    try:
+        output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    finally:
+        display.stop()
+    return float(output.metrics["train_runtime"])
+
+
+def _final_metrics(state: TrainerState, seconds: float, *, best: bool) -> dict[str, float]:
+    """Figures of the final weights: those of the last step, or of the best one if `best`.
+
+    Both have been evaluated on the way, so the log has them.
+    """
+    step = state.best_global_step if best and state.best_global_step else state.global_step
+    metrics: dict[str, float] = {"steps": state.global_step, "weights_of_step": step, "train_seconds": seconds}
+    for entry in state.log_history:
+        if entry["step"] == step and "loss" in entry:
+            metrics |= {f"train_{name}": value for name, value in entry.items() if name not in _NO_FIGURES}
+        elif entry["step"] == step and ("eval_loss" in entry or "eval_reward" in entry):
+            metrics |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return metrics
+
+
+def _write_result(
+    trainer: Trainer, kind: Kind, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, report: RunReport
+) -> None:
+    """Gather the weights from the processes, and write them with all that is said about them."""
+    process = PartialState()
+    if process.is_main_process:
+        folder.stage()
+    process.wait_for_everyone()
+    kind.save(trainer, folder.staging)
+    process.wait_for_everyone()
+    if process.is_main_process:
+        staging = folder.staging
+        check_gathered(staging)
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; train_config.toml says the same
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+        write_log(staging / "metrics.jsonl", report.log)
+        write_plots(staging, report.config.kind, report.log)
+        folder.publish(report.metrics)
+    process.wait_for_everyone()
+
+
+def _model_line(config: TrainConfig, trainer: Trainer) -> str:
+    model = trainer.model
+    assert model is not None
+    trained, total = parameter_counts(model)
+    how = f"LoRA rank {config.lora_rank}" if config.lora else "all weights"
+    return f"model {config.model}: {how}, {trained:,} of {total:,} parameters are trained"
+
+
+def _print_result(console: Console, path: Path, metrics: Mapping[str, float]) -> None:
+    for label, accuracy in accuracies(metrics).items():
+        console.print(f"held-out accuracy, {label}: {accuracy}", highlight=False, markup=False)
+    if "eval_reward" in metrics:
+        console.print(f"held-out {reward_text(metrics)}", highlight=False, markup=False)
+    console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,288 @@
+"""`ArmTrainer`: transformers' Trainer with the ARM loss, and evaluation by pair accuracy.
+
+Shapes: B pairs, 2B sequences (chosen first), T positions, R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from genarm.data.tokens import TokenPair
+from genarm.errors import GenarmError, MemberError
+from genarm.model.generation import last_positions
+from genarm.statistics import proportion
+from genarm.training.collator import PairCollator
+from genarm.training.loss import arm_loss, response_log_probs
+
+Batch: TypeAlias = Mapping[str, torch.Tensor]
+
+# What the trainer adds to each entry of the log, beside the loss, as means over pairs since the last entry.
+TRAIN_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+
+
+# How many pairs are looked at for a short and a long prompt.
+PADDING_ROWS = 256
+
+
+class CheckedTrainer(Trainer):
+    """Stops a run whose loss is no number before that can spoil a checkpoint."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        check_loss(loss, self.state.global_step + 1)
+        return loss
+
+
+class PairTrainer(CheckedTrainer):
+    """Learns from pairs, and is evaluated by their accuracy.
+
+    `length_mask` names the part of a batch whose ones are the lengths of the responses; what is before both responses
+    of a pair may be counted as well, as only differences matter.
+    """
+
+    length_mask = "response_mask"
+
+    def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """(no loss, rewards [B, 2], lengths [B, 2]): `pair_metrics` makes every figure from these."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            rewards_B2 = self.rewards(model, batch).T.contiguous()
+        lengths_B2 = batch[self.length_mask].sum(-1).view(2, -1).T.contiguous()
+        return None, rewards_B2, lengths_B2
+
+
+class ArmTrainer(PairTrainer):
+    """Trains a causal LM (or a PEFT adapter on one) as an autoregressive reward model.
+
+    The loss is −log σ(β · (r(x, y⁺) − r(x, y⁻))) with r(x, y) = Σ_t log π(y_t | x, y_<t) (GenARM, section 4.2).
+    Rewards and margins in the logs are in nats, not multiplied by β.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        *,
+        beta: float,
+        pad_id: int,
+        train_pairs: list[TokenPair],
+        eval_pairs: list[TokenPair] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.beta = beta
+        self.forward_options = _forward_options(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(pad_id=pad_id),
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs or None,
+            compute_metrics=self._pair_metrics,
+            callbacks=callbacks,
+        )
+        # Our loss is a mean over the pairs of a batch, so the Trainer has to divide by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self._bf16_autocast = self.accelerator.native_amp and args.bf16
+        if self._bf16_autocast:
+            # accelerate would turn the logits into a float32 copy as they leave the model: we enter autocast
+            # ourselves (below), and the loss reads them as they are.
+            self.accelerator.native_amp = False
+        self._sums = torch.zeros(len(TRAIN_METRICS) + 2, dtype=torch.float64)
+        self._clock = time.perf_counter()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """bfloat16 for the matrix products of the forward; weights, loss and gradients stay float32."""
+        return torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=self._bf16_autocast, cache_enabled=cache_enabled
+        )
+
+    @torch.no_grad()
+    def check_padding(self) -> None:
+        """Refuse a model for which the rewards of a pair depend on the pairs beside it.
+
+        The pair with the shortest prompt of the first ones, alone and beside the one with the longest: prompts are
+        padded on the left, which some models (Recurrent Gemma) read as if it were text.
+
+        Raises:
+            MemberError: the rewards differ by more than rounding.
+        """
+        data: Any = self.train_dataset
+        pairs = sorted(data[:PADDING_ROWS], key=lambda pair: len(pair.prompt_ids))
+        if self.args.per_device_train_batch_size == 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        beside, alone = (
+            self.rewards(model, self._prepare_inputs(self.data_collator(batch)))[:, 0]
+            for batch in ([pairs[0], pairs[-1]], [pairs[0]])
+        )
+        model.train(training)
+        off = float((beside - alone).abs().max())
+        exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        if off > (0.01 if exact and not self._bf16_autocast else 0.5) + 0.01 * float(alone.abs().max()):
+            raise MemberError(
+                f"padding changes what this model says: the reward of a pair is {off:.2g} nats off beside a longer "
+                "one; train with --batch-size 1 (and more --accumulation), or a model of another family"
+            )
+
+    def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
+        ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+        response_mask_BR = batch["response_mask"]
+        width_R = response_mask_BR.shape[1]
+        options: dict[str, Any] = {"use_cache": False}
+        if "position_ids" in self.forward_options:
+            options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in self.forward_options:
+            options["logits_to_keep"] = width_R + 1 if model.training else last_positions(width_R + 1, ids_BT)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
+        # Labels and mask are shifted and padded to the width of the logits: slicing the logits instead would
+        # cost a copy of them in the backward.
+        width = logits_BTV.shape[1]
+        labels_BT = ids_BT.roll(-1, dims=1)[:, -width:]
+        label_mask_BT = torch.zeros_like(labels_BT)
+        label_mask_BT[:, -width_R - 1 : -1] = response_mask_BR
+        return response_log_probs(logits_BTV, labels_BT, label_mask_BT).view(2, -1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The ARM loss of one batch of pairs; see `transformers.Trainer.compute_loss`."""
+        chosen_B, rejected_B = self.rewards(model, inputs)
+        loss = arm_loss(chosen_B, rejected_B, self.beta)
+        if model.training:
+            self._add_to_sums(chosen_B.detach(), rejected_B.detach(), inputs["attention_mask"].sum())
+        return (loss, {"rewards": torch.stack([chosen_B, rejected_B])}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add accuracy, margin, rewards and tokens/s to the entries of the training loss."""
+        check_numbers(logs, self.state.global_step)
+        if "loss" in logs:
+            logs.update(self._drain_sums())
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the base class, with the time it takes kept out of the training's tokens/s."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._clock += time.perf_counter() - start
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer takes a step for the best only if its folder is there, and with FSDP makes the folder after that.
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _add_to_sums(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor, tokens: torch.Tensor) -> None:
+        pairs = torch.ones_like(chosen_B)
+        per_pair = torch.stack([chosen_B > rejected_B, chosen_B - rejected_B, chosen_B, rejected_B, pairs])
+        sums = torch.cat([per_pair.double().sum(-1), tokens.double().view(1)])
+        self._sums = self._sums.to(sums.device) + sums
+
+    def _drain_sums(self) -> dict[str, float]:
+        *sums, pairs, tokens = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._sums = torch.zeros_like(self._sums)
+        means = {name: value / pairs for name, value in zip(TRAIN_METRICS, sums, strict=True)}
+        return {**means, "tokens_per_second": tokens / seconds}
+
+    def _pair_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        return pair_metrics(np.asarray(evaluation.predictions), np.asarray(evaluation.label_ids), beta=self.beta)
+
+
+def pair_metrics(rewards_B2: np.ndarray, lengths_B2: np.ndarray, *, beta: float) -> dict[str, float]:
+    """Loss, margin and accuracy of B held-out pairs, from rewards and response lengths (chosen, rejected).
+
+    A pair counts as right when its chosen response has the higher reward (a tie is wrong). Accuracies come with
+    their 95% Wilson interval, over all pairs and over those whose chosen response is the longer, the shorter or as
+    long: summed log-probabilities favour short responses, and the split shows by how much.
+    """
+    margin_B = (rewards_B2[:, 0] - rewards_B2[:, 1]).astype(np.float64)
+    difference_B = lengths_B2[:, 0] - lengths_B2[:, 1]
+    with np.errstate(invalid="ignore"):  # a model of NaNs is refused by name, when this is logged
+        loss_B = np.logaddexp(0.0, -beta * margin_B)
+    metrics = {
+        "loss": float(loss_B.mean()),
+        "margin": float(margin_B.mean()),
+        "chosen_reward": float(rewards_B2[:, 0].mean()),
+        "rejected_reward": float(rewards_B2[:, 1].mean()),
+    }
+    groups = {
+        "": np.ones_like(difference_B, dtype=bool),
+        "_chosen_longer": difference_B > 0,
+        "_rejected_longer": difference_B < 0,
+        "_equal_length": difference_B == 0,
+    }
+    for suffix, group_B in groups.items():
+        n = int(group_B.sum())
+        metrics[f"pairs{suffix}"] = n
+        if n:
+            accuracy = proportion(int((margin_B[group_B] > 0).sum()), n)
+            metrics[f"accuracy{suffix}"] = accuracy.rate
+            metrics[f"accuracy{suffix}_low"] = accuracy.low
+            metrics[f"accuracy{suffix}_high"] = accuracy.high
+    return metrics
+
+
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """Stop a run whose loss is no number.
+
+    Raises:
+        GenarmError: training has diverged.
+    """
+    if not torch.isfinite(loss):
+        raise _diverged("loss", float(loss), step)
+
+
+def check_numbers(logs: Mapping[str, float], step: int) -> None:
+    """Stop a run with an entry of the log that is no number.
+
+    Raises:
+        GenarmError: training has diverged, or the model was broken before it.
+    """
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out loss")):
+        if not math.isfinite(logs.get(name, 0.0)):
+            raise _diverged(words, logs[name], step)
+
+
+def _forward_options(model: nn.Module) -> frozenset[str]:
+    """Names that the forward of the language model itself (below an adapter) takes."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _diverged(what: str, value: float, step: int) -> GenarmError:
+    if step == 0:
+        return GenarmError(f"the {what} is {value} before the first step: the weights of the model are broken")
+    return GenarmError(
+        f"the {what} is {value} at step {step}: training has diverged; try a lower --learning-rate or --beta, "
+        "a longer --warmup, or --max-grad-norm 1"
+    )
