@@ -97,7 +97,7 @@ class Running:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             statistics = self.engine.statistics()
-            rows = [len(trunk.arena.rows) for trunk in self.engine._built.layout.trunks]
+            rows = [len(trunk.kv_cache.rows) for trunk in self.engine._built.members.trunks]
             if (
                 not statistics.running
                 and not statistics.waiting

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from genarm.engine.text import TextStream
+from genarm.engine.reply_text import TextStream
 from genarm.text.detokenizer import BROKEN, Detokenizer, token_texts
 from tiny import SHARED, tiny_tokenizer
 

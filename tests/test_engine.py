@@ -514,9 +514,9 @@ def test_decode_graphs_give_the_same_tokens(kind: str, family: str, speculate: i
     with Engine(model, TOKENIZER, options(speculate=speculate, adapt=False)) as engine:
         expected = token_ids(engine.generate(requests))
     with Engine(model, TOKENIZER, options(speculate=speculate, adapt=False)) as engine:
-        trunks = engine._built.layout.trunks
+        trunks = engine._built.members.trunks
         for trunk in trunks:
-            trunk._graphs = DecodeGraphs(trunk.arena, trunk._logits)
+            trunk._graphs = DecodeGraphs(trunk.kv_cache, trunk._logits)
         assert token_ids(engine.generate(requests)) == expected
         used = [trunk._graphs.captured for trunk in trunks if trunk._graphs is not None]
         assert all(used) or speculate
@@ -729,7 +729,7 @@ def test_a_context_as_long_as_it_gets(model: GuidedForCausalLM) -> None:
 
 def idle(engine: Engine) -> bool:
     statistics = engine.statistics()
-    rows = [len(trunk.arena.rows) for trunk in engine._built.layout.trunks]
+    rows = [len(trunk.kv_cache.rows) for trunk in engine._built.members.trunks]
     return not statistics.waiting and not statistics.running and list(statistics.free_rows) == rows
 
 
@@ -757,7 +757,7 @@ def test_cancel(model: GuidedForCausalLM) -> None:
 def test_a_cancelled_request_that_waits_never_runs(model: GuidedForCausalLM) -> None:
     hold = threading.Event()
     with Engine(model, TOKENIZER, options(streams=1)) as engine:
-        base = engine._built.layout.trunks[0]
+        base = engine._built.members.trunks[0]
         hook = base.model.register_forward_pre_hook(lambda *_: hold.wait(10) and None)  # the engine stands still
         first, second = engine.stream(sampled(0)), engine.stream(sampled(1))
         second.cancel()
@@ -813,7 +813,7 @@ def test_a_step_that_fails(
     """Everything that ran ends with the failure, and the next request is served as if nothing had been."""
     expected = reply(model, sampled(4), speculate=speculate, adapt=False)
     with Engine(model, TOKENIZER, options(streams=2, speculate=speculate, adapt=False)) as engine:
-        fail_once(monkeypatch, engine._built.layout.trunks[member], after)
+        fail_once(monkeypatch, engine._built.members.trunks[member], after)
         streams = [engine.stream(sampled(4, sampling=Sampling(max_new_tokens=30))) for _ in range(2)]
         for stream in streams:
             with pytest.raises(EngineFailure, match="a step failed: RuntimeError: the device is on fire"):
@@ -829,7 +829,7 @@ def test_a_failed_stream_fails_again_when_asked_again(
     model: GuidedForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(model, TOKENIZER, options()) as engine:
-        fail_once(monkeypatch, engine._built.layout.trunks[0], 1)
+        fail_once(monkeypatch, engine._built.members.trunks[0], 1)
         stream = engine.stream(sampled(4))
         found: list[BaseException] = []
 
@@ -915,7 +915,7 @@ def test_asyncio_failure(model: GuidedForCausalLM, monkeypatch: pytest.MonkeyPat
                 pass
 
     with Engine(model, TOKENIZER, options()) as engine:
-        fail_once(monkeypatch, engine._built.layout.trunks[0], 2)
+        fail_once(monkeypatch, engine._built.members.trunks[0], 2)
         asyncio.run(asyncio.wait_for(run(engine), 30))
 
 

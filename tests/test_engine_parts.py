@@ -29,11 +29,11 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from genarm.engine.arena import Arena, LayerShape, Row
+from genarm.engine.kv_cache import KVCache, LayerShape, Row
 from genarm.engine.noise import Purpose, key, log_exponentials, uniform
+from genarm.engine.reply_text import TextStream
 from genarm.engine.sampler import Place, acceptance, draw, residual, shape
 from genarm.engine.speculation import DraftLength, exponents, guess
-from genarm.engine.text import TextStream
 from genarm.sampling import Sampling
 from tiny import SHARED, tiny_tokenizer
 
@@ -416,15 +416,15 @@ def test_a_stop_string_that_is_found_only_at_the_end(byte_level: PreTrainedToken
     assert stream.stopped
 
 
-# --- arena ----------------------------------------------------------------------------------------------------------
+# --- KV cache -------------------------------------------------------------------------------------------------------
 
 
-def make_arena(rows: int, capacity: int = 24) -> Arena:
+def make_cache(rows: int, capacity: int = 24) -> KVCache:
     layers = [
         LayerShape(heads=2, key_size=3, value_size=4, dtype=torch.float32, device=torch.device("cpu")),
         LayerShape(heads=1, key_size=2, value_size=2, dtype=torch.bfloat16, device=torch.device("cpu")),
     ]
-    return Arena(layers, rows=rows, capacity=capacity)
+    return KVCache(layers, rows=rows, capacity=capacity)
 
 
 def mark(member: int, ids: Sequence[int]) -> float:
@@ -432,19 +432,19 @@ def mark(member: int, ids: Sequence[int]) -> float:
     return float(random.Random(repr((member, list(ids)))).randrange(256))  # exact in bfloat16
 
 
-def write(arena: Arena, row: Row, ids: Sequence[int]) -> None:
+def write(kv_cache: KVCache, row: Row, ids: Sequence[int]) -> None:
     for token in ids:
         row.ids.append(token)
-        for i, tensor in enumerate((*arena.keys, *arena.values)):
+        for i, tensor in enumerate((*kv_cache.keys, *kv_cache.values)):
             tensor[row.index, :, len(row.ids) - 1] = mark(row.member, row.ids) + i
 
 
-def check(arena: Arena, rows: Sequence[Row]) -> None:
+def check(kv_cache: KVCache, rows: Sequence[Row]) -> None:
     for row in rows:
-        assert row.index < arena.active
-        assert arena.rows[row.index] is row
+        assert row.index < kv_cache.active
+        assert kv_cache.rows[row.index] is row
         expected = torch.tensor([mark(row.member, row.ids[: n + 1]) for n in range(len(row.ids))])
-        for i, tensor in enumerate((*arena.keys, *arena.values)):
+        for i, tensor in enumerate((*kv_cache.keys, *kv_cache.values)):
             stored = tensor[row.index, :, : len(row.ids)].float()
             assert torch.equal(stored, (expected + i).to(tensor.dtype).float()[None, :, None].expand_as(stored))
 
@@ -454,81 +454,81 @@ def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_arena_under_random_use(seed: int) -> None:
+def test_kv_cache_under_random_use(seed: int) -> None:
     """Rows keep what they hold through every exchange, and each begins with the longest beginning that is known."""
     generator = random.Random(seed)
-    arena = make_arena(rows=generator.choice([1, 2, 5]))
+    kv_cache = make_cache(rows=generator.choice([1, 2, 5]))
     taken: list[Row] = []
     for _ in range(80):
-        if taken and (not arena.free or generator.random() < 0.4):
+        if taken and (not kv_cache.free or generator.random() < 0.4):
             row = taken.pop(generator.randrange(len(taken)))
             if generator.random() < 0.3:  # drafts that were not accepted
                 del row.ids[generator.randrange(len(row.ids) + 1) :]
-            arena.give_back(row)
+            kv_cache.give_back(row)
         else:
             member = generator.randrange(2)
             ids = [generator.randrange(2) for _ in range(generator.randint(1, 12))]
-            longest = max(shared_beginning(row.ids, ids[:-1]) if row.member == member else 0 for row in arena.rows)
-            row = arena.take(member, ids)
+            longest = max(shared_beginning(row.ids, ids[:-1]) if row.member == member else 0 for row in kv_cache.rows)
+            row = kv_cache.take(member, ids)
             assert all(row is not other for other in taken)
             assert (row.member, row.ids) == (member, ids[:longest])
-            write(arena, row, ids[longest:])
-            write(arena, row, [generator.randrange(2) for _ in range(generator.randint(0, 8))])
+            write(kv_cache, row, ids[longest:])
+            write(kv_cache, row, [generator.randrange(2) for _ in range(generator.randint(0, 8))])
             taken.append(row)
-        check(arena, taken)
-        assert arena.active == len(taken)
-        assert arena.free == len(arena.rows) - len(taken)
+        check(kv_cache, taken)
+        assert kv_cache.active == len(taken)
+        assert kv_cache.free == len(kv_cache.rows) - len(taken)
 
 
 def test_a_beginning_is_taken_over_or_copied() -> None:
-    arena = make_arena(rows=3)
-    first = arena.take(0, [1, 2, 3, 4])
-    write(arena, first, [1, 2, 3, 4, 5])
-    running = arena.take(0, [1, 2, 3, 9])  # copied from a row that is in use
+    kv_cache = make_cache(rows=3)
+    first = kv_cache.take(0, [1, 2, 3, 4])
+    write(kv_cache, first, [1, 2, 3, 4, 5])
+    running = kv_cache.take(0, [1, 2, 3, 9])  # copied from a row that is in use
     assert running is not first
     assert running.ids == [1, 2, 3]
-    check(arena, [first, running])
-    arena.give_back(first)
-    again = arena.take(0, [1, 2, 3, 4, 5, 6])  # the next turn goes on in the same row
+    check(kv_cache, [first, running])
+    kv_cache.give_back(first)
+    again = kv_cache.take(0, [1, 2, 3, 4, 5, 6])  # the next turn goes on in the same row
     assert again is first
     assert again.ids == [1, 2, 3, 4, 5]
-    check(arena, [running, again])
-    assert arena.take(1, [1, 2, 3, 4]).ids == []  # another member has seen something else
+    check(kv_cache, [running, again])
+    assert kv_cache.take(1, [1, 2, 3, 4]).ids == []  # another member has seen something else
 
 
 def test_the_whole_prompt_is_never_taken_over() -> None:
-    arena = make_arena(rows=2)
-    row = arena.take(0, [1, 2, 3])
-    write(arena, row, [1, 2, 3])
-    arena.give_back(row)
-    assert arena.take(0, [1, 2, 3]).ids == [1, 2]
+    kv_cache = make_cache(rows=2)
+    row = kv_cache.take(0, [1, 2, 3])
+    write(kv_cache, row, [1, 2, 3])
+    kv_cache.give_back(row)
+    assert kv_cache.take(0, [1, 2, 3]).ids == [1, 2]
 
 
 def test_the_row_that_was_idle_longest_is_used_first() -> None:
-    arena = make_arena(rows=3)
-    rows = [arena.take(0, [10 * i + 10, 1]) for i in range(3)]
+    kv_cache = make_cache(rows=3)
+    rows = [kv_cache.take(0, [10 * i + 10, 1]) for i in range(3)]
     for row in rows:
-        write(arena, row, [row.index * 10 + 10, 1])
+        write(kv_cache, row, [row.index * 10 + 10, 1])
     for row in (rows[1], rows[0], rows[2]):
-        arena.give_back(row)
-    assert arena.take(0, [99, 1]) is rows[1]
-    assert arena.take(0, [98, 1]) is rows[0]
-    assert arena.take(0, [97, 1]) is rows[2]
+        kv_cache.give_back(row)
+    assert kv_cache.take(0, [99, 1]) is rows[1]
+    assert kv_cache.take(0, [98, 1]) is rows[0]
+    assert kv_cache.take(0, [97, 1]) is rows[2]
     with pytest.raises(AssertionError):
-        arena.take(0, [96, 1])
+        kv_cache.take(0, [96, 1])
 
 
 def test_memory_is_allotted_once_and_counted() -> None:
-    arena = make_arena(rows=3, capacity=10)
+    kv_cache = make_cache(rows=3, capacity=10)
     per_position = 2 * (3 + 4) * 4 + 1 * (2 + 2) * 2
-    assert arena.bytes == (3 + 1) * 10 * per_position
-    before = [t.data_ptr() for t in arena.keys]
-    row = arena.take(0, [1, 2])
-    write(arena, row, [1, 2])
-    arena.forget()
-    assert arena.free == 3
-    assert arena.take(0, [1, 2]).ids == []
-    assert [t.data_ptr() for t in arena.keys] == before
+    assert kv_cache.bytes == (3 + 1) * 10 * per_position
+    before = [t.data_ptr() for t in kv_cache.keys]
+    row = kv_cache.take(0, [1, 2])
+    write(kv_cache, row, [1, 2])
+    kv_cache.forget()
+    assert kv_cache.free == 3
+    assert kv_cache.take(0, [1, 2]).ids == []
+    assert [t.data_ptr() for t in kv_cache.keys] == before
 
 
 # --- speculation ----------------------------------------------------------------------------------------------------

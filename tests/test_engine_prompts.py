@@ -11,7 +11,7 @@ import torch
 
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, Request, ScoredPrompt
-from genarm.engine.text import TextStream
+from genarm.engine.reply_text import TextStream
 from genarm.errors import ConfigError, DataError
 from genarm.sampling import Sampling
 from test_engine import KINDS, LENGTH, PROMPTS, TOKENIZER, full, greedy, idle, make_model, options, weights_of
@@ -189,7 +189,7 @@ def test_a_cancelled_request_is_gone_within_a_step() -> None:
             reached.set()
             go_on.wait(30)
 
-        hook = engine._built.layout.trunks[0].model.register_forward_pre_hook(hold)
+        hook = engine._built.members.trunks[0].model.register_forward_pre_hook(hold)
         assert reached.wait(30)
         steps = engine.statistics().steps
         victim.cancel()

@@ -71,7 +71,7 @@ def random_request(generator: random.Random, longest: int = 24) -> Request:
 
 def idle(engine: Engine) -> bool:
     statistics = engine.statistics()
-    rows = [len(trunk.arena.rows) for trunk in engine._built.layout.trunks]
+    rows = [len(trunk.kv_cache.rows) for trunk in engine._built.members.trunks]
     return not statistics.waiting and not statistics.running and list(statistics.free_rows) == rows
 
 
@@ -258,16 +258,16 @@ def test_soak_for_long(model: GuidedForCausalLM) -> None:
 
 
 def test_an_engine_that_is_gone_leaves_no_memory(model: GuidedForCausalLM) -> None:
-    """Closed engines, and one that ran nothing and was never closed, are collected with their arenas."""
+    """Closed engines, and one that ran nothing and was never closed, are collected with their KV caches."""
     import weakref
 
-    arenas: list[weakref.ref[Any]] = []
+    caches: list[weakref.ref[Any]] = []
     for close in (True, False):
         engine = Engine(model, TOKENIZER, EngineOptions(streams=2, context=CONTEXT))
         if close:
             engine.generate([random_request(random.Random(0))])
             engine.close()
-        arenas += [weakref.ref(trunk.arena) for trunk in engine._built.layout.trunks]
+        caches += [weakref.ref(trunk.kv_cache) for trunk in engine._built.members.trunks]
         del engine
     gc.collect()
-    assert [arena() for arena in arenas] == [None] * len(arenas)
+    assert [kv_cache() for kv_cache in caches] == [None] * len(caches)

@@ -19,7 +19,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from genarm.engine import Request
-from genarm.engine.text import TextStream
+from genarm.engine.reply_text import TextStream
 from genarm.sampling import Sampling
 from genarm.server.admission import Admission
 from genarm.server.errors import ApiError

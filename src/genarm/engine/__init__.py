@@ -1,8 +1,10 @@
 """The decoding engine: many requests at once, guided, at nearly the base's speed.
 
-`request` says what is asked and answered; `engine` takes requests; `step` makes one step for all of them; `trunk` runs
-a model over the rows of its `arena` through `attention`; `lora` lets adapters share their model's weights;
-`speculation` decides what to draft; `table`, `sampler` and `noise` turn log-probabilities into tokens.
+`request` says what is asked and answered, `engine` takes requests, and each is a `request_state` until its `reply` is
+whole. A `step` is: the `scheduler` says what every member reads, after `drafting`; the `members` run it; the
+`log_prob_table`, `sampler` and `noise` turn log-probabilities into tokens. A `trunk` runs one model, and the members
+that are adapters on it, over the rows of its `kv_cache` (which is the prefix cache too) through `attention`; `lora` and
+`fused_linears` let them share one read of its weights. `proof` compares that with the model's own forward.
 """
 
 from genarm.engine.engine import Engine, EngineOptions, Statistics

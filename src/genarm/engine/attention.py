@@ -1,13 +1,13 @@
-"""Attention over an arena's rows, plugged into transformers' models through its attention interface.
+"""Attention over a KV cache's rows, plugged into transformers' models through its attention interface.
 
 A pass runs the new tokens of many rows through a model as one sequence [1, T]: the linear layers see all tokens at
 once and nothing is padded for them. Attention alone knows which token belongs to which row. It stores the new keys
-and values, then handles *short* feeds (a decoded token, a few drafted ones) as one batch over the arena's active
+and values, then handles *short* feeds (a decoded token, a few drafted ones) as one batch over the cache's active
 rows, and each *long* feed (a chunk of a prompt) by itself.
 
 Shapes: T tokens of the pass, N active rows, Q queries per row (the longest short feed), S positions attended to,
-R rows of the arena, H query heads, K key/value heads, G = H / K query heads per key/value head, C positions of a row, D
-features of a head.
+R rows of the KV cache, H query heads, K key/value heads, G = H / K query heads per key/value head, C positions of a
+row, D features of a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from genarm.engine.arena import Arena, Row
+from genarm.engine.kv_cache import KVCache, Row
 
 IMPLEMENTATION = "genarm_engine"
 SHORT = 16
@@ -91,7 +91,7 @@ class _Options:
 
 @dataclass
 class Pass:
-    """One forward of a trunk over an arena: its inputs as tensors, and the attention that goes with them.
+    """One forward of a trunk over its KV cache: its inputs as tensors, and the attention that goes with them.
 
     Attributes:
         ids_T, positions_T: what to run.
@@ -103,7 +103,7 @@ class Pass:
         adapted: some token has an adapter to run with.
     """
 
-    arena: Arena
+    kv_cache: KVCache
     ids_T: Tensor
     positions_T: Tensor
     rows_T: Tensor
@@ -121,7 +121,7 @@ class Pass:
             scale=options.get("scaling"), window=options.get("sliding_window"), softcap=options.get("softcap")
         )
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        keys_RKCD, values_RKCD = self.arena.keys[layer], self.arena.values[layer]
+        keys_RKCD, values_RKCD = self.kv_cache.keys[layer], self.kv_cache.values[layer]
         slots = self._slots(keys_RKCD)
         for stored, new in ((keys_RKCD, key), (values_RKCD, value)):
             new_TKD = new[0].transpose(0, 1).to(stored.dtype)
@@ -133,7 +133,7 @@ class Pass:
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None].contiguous()
 
     def _slots(self, stored_RKCD: Tensor) -> Tensor:
-        """Where each head of each token goes in the arena's flat list of vectors, [T · K]; made once per pass."""
+        """Where each head of each token goes in the cache's flat list of vectors, [T · K]; made once per pass."""
         at = stored_RKCD.device, stored_RKCD.shape[1]
         if at not in self.slots:
             heads_K = torch.arange(at[1], device=at[0])
@@ -198,12 +198,12 @@ class Pass:
 
 
 def plan_pass(
-    arena: Arena, feeds: Sequence[Feed], embedding_size: int, device: torch.device, adapted: Container[int] = ()
+    kv_cache: KVCache, feeds: Sequence[Feed], embedding_size: int, device: torch.device, adapted: Container[int] = ()
 ) -> Pass:
     """Lay out the tokens of `feeds`: short feeds by row, then long ones.
 
     Args:
-        arena: whose active rows the feeds extend.
+        kv_cache: whose active rows the feeds extend.
         feeds: at most one per row.
         embedding_size: ids at or above it (the base's padding, say) are unknown to this model and become 0.
         device: of the model's input.
@@ -219,7 +219,7 @@ def plan_pass(
     chunks = []
     for feed in (*short, *long):
         start, index = len(feed.row.ids), feed.row.index
-        assert start + len(feed.ids) <= arena.capacity
+        assert start + len(feed.ids) <= kv_cache.capacity
         if len(feed.ids) > SHORT:
             chunks.append(Chunk(row=index, first=len(ids), last=len(ids) + len(feed.ids), start=start))
         ids.extend(i if i < embedding_size else 0 for i in feed.ids)
@@ -233,20 +233,20 @@ def plan_pass(
         return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
     return Pass(
-        arena=arena,
+        kv_cache=kv_cache,
         ids_T=tensor(ids),
         positions_T=tensor(positions),
         rows_T=tensor(rows),
         outputs_W=tensor(outputs),
         adapters_T=tensor(adapters),
-        batch=_batch(arena, short, device) if short else None,
+        batch=_batch(kv_cache, short, device) if short else None,
         chunks=chunks,
         adapted=any(feed.row.member in adapted for feed in feeds),
     )
 
 
-def _batch(arena: Arena, short: Sequence[Feed], device: torch.device) -> Batch:
-    rows = arena.active
+def _batch(kv_cache: KVCache, short: Sequence[Feed], device: torch.device) -> Batch:
+    rows = kv_cache.active
     queries = max(len(feed.ids) for feed in short)
     positions = [0] * (rows * queries)
     cells = []
@@ -281,7 +281,7 @@ def _scores(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, op
     """Attention of `query` [N, K, Q, D], in its dtype; `mask` is [N, 1, Q, S].
 
     On a CPU torch's fused attention is many times slower than three plain products for the few queries of a decode
-    step, and its bfloat16 products slower than float32 ones: there everything is float32, the arena included.
+    step, and its bfloat16 products slower than float32 ones: there everything is float32, the KV cache included.
     """
     scale = query.shape[-1] ** -0.5 if options.scale is None else options.scale
     if options.softcap is None and query.device.type != "cpu":

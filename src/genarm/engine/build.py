@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from genarm.engine.device import cost, settle
+from genarm.engine.members import Members
 from genarm.engine.proof import expect, prove
-from genarm.engine.step import Layout
 from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.model.config import BASE
@@ -26,7 +26,7 @@ DRAFT = "draft model"  # for notes; no reward can have this name, and nothing is
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """The layout, with what the engine needs to know of it.
+    """The members and their trunks, with what the engine needs to know of them.
 
     Attributes:
         guess_costs: {member: cost of one forward, in forwards of the base} of members that could draft: those with
@@ -35,7 +35,7 @@ class Built:
         context: positions of each request.
     """
 
-    layout: Layout
+    members: Members
     guess_costs: dict[int, float]
     notes: Sequence[str]
     context: int
@@ -94,13 +94,13 @@ def build(
     costs = [cost(group.model) for group in groups]
     guess_costs = {member: costs[index] / costs[0] for member, (index, _) in enumerate(places) if index}
     device = trunks[0].device
-    layout = Layout(
+    placed = Members(
         trunks=trunks,
         places=places,
         reward_names=reward_names,
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
     )
-    return Built(layout=layout, guess_costs=guess_costs, notes=notes, context=capacity)
+    return Built(members=placed, guess_costs=guess_costs, notes=notes, context=capacity)
 
 
 def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | None], list[Tensor | None]]:
@@ -136,7 +136,7 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
     together = (
         "" if len(group.members) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     )
-    return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.arena.bytes)}"
+    return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.kv_cache.bytes)}"
 
 
 def _size(count: int) -> str:

@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from genarm.engine.build import build
-from genarm.engine.live import BASE_MEMBER, Live
+from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Completion, Request
+from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
-from genarm.engine.text import TextStream
 from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
@@ -109,14 +109,15 @@ class Engine:
             context=self.options.context,
         )
         self.context = built.context
-        self.members = len(built.layout.places)
+        self.members = len(built.members.places)
         self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
         self._built = built
         self._guess_costs = _guessers(built.guess_costs, self.options)
         self._vocabulary_size = output_rows(model.base if isinstance(model, GuidedForCausalLM) else model)
         self._stops = frozenset(i for i in stop_ids(model, tokenizer) if i < self._vocabulary_size)
-        self._stepper = Stepper(built.layout, streams=self.streams, chunk=self.options.chunk)
-        self._arrivals: list[Live] = []
+        self._stepper = Stepper(built.members, streams=self.streams, chunk=self.options.chunk)
+        self._scheduler = self._stepper.scheduler
+        self._arrivals: list[RequestState] = []
         self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
         self._stepping = threading.Lock()  # held by whoever makes a step
         self._wake = threading.Event()
@@ -180,7 +181,7 @@ class Engine:
 
     def describe(self) -> str:
         """What was chosen at the start: devices, dtypes, memory, who drafts."""
-        names = ["base", *self._built.layout.reward_names, "draft model"]
+        names = ["base", *self._built.members.reward_names, "draft model"]
         guessers = [names[member] for member in self._guess_costs]
         drafts = f"drafts from {', '.join(guessers)}" if guessers else "no drafts"
         head = f"{self.options.streams} streams of {self.context} tokens; {drafts}"
@@ -198,14 +199,14 @@ class Engine:
                 that the chat template does not have.
             EngineFailure: the engine is closed.
         """
-        live, stream = self._prepare(request)
-        self._submit([live])
+        state, stream = self._prepare(request)
+        self._submit([state])
         return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All replies, in order; raises as `stream` does, before anything runs."""
         prepared = [self._prepare(request) for request in requests]
-        self._submit([live for live, _ in prepared])
+        self._submit([state for state, _ in prepared])
         streams = [stream for _, stream in prepared]
         try:
             return [stream.result() for stream in streams]
@@ -213,20 +214,20 @@ class Engine:
             for stream in streams:
                 stream.cancel()
 
-    def _prepare(self, request: Request) -> tuple[Live, Stream]:
+    def _prepare(self, request: Request) -> tuple[RequestState, Stream]:
         check_seed(request.seed)
         ids = self._encode(request)
-        layout = self._built.layout
+        members = self._built.members
         weights = weight_row(request.weights, self.default_weights)
         request.check_ids(self._vocabulary_size)
         rewards = {i + 1: w for i, w in enumerate(weights) if w != 0}
         guessers: dict[int, float] = {}
-        drafts = next((m for m in self._guess_costs if layout.is_draft_model(m)), None)
+        drafts = next((m for m in self._guess_costs if members.is_draft_model(m)), None)
         arms = {m: w for m, w in rewards.items() if m in self._guess_costs}
         if arms or drafts is not None:
             guessers = exponents(arms, drafts)
-        others = [member for member in guessers if layout.is_draft_model(member)]
-        live = Live(
+        others = [member for member in guessers if members.is_draft_model(member)]
+        state = RequestState(
             request=request,
             ids=ids,
             weights=weights,
@@ -241,9 +242,9 @@ class Engine:
             ),
             limit=request.sampling.max_new_tokens,
         )
-        stream = Stream(self, lambda: self._cancel(live))
-        live.deliver = stream.put
-        return live, stream
+        stream = Stream(self, lambda: self._cancel(state))
+        state.deliver = stream.put
+        return state, stream
 
     def _encode(self, request: Request) -> list[int]:
         prompt: Any = request.prompt
@@ -251,7 +252,7 @@ class Engine:
             ids = encode_prompt(self.tokenizer, prompt, request.reading)
         else:
             ids = [int(item) for item in prompt]
-        size = self._built.layout.trunks[0].embedding_size
+        size = self._built.members.trunks[0].embedding_size
         check_prompt_ids(ids, size)
         if request.prompt_log_probs is not None and max(ids) >= self._vocabulary_size:
             raise DataError(f"the model never says the token id {max(ids)}, so a prompt with it has no log-probs")
@@ -267,11 +268,11 @@ class Engine:
 
     # --- making steps -------------------------------------------------------------------------------------------
 
-    def _submit(self, lives: Sequence[Live]) -> None:
+    def _submit(self, states: Sequence[RequestState]) -> None:
         with self._guard:
             if self._closed:
                 raise EngineFailure("the engine is closed; make a new one")
-            self._arrivals.extend(lives)
+            self._arrivals.extend(states)
         self._wake.set()
 
     def advance(self) -> bool:
@@ -303,32 +304,32 @@ class Engine:
             self._wake.clear()
             with self._stepping:
                 self._step()
-            if not (self._arrivals or self._stepper.busy):
+            if not (self._arrivals or self._scheduler.busy):
                 self._wake.wait()
 
     def _step(self) -> None:
         with self._guard:
             arrived, self._arrivals = self._arrivals, []
-        for live in arrived:
-            self._stepper.add(live)
+        for state in arrived:
+            self._scheduler.add(state)
         try:
             self._stepper.step()
         except BaseException as error:  # Ctrl-C too may leave a step half done
             failure = EngineFailure(f"a step failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._stepper.fail(failure)
+            self._scheduler.fail(failure)
             if not isinstance(error, Exception):
                 raise
 
-    def _cancel(self, live: Live) -> None:
+    def _cancel(self, state: RequestState) -> None:
         """End a request: free its rows now, or as soon as the step that is being made is done."""
-        if live.cancelled:
+        if state.cancelled:
             return
-        live.cancelled = True
+        state.cancelled = True
         self._wake.set()
         if self._thread is None and self._stepping.acquire(blocking=False):
             try:
-                self._stepper.end_cancelled()
+                self._scheduler.end_cancelled()
             finally:
                 self._stepping.release()
 
@@ -341,10 +342,10 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._stepping:
-            for live in self._arrivals:
-                self._stepper.add(live)
+            for state in self._arrivals:
+                self._scheduler.add(state)
             self._arrivals = []
-            self._stepper.fail(EngineFailure("the engine was closed"))
+            self._scheduler.fail(EngineFailure("the engine was closed"))
 
     def __enter__(self) -> Engine:
         return self
@@ -356,15 +357,14 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """Counters, for a look from outside; a moment old at most."""
-        stepper = self._stepper
-        layout = self._built.layout
+        members = self._built.members
         return Statistics(
-            waiting=len(stepper.waiting) + len(self._arrivals),
-            running=len(stepper.running),
-            free_rows=tuple(trunk.arena.free for trunk in layout.trunks),
-            steps=stepper.steps,
-            passes=tuple(trunk.passes for trunk in layout.trunks),
-            cache_bytes=sum(trunk.arena.bytes for trunk in layout.trunks),
+            waiting=len(self._scheduler.waiting) + len(self._arrivals),
+            running=len(self._scheduler.running),
+            free_rows=tuple(trunk.kv_cache.free for trunk in members.trunks),
+            steps=self._stepper.steps,
+            passes=tuple(trunk.passes for trunk in members.trunks),
+            cache_bytes=sum(trunk.kv_cache.bytes for trunk in members.trunks),
         )
 
 
@@ -374,7 +374,7 @@ class Statistics:
 
     Attributes:
         waiting, running: requests.
-        free_rows: of each trunk's arena; the base's trunk first.
+        free_rows: of each trunk's KV cache; the base's trunk first.
         steps: made so far.
         passes: forwards of each trunk so far.
         cache_bytes: memory of all keys and values.

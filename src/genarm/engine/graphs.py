@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm.engine.arena import Arena
 from genarm.engine.attention import Batch, Pass
+from genarm.engine.kv_cache import KVCache
 
 _SPANS = 256
 """Positions attended to are rounded up to a multiple of this."""
@@ -34,8 +34,8 @@ class DecodeGraphs:
     every use runs eagerly on the same static inputs, which is how the tests run this code.
     """
 
-    def __init__(self, arena: Arena, logits: Callable[[Pass], Tensor]) -> None:
-        self.arena = arena
+    def __init__(self, kv_cache: KVCache, logits: Callable[[Pass], Tensor]) -> None:
+        self.kv_cache = kv_cache
         self.logits = logits
         self.captured: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = None
@@ -45,8 +45,8 @@ class DecodeGraphs:
         batch = plan.batch
         if batch is None or batch.queries != 1 or plan.chunks or batch.cells_T is not None:
             return self.logits(plan)
-        rows = _round_rows(batch.rows, len(self.arena.rows) + 1)
-        span = min(-(-batch.span // _SPANS) * _SPANS, self.arena.capacity)
+        rows = _round_rows(batch.rows, len(self.kv_cache.rows) + 1)
+        span = min(-(-batch.span // _SPANS) * _SPANS, self.kv_cache.capacity)
         found = self.captured.get((rows, span))
         if found is None:
             static = self._static(plan, rows, span)
@@ -58,7 +58,7 @@ class DecodeGraphs:
 
     def _static(self, plan: Pass, rows: int, span: int) -> Pass:
         """Inputs for `rows` rows: those without a token write to the spare row and see position 0 alone."""
-        spare = len(self.arena.rows)
+        spare = len(self.kv_cache.rows)
         device = plan.ids_T.device
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
         batch = Batch(
@@ -117,7 +117,7 @@ def _fill(static: Pass, plan: Pass) -> None:
     static.positions_T[:rows].copy_(plan.positions_T)
     static.positions_T[rows:].zero_()
     static.rows_T[:rows].copy_(plan.rows_T)
-    static.rows_T[rows:].fill_(len(static.arena.rows))
+    static.rows_T[rows:].fill_(len(static.kv_cache.rows))
     static.adapters_T[:rows].copy_(plan.adapters_T)
     static.batch.positions_NQ[:rows].copy_(plan.batch.positions_NQ)
     static.batch.positions_NQ[rows:].zero_()

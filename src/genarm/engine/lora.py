@@ -21,7 +21,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from genarm.engine.fused import FusedLinear, same_inputs
+from genarm.engine.fused_linears import FusedLinear, same_inputs
 from genarm.model.adapters import adapter_layers
 
 _Column = tuple[int, float]

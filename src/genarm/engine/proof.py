@@ -71,10 +71,10 @@ def prove(trunk: Trunk, expected: Sequence[Expected]) -> None:
     Raises:
         UnsupportedError: it says something else.
     """
-    arena = trunk.arena
+    kv_cache = trunk.kv_cache
     length = len(expected[0].ids_RT[0])
     rows = [
-        (arena.take(member, ids), member, r, ids)
+        (kv_cache.take(member, ids), member, r, ids)
         for member, of in enumerate(expected)
         for r, ids in enumerate(of.ids_RT)
     ]
@@ -89,8 +89,8 @@ def prove(trunk: Trunk, expected: Sequence[Expected]) -> None:
                 _compare(trunk, member, got_TV, expected[member].log_probs_RTV[r, first:last])
     finally:
         for row, *_ in reversed(rows):
-            arena.clean(row, 0, length)
-            arena.give_back(row)
+            kv_cache.clean(row, 0, length)
+            kv_cache.give_back(row)
             row.ids = []
         trunk.passes = 0
 

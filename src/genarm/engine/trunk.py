@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from genarm.engine.arena import Arena, LayerShape
 from genarm.engine.attention import Feed, Pass, Plug, plan_pass
 from genarm.engine.device import input_device
-from genarm.engine.fused import FusedLinears
+from genarm.engine.fused_linears import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
+from genarm.engine.kv_cache import KVCache, LayerShape
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.errors import UnsupportedError
 from genarm.model.adapters import adapter_layers, running
@@ -41,7 +41,7 @@ class TrunkMember:
 
 
 class Trunk:
-    """One model in inference mode, its members and the arena that holds their keys and values.
+    """One model in inference mode, its members and the KV cache that they share.
 
     Attributes:
         members: by index, as rows name them.
@@ -59,7 +59,7 @@ class Trunk:
         capacity: int,
         graphs: bool,
     ) -> None:
-        """Find out what the model's attention stores, allot the arena and stack the adapters.
+        """Find out what the model's attention stores, allot the KV cache and stack the adapters.
 
         Args:
             model: loaded, frozen; from now on it belongs to the engine.
@@ -83,7 +83,7 @@ class Trunk:
         self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, adapter_layers(model))
         self._plug = Plug(model)
         shapes = _probe(model, self._plug, self._arguments, self.device)
-        self.arena = Arena(shapes, rows=rows, capacity=capacity)
+        self.kv_cache = KVCache(shapes, rows=rows, capacity=capacity)
         adapters = [member.adapter for member in members]
         named = [adapter for adapter in adapters if adapter is not None]
         self.shared = can_share(model, named)
@@ -91,7 +91,7 @@ class Trunk:
             SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
         )
         self._fused = FusedLinears(model, self._run_once)
-        self._graphs = DecodeGraphs(self.arena, self._logits) if graphs and self.shared else None
+        self._graphs = DecodeGraphs(self.kv_cache, self._logits) if graphs and self.shared else None
         self._adapted = frozenset(i for i, adapter in enumerate(adapters) if adapter is not None)
         self.passes = 0
 
@@ -115,7 +115,7 @@ class Trunk:
         wanted: dict[int, Tensor] = {}
         for group in groups:
             adapter = self.members[group[0].row.member].adapter
-            plan = plan_pass(self.arena, group, self.embedding_size, self.device, self._adapted)
+            plan = plan_pass(self.kv_cache, group, self.embedding_size, self.device, self._adapted)
             with running(self.model, None if self.shared else adapter):
                 logits_WV = self._logits(plan) if self._graphs is None else self._graphs.run(plan)
             pieces = log_probs(logits_WV).split([feed.want for feed in group])

@@ -1,7 +1,7 @@
 """vLLM's engine behind the server: `genarm serve --engine vllm`.
 
 `AsyncLLM` runs in a thread with an event loop of its own, and its model in processes of theirs. vLLM schedules, runs
-and samples; texts, stop strings and endings are made of its tokens as our own engine makes them (`Writing`), so that
+and samples; texts, stop strings and endings are made of its tokens as our own engine makes them, so that
 clients cannot tell the two apart. What vLLM does not report is what the base and each reward say of a token.
 
 vLLM is imported when it is started and not before.
@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genarm.engine import Request, ScoredPrompt, Stream, Token
+from genarm.engine.reply import GrowingReply
+from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Ending
-from genarm.engine.text import TextStream
-from genarm.engine.writing import Writing
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
 from genarm.server.backend import Load, RestartingBackend, State
 from genarm.text.prompts import check_prompt_ids, encode_prompt
@@ -222,7 +222,7 @@ class VllmEngine:
         """
         ids = self._encode(request)
         params = self._params(request)
-        writing = Writing(
+        writing = GrowingReply(
             request=request,
             stops=request.ends(self._stops),
             text=TextStream(self._tokenizer, request.stop, ids if request.continues else ()),
@@ -302,7 +302,7 @@ class VllmEngine:
 
     # --- in the loop's thread ---------------------------------------------------------------------------------------
 
-    async def _write(self, writing: Writing, ids: list[int], params: Any) -> None:
+    async def _write(self, writing: GrowingReply, ids: list[int], params: Any) -> None:
         """Draw a reply; whatever happens is delivered, but for the end of one that is cancelled (`stream` tells it)."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -330,7 +330,7 @@ class VllmEngine:
         finally:
             self._replies.discard(task)
 
-    async def _draw(self, writing: Writing, ids: list[int], params: Any) -> Ending:
+    async def _draw(self, writing: GrowingReply, ids: list[int], params: Any) -> Ending:
         from vllm.inputs.engine import tokens_input
 
         request = writing.request

@@ -12,18 +12,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from genarm.engine.live import BASE_MEMBER, Live
+from genarm.engine.members import Outputs
 from genarm.engine.request import Token
+from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.model.combine import combine
 
-Outputs: TypeAlias = dict[tuple[Live, int], Tensor]
-"""{(request, member): float32 log-probs [positions, V]}."""
-Spot: TypeAlias = tuple[Live, int]
+Spot: TypeAlias = tuple[RequestState, int]
 """The token of a request that comes so many places after its next one."""
 
 
 @dataclass(frozen=True)
-class Table:
+class LogProbTable:
     """Combined log-probs [P, V], and those of the members they are made of; zeros where a member did not run."""
 
     rows: Mapping[Spot, int]
@@ -47,14 +46,14 @@ class Table:
         sources = [self.guided_PV, *self.members.values()]
         guided, *members = torch.stack([source[rows_P, tokens_P] for source in sources]).tolist()
         likeliest = self._likeliest(rows_P, tops)
-        for i, ((live, _), token) in enumerate(zip(spots, tokens, strict=True)):
+        for i, ((state, _), token) in enumerate(zip(spots, tokens, strict=True)):
             said = {member: column[i] for member, column in zip(self.members, members, strict=True)}
             yield Token(
                 id=token,
                 text="",
                 log_prob=guided[i],
                 base=said[BASE_MEMBER],
-                rewards={reward_names[m - 1]: said[m] for m in self.members if m != BASE_MEMBER and m in live.members},
+                rewards={reward_names[m - 1]: said[m] for m in self.members if m != BASE_MEMBER and m in state.members},
                 top=likeliest.get(i, ()),
             )
 
@@ -71,7 +70,7 @@ class Table:
 
 def make_table(
     spots: Sequence[Spot], outputs: Outputs, unknown: Sequence[Tensor | None], device: torch.device
-) -> Table:
+) -> LogProbTable:
     """Combine the members' log-probs, each request with its own weights.
 
     Args:
@@ -80,35 +79,35 @@ def make_table(
         unknown: masks of the ids that each reward cannot judge, or None.
         device: of the base.
     """
-    counts: dict[Live, int] = {}
-    for live, _ in spots:
-        counts[live] = counts.get(live, 0) + 1
-    base_PV = _stacked([outputs[live, BASE_MEMBER] for live in counts])
+    counts: dict[RequestState, int] = {}
+    for state, _ in spots:
+        counts[state] = counts.get(state, 0) + 1
+    base_PV = _stacked([outputs[state, BASE_MEMBER] for state in counts])
     rewards = sorted({member for _, member in outputs} - {BASE_MEMBER})
     members = {BASE_MEMBER: base_PV}
     for member in rewards:
-        rows = [outputs.get((live, member)) for live in counts]
+        rows = [outputs.get((state, member)) for state in counts]
         members[member] = _stacked(
             [
                 torch.zeros(count, base_PV.shape[-1], device=device) if row is None else row.to(device)
                 for row, count in zip(rows, counts.values(), strict=True)
             ]
         )
-    weights_PR = torch.tensor([[live.weights[member - 1] for member in rewards] for live, _ in spots])
+    weights_PR = torch.tensor([[state.weights[member - 1] for member in rewards] for state, _ in spots])
     guided_P1V = combine(
         base_PV[:, None],
         [members[member][:, None] for member in rewards],
         weights_PR.view(len(spots), len(rewards)).to(device, non_blocking=True),
         [unknown[member - 1] for member in rewards],
     )
-    return Table(rows={spot: i for i, spot in enumerate(spots)}, guided_PV=guided_P1V[:, 0], members=members)
+    return LogProbTable(rows={spot: i for i, spot in enumerate(spots)}, guided_PV=guided_P1V[:, 0], members=members)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def join(one: Table, other: Table) -> Table:
+def join(one: LogProbTable, other: LogProbTable) -> LogProbTable:
     """Both tables' spots in one."""
     size = one.guided_PV.shape[-1]
 
@@ -120,7 +119,7 @@ def join(one: Table, other: Table) -> Table:
         )
 
     offset = len(one.rows)
-    return Table(
+    return LogProbTable(
         rows={**one.rows, **{spot: offset + row for spot, row in other.rows.items()}},
         guided_PV=torch.cat([one.guided_PV, other.guided_PV]),
         members={member: both(member) for member in one.members},

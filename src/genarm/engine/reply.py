@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Completion, Ending, Request, Token
 from genarm.engine.stream import Event
-from genarm.engine.text import TextStream
 
 
 def _nobody(event: Event) -> None:
@@ -15,7 +15,7 @@ def _nobody(event: Event) -> None:
 
 
 @dataclass(eq=False, kw_only=True)
-class Writing:
+class GrowingReply:
     """A reply so far.
 
     Attributes:

@@ -47,7 +47,7 @@ class Row:
     sound: bool = True
 
 
-class Arena:
+class KVCache:
     """The rows of one trunk.
 
     Attributes:

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from genarm.engine.arena import Row
+from genarm.engine.kv_cache import Row
 from genarm.engine.noise import Purpose, key
+from genarm.engine.reply import GrowingReply
 from genarm.engine.request import Ending, ScoredPrompt, Token
 from genarm.engine.sampler import Place, draw, shape
 from genarm.engine.speculation import DraftLength
-from genarm.engine.writing import Writing
 
 BASE_MEMBER = 0
 
 
-class State(NamedTuple):
-    """Of a request between steps."""
+class Snapshot(NamedTuple):
+    """What a step changes of a request before it delivers anything."""
 
     row_lengths: Mapping[int, int]
     scored: int
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class Live(Writing):
+class RequestState(GrowingReply):
     """A request that waits or runs.
 
     Attributes:
@@ -105,18 +105,18 @@ class Live(Writing):
             return error
         return None
 
-    def state(self) -> State:
-        """What a step changes before it delivers anything."""
+    def snapshot(self) -> Snapshot:
+        """For `restore`, should the step fail."""
         lengths = {member: len(row.ids) for member, row in self.rows.items()}
-        return State(lengths, len(self.scored), self.decoding, copy.copy(self.length), self.drafted, self.accepted)
+        return Snapshot(lengths, len(self.scored), self.decoding, copy.copy(self.length), self.drafted, self.accepted)
 
-    def restore(self, state: State) -> None:
+    def restore(self, before: Snapshot) -> None:
         """Be as before the step."""
         for member, row in self.rows.items():
-            del row.ids[state.row_lengths[member] :]
-        del self.scored[state.scored :]
-        self.decoding, self.length = state.decoding, state.length
-        self.drafted, self.accepted = state.drafted, state.accepted
+            del row.ids[before.row_lengths[member] :]
+        del self.scored[before.scored :]
+        self.decoding, self.length = before.decoding, before.length
+        self.drafted, self.accepted = before.drafted, before.accepted
 
     def prompt_done(self) -> Ending | None:
         """Deliver the prompt's numbers, if they are wanted, and say whether the request ends here."""

@@ -1,0 +1,68 @@
+"""The members of a guided model as the engine runs them: which trunk has each, and one pass of all trunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from genarm.engine.attention import Feed
+from genarm.engine.request_state import BASE_MEMBER, RequestState
+from genarm.engine.trunk import Trunk
+
+Outputs: TypeAlias = dict[tuple[RequestState, int], Tensor]
+"""{(request, member): float32 log-probs [positions, V]}."""
+
+
+class Read(NamedTuple):
+    """New tokens of one request that one member reads."""
+
+    state: RequestState
+    member: int
+    feed: Feed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Which trunk runs each member, and as which of that trunk's own members: `places[member]`.
+
+    Members are the base (0), the rewards (1 … R) and perhaps a draft model (R + 1). `unknown` has for
+    every member but the base a mask [V] of the ids that it does not know, or None.
+    """
+
+    trunks: Sequence[Trunk]
+    places: Sequence[tuple[int, int]]
+    reward_names: Sequence[str]
+    unknown: Sequence[Tensor | None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where distributions are combined: the base's."""
+        return self.trunk(BASE_MEMBER).device
+
+    @property
+    def embedding_size(self) -> int:
+        """How many ids the base can read."""
+        return self.trunk(BASE_MEMBER).embedding_size
+
+    def is_draft_model(self, member: int) -> bool:
+        """Whether a member only drafts and has no part in the combination."""
+        return member > len(self.reward_names)
+
+    def trunk(self, member: int) -> Trunk:
+        """The trunk that runs a member."""
+        return self.trunks[self.places[member][0]]
+
+    def run(self, reads: Sequence[Read]) -> Outputs:
+        """One forward of every trunk that has something to read; the rows then hold it."""
+        outputs: Outputs = {}
+        for index, trunk in enumerate(self.trunks):
+            mine = [read for read in reads if self.places[read.member][0] == index]
+            if mine:
+                results = trunk.forward([read.feed for read in mine])
+                for read, log_probs in zip(mine, results, strict=True):
+                    outputs[read.state, read.member] = log_probs
+        return outputs
