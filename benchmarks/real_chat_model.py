@@ -31,7 +31,7 @@ from genarm.sampling import Sampling
 from genarm.text.prompts import encode_pair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SETS = {"helpful": ("hh-helpful", 224), "safer": ("pku-safer", 144)}
+SETS = {"helpful": ("hh-helpful", 224), "safer": ("pku-safer", 112)}
 """{ARM: (pairs, the most tokens of a prompt and its longer response)}."""
 PAIRS = 1024
 SETTINGS = {
