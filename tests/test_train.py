@@ -264,6 +264,18 @@ def test_held_out_prompts_are_split_off(tmp_path: Path) -> None:
     assert "No pairs were held out" in (without.output / "README.md").read_text()
 
 
+def test_a_short_run_is_not_mostly_evaluation(tmp_path: Path) -> None:
+    """A sixth of the training pairs are trained on, so a sixth of the held-out ones are evaluated on, unless named."""
+    settings = write_toy(tmp_path, n=600)
+    del settings["eval_data"]
+    short = {"batch_size": 10, "accumulation": 1, "max_steps": 5}
+    assert run(settings, eval_fraction=0.5, **short).metrics["eval_pairs"] == pytest.approx(50, abs=10)
+    shorter = run(settings, eval_fraction=0.5, **{**short, "max_steps": 1}, output=tmp_path / "shorter")
+    assert shorter.metrics["eval_pairs"] == pytest.approx(30, abs=4)  # 10 would say nothing
+    named = run({**settings, "eval_data": settings["data"]}, **short, output=tmp_path / "named")
+    assert named.metrics["eval_pairs"] == 600
+
+
 def test_divergence_stops_the_run(tmp_path: Path) -> None:
     settings = write_toy(tmp_path, n=24)
     model = tiny_model()

@@ -111,7 +111,9 @@ class TrainConfig:
     eval_fraction: float = field(
         default=0.05,
         metadata=_about(
-            _DATA, "share of the prompts of --data to hold out where no evaluation data is named; 0 for none"
+            _DATA,
+            "share of the prompts of --data to hold out where no evaluation data is named; 0 for none. A run that "
+            "--max-steps cuts short is evaluated on as much less of it",
         ),
     )
     template_arg: tuple[str, ...] = field(

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from genarm.data.preferences import Preference, PreferenceSet
 from genarm.data.prompts import to_prompts
 from genarm.data.sources import load_rows
-from genarm.data.tokens import TokenReport, split_by_prompt
+from genarm.data.tokens import TokenReport
 from genarm.errors import ConversationError, DataError
 from genarm.text.prompts import Prompt, check_reading, encode_prompt
 from genarm.training.config import TrainConfig
-from genarm.training.data import HELD_OUT, TRAINING, Ids, TrainData, held_out_source
+from genarm.training.data import HELD_OUT, TRAINING, Ids, TrainData, held_out_source, split_off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
         sources[HELD_OUT] = _read_prompts(source, split, config, chat)
     elif config.eval_fraction > 0:
         whole = sources[TRAINING]
-        kept, split_off = split_by_prompt(whole, config.eval_fraction, config.seed)
+        kept, held_back = split_off(whole, config)
         sources[TRAINING] = dataclasses.replace(whole, pairs=kept)
-        sources[HELD_OUT] = dataclasses.replace(whole, pairs=split_off, malformed={})
+        sources[HELD_OUT] = dataclasses.replace(whole, pairs=held_back, malformed={})
     assert config.max_prompt_tokens is not None
     sets = {name: _encode_prompts(tokenizer, source, config, f"{name} prompts") for name, source in sources.items()}
     trained = {pair.prompt_key for pair in sources[TRAINING].pairs}
