@@ -51,6 +51,62 @@ def test_a_conversation_goes_through_the_template() -> None:
     assert prompt == encode_prompt(tokenizer, as_conversation("w1 w2", system="w9"))
 
 
+TRIMS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+)
+"""As Llama 3's does."""
+
+
+@pytest.mark.parametrize("template", [TRIMS, TRIMS.replace(" | trim", "")])
+@pytest.mark.parametrize("said", ["", "e", "n", "The end", "\n a  b", "Hello<|end|>", "<|assistant|>\n\n"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_assistants_message_is_continued_where_it_stops(template: str, said: str, plain: bool) -> None:
+    """Against transformers' own; it takes the template's own line breaks for those of an empty message."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    messages = [*as_conversation("e n"), {"role": "assistant", "content": said}]
+    expected = "<|user|>\n\ne n<|end|>\n<|assistant|>\n\n"
+    if said.strip() == said != "":
+        expected = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    else:
+        expected += said.lstrip() if template == TRIMS else said
+    ids = encode_prompt(tokenizer, messages, Reading(plain_user_text=plain), continued=True)
+    assert tokenizer.decode(ids) == expected
+    typed = plain and ("<|" in said)
+    assert (ids == tokenizer(expected).input_ids) != typed
+
+
+def test_after_an_assistants_message_nothing_is_guessed(tmp_path: Path) -> None:
+    """Whoever reads a conversation: another turn of the assistant only where somebody asks for one."""
+    tokenizer = tiny_tokenizer()
+    messages = [*as_conversation("w1"), {"role": "assistant", "content": "w2"}]
+    source = tmp_path / "q.jsonl"
+    source.write_text(json.dumps({"said": messages}) + "\n", encoding="utf-8")
+    spec = PromptSpec(data=str(source), count=1, column="said")
+    for read in (
+        lambda: encode_prompt(tokenizer, messages),
+        lambda: encode_pair(tokenizer, messages, "w3"),
+        lambda: read_questions(spec, str(source), tokenizer, 50),
+    ):
+        with pytest.raises(ConversationError, match=r"ends with a message of the assistant; it must end with one to"):
+            read()
+    begun = encode_prompt(tokenizer, messages, continued=False)
+    assert tokenizer.decode(begun) == "<user> w1 <end> <assistant> w2 <end> <assistant>"
+    with pytest.raises(ConversationError, match=r"only an assistant's message can be continued, .* of the user"):
+        encode_prompt(tokenizer, messages[:1], continued=True)
+
+
+def test_a_message_that_the_template_changes_is_not_continued() -> None:
+    """Reasoning that the template leaves out of earlier turns, say."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('=')[-1] }}{% endfor %}"
+    messages = [*as_conversation("w1"), {"role": "assistant", "content": "w2=w3"}]
+    with pytest.raises(ConversationError, match="does more with the last message than write it down"):
+        encode_prompt(tokenizer, messages, continued=True)
+
+
 def test_plain_text_ends_with_one_eos() -> None:
     tokenizer = tiny_tokenizer()
     for response in ("w3 w4", "w3 w4 <end>"):

@@ -403,6 +403,41 @@ def test_messages_of_every_kind(server: Running) -> None:
     assert reply({"role": "user", "content": parts, "name": "me"}) == reply(*CHAT) != reply(system, *CHAT)
 
 
+def test_an_assistants_last_message(server: Running) -> None:
+    """Continued, as vLLM's fields ask: the reply is what is added, as a completion of the same text. Or a new turn."""
+    messages = [*CHAT, {"role": "assistant", "content": "w3 w4"}]
+    asks = {
+        "<user> w1 w2 <end><assistant> w3 w4": [
+            {"continue_final_message": True, "add_generation_prompt": False},
+            {"continue_final_message": True},
+        ],
+        "<user> w1 w2 <end><assistant> w3 w4 <end><assistant> ": [
+            {"add_generation_prompt": True},
+            {"add_generation_prompt": True, "continue_final_message": False},
+        ],
+    }
+    for prompt, fields in asks.items():
+        ids = TOKENIZER(prompt, add_special_tokens=False).input_ids
+        alone = complete(server, prompt=ids, temperature=0)
+        for field in fields:
+            found = ask(server, messages=messages, temperature=0, logprobs=True, **field)
+            assert text(found).split() == text(alone).split()
+            assert text(found).startswith(" ") == prompt.endswith("w4")  # it goes on with a text, or begins one
+            assert found["usage"] == alone["usage"]
+            assert "".join(token["token"] for token in found["choices"][0]["logprobs"]["content"]) == text(found)
+            with server.openai().chat.completions.create(
+                model="tiny",
+                messages=messages,
+                max_tokens=8,
+                seed=1,
+                logit_bias=BAN,
+                temperature=0,
+                stream=True,
+                extra_body=field,
+            ) as stream:
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text(found)
+
+
 def test_prompts_of_every_kind(server: Running) -> None:
     by_text = text(complete(server, prompt=PROMPT))
     assert by_text == text(complete(server, prompt=IDS)) == text(complete(server, prompt=[PROMPT]))

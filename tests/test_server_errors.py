@@ -28,6 +28,7 @@ def server() -> Iterator[Running]:
         yield found
 
 
+SAID = [*CHAT, {"role": "assistant", "content": "w3"}]
 CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "gpt-4"}, 404, r"'gpt-4' does not exist; this server has tiny, tiny@cautious, tiny@plain", "model"),
     ({"model": "tiny@bold"}, 404, r"'tiny@bold' does not exist; .*tiny@cautious", "model"),
@@ -76,6 +77,16 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
         400,
         "the request has 203 in the messages. Shorten the messages.",
         "messages",
+    ),
+    ({"messages": SAID}, 400, "the last message is the assistant's; end with one to answer, or set continue_f", None),
+    ({"messages": SAID, "add_generation_prompt": False}, 400, "only where continue_final_message is true", None),
+    ({"add_generation_prompt": False}, 400, "only where continue_final_message is true", None),
+    ({"continue_final_message": True}, 400, "only an assistant's message can be continued, .* of the user", None),
+    (
+        {"messages": SAID, "continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "set one of them to false",
+        None,
     ),
     ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "two names of one limit", None),
     ({"temperature": 2.1}, 400, r"less than or equal to 2 \(got 2.1\)", "temperature"),

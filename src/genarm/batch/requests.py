@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genarm.data.sources import read_text
-from genarm.errors import DataError
+from genarm.errors import ConversationError, DataError
 from genarm.provenance import content_of
-from genarm.text.prompts import Prompt, plain_message
+from genarm.text.prompts import Prompt, check_end, plain_message
 
 ROW_KEYS = (
     "index",
@@ -153,11 +153,15 @@ def check_prompt(prompt: Any, where: str) -> None:
                 "else, where content may be a list of {'type': 'text', 'text': …}; only text is understood"
             )
         _check_text(message["content"], where)
-    if prompt[-1]["role"] in ("assistant", "system"):
+    if prompt[-1]["role"] == "system":
         raise DataError(
-            f"{where}: the conversation ends with a message of the {prompt[-1]['role']}; it must end with one to "
-            "answer, such as the user's"
+            f"{where}: the conversation ends with a message of the system; it must end with one to answer, such as the "
+            "user's"
         )
+    try:
+        check_end(prompt)
+    except ConversationError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _check_text(text: str, where: str) -> None:

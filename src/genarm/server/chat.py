@@ -85,7 +85,7 @@ class _Chat:
         messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
         check_characters(service, [messages], param="messages")
         log_text(service, http, "messages", messages, weights)
-        ids = await service.texts.encode(messages, asked.chat_template_kwargs)
+        ids = await service.texts.encode(messages, asked.chat_template_kwargs, continued=asked.continued)
         sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
         top = (asked.top_logprobs or 0) if asked.logprobs else 0
         requests = [
@@ -98,6 +98,7 @@ class _Chat:
                 stop_token_ids=asked.stop_token_ids or (),
                 ignore_eos=bool(asked.ignore_eos),
                 top_log_probs=top,
+                continues=bool(asked.continued),
             )
             for seed in seeds_of(asked)
         ]
@@ -109,7 +110,7 @@ class _Chat:
             job=job,
             weights=weights,
             prompt_tokens=len(ids),
-            labels=[Labels(service.texts, weights, fresh=True) for _ in requests],
+            labels=[Labels(service.texts, weights, fresh=not asked.continued) for _ in requests],
             created=int(time.time()),
         )
 

@@ -116,8 +116,6 @@ class NeutralChatFields(NeutralFields):
     # vLLM's
     include_reasoning: Annotated[Any, Only(_NO_REASONING, True, False)] = None
     echo: Annotated[Any, Only("the last message is not repeated", False)] = None
-    add_generation_prompt: Annotated[Any, Only("a reply is an assistant's turn of its own", True)] = None
-    continue_final_message: Annotated[Any, Only("a reply is an assistant's turn of its own", False)] = None
     add_special_tokens: Annotated[Any, Only("special tokens are the chat template's matter", False)] = None
     documents: Annotated[Any, Only("there is no retrieval; put documents into a message", [])] = None
     chat_template: Annotated[Any, Only("the chat template is the model's own")] = None

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields, Only
-from genarm.text.prompts import Reading
+from genarm.text.prompts import Reading, check_end
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -203,6 +203,12 @@ class ChatRequest(_Request, NeutralChatFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), _at_most(_MOST_MESSAGES, "messages")]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    continue_final_message: bool | None = Field(
+        default=None, description="the reply goes on with the last message, an assistant's; it is what is added"
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="true: a reply is a new turn, also after an assistant's message"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP)
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -225,6 +231,32 @@ class ChatRequest(_Request, NeutralChatFields):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
         return self
+
+    @model_validator(mode="after")
+    def _ends(self) -> ChatRequest:
+        """A reply goes on with the last message, or is a turn after it; which one is never guessed."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message goes on with the last message and add_generation_prompt begins a new turn; set "
+                "one of them to false"
+            )
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise ValueError("add_generation_prompt can be false only where continue_final_message is true")
+        if self.continued is None and self.messages[-1].role == "assistant":
+            raise ValueError(
+                "the last message is the assistant's; end with one to answer, or set continue_final_message to true to "
+                "go on with it, or add_generation_prompt to true to begin a new turn after it"
+            )
+        if self.continued:
+            check_end([{"role": m.role, "content": ""} for m in self.messages[-1:]], continued=True)
+        return self
+
+    @property
+    def continued(self) -> bool | None:
+        """What `encode_prompt` is to do with an assistant's last message."""
+        if self.continue_final_message:
+            return True
+        return False if self.add_generation_prompt else None
 
     @property
     def replies(self) -> int:

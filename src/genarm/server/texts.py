@@ -74,8 +74,10 @@ class Texts:
         """Whether there is a template for conversations."""
         return bool(self._tokenizer.chat_template)
 
-    async def encode(self, prompt: Prompt, template_args: Mapping[str, Any] | None = None) -> list[int]:
-        """Ids of a text or a conversation; `template_args` go over the server's own.
+    async def encode(
+        self, prompt: Prompt, template_args: Mapping[str, Any] | None = None, *, continued: bool | None = None
+    ) -> list[int]:
+        """Ids of a text or a conversation, as `encode_prompt` says; `template_args` go over the server's own.
 
         Raises:
             ConfigError: an argument that the chat template does not have.
@@ -88,7 +90,7 @@ class Texts:
 
         def encode(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             with template_limit(_TEMPLATE_SECONDS):
-                return encode_prompt(tokenizer, prompt, reading)
+                return encode_prompt(tokenizer, prompt, reading, continued=continued)
 
         return await self._lane(prompt).run(encode)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -119,17 +119,38 @@ def as_conversation(prompt: str, system: str | None = None) -> list[Message]:
     return [*turns, {"role": "user", "content": prompt}]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: Reading = USUAL) -> list[int]:
+def check_end(messages: Sequence[Message], *, continued: bool | None = None) -> None:
+    """Refuse a conversation that ends with nothing to answer; see `encode_prompt` (raises ConversationError)."""
+    last = messages[-1]["role"] if messages else "nobody"
+    if last == "assistant" and continued is None:
+        raise ConversationError(
+            "the conversation ends with a message of the assistant; it must end with one to answer, such as the user's "
+            "(genarm serve continues an assistant's message where continue_final_message is true)"
+        )
+    if last != "assistant" and continued:
+        raise ConversationError(f"only an assistant's message can be continued, and the last one is of the {last}")
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: Reading = USUAL, *, continued: bool | None = None
+) -> list[int]:
     """Ids of `prompt`, ready for a response to follow.
 
     A conversation ends with the template's generation prompt; plain text begins with the tokenizer's own
     special tokens (BOS, where it has one) and never ends with EOS.
 
+    Args:
+        tokenizer: the model's.
+        prompt: text or messages.
+        reading: how it is read.
+        continued: what to do with a conversation that ends with an assistant's message: True continues it, where it
+            stops; False begins another turn after it; None refuses it.
+
     Raises:
         DataError: a conversation for a tokenizer without a chat template, or a prompt of no tokens.
         ConfigError: an argument that the template does not have.
         UnsupportedError: `plain_user_text` with a tokenizer that cannot keep it apart.
-        ConversationError: the chat template refuses the conversation.
+        ConversationError: the chat template refuses the conversation, or it ends with nothing to answer.
     """
     if isinstance(prompt, str):
         typed = reading.plain_user_text and plain(tokenizer).has_control(prompt)
@@ -137,10 +158,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, reading: R
         if ids and ids[-1] == tokenizer.eos_token_id and (typed or not prompt.endswith(str(tokenizer.eos_token))):
             ids.pop()  # some tokenizers close every text with EOS; a response must be able to follow
     else:
-        text = _render(tokenizer, prompt, reading, add_generation_prompt=True)
-        parts = (
-            _parts(tokenizer, prompt, reading, text, add_generation_prompt=True) if reading.plain_user_text else None
-        )
+        check_end(prompt, continued=continued)
+        render = _render_open if continued else partial(_render, add_generation_prompt=True)
+        text = render(tokenizer, prompt, reading)
+        parts = _parts(tokenizer, prompt, reading, text, render) if reading.plain_user_text else None
         if parts is None:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         else:
@@ -246,10 +267,28 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], rea
         raise ConversationError(f"the chat template does not take this conversation: {error}") from error
 
 
+def _render_open(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading) -> str:
+    """The conversation up to where its last message stops, so that a response goes on with it."""
+    said, end = messages[-1]["content"], f"q{token_hex(16)}z"
+    opened: Message = {**messages[-1], "content": said + end}
+    text = _render(tokenizer, [*messages[:-1], opened], reading, add_generation_prompt=False)
+    before, *after = text.split(end)
+    if len(after) != 1 or not before.endswith(said.lstrip()):  # templates trim the beginning, at most
+        raise ConversationError(
+            "the chat template does more with the last message than write it down, so that it cannot be continued; end "
+            "the conversation with a message to answer"
+        )
+    return before
+
+
 def _parts(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, text: str, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    reading: Reading,
+    text: str,
+    render: Callable[[PreTrainedTokenizerBase, Sequence[Message], Reading], str],
 ) -> list[tuple[str, bool]] | None:
-    """`text`, which the template makes of `messages`, in parts, each with whether it is the template's own.
+    """`text`, which `render` makes of `messages`, in parts, each with whether it is the template's own.
 
     None where nothing in the messages is like a control token. Otherwise what is, is found by its place: the template
     is given a secret word in its stead.
@@ -274,7 +313,7 @@ def _parts(
     arguments = hide(dict(reading.template_args), keeper.control)
     if not typed:
         return None
-    shown = _render(tokenizer, hidden, replace(reading, template_args=arguments), **options)
+    shown = render(tokenizer, hidden, replace(reading, template_args=arguments))
     parts: list[tuple[str, bool]] = []
     rest = text
     pieces = re.split(f"({'|'.join(typed)})", shown)
