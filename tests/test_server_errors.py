@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from genarm.server.bodies import LARGEST_BODY
 from genarm.server.errors import ApiError
 from genarm.server.names import Names, RewardInfo, read_presets, rewards_of
 from genarm.server.security import read_keys
-from serving import CHAT, CONTEXT, Running, running
+from serving import CHAT, CONTEXT, TOKENIZER, Running, events, running
 from tiny import VOCAB_SIZE
 
 
@@ -280,6 +281,38 @@ def test_bad_requests_do_not_touch_running_ones(server: Running) -> None:
     server.pace.seconds = 0.0
     assert [choice[0]["message"] for choice in found] == [alone[0]["message"]] * 3
     assert server.idle()
+
+
+def test_a_model_that_gives_nan_is_the_servers_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """The same answer in every way to ask, and to the operator; others are answered, and overflow is the client's."""
+    poison = 13
+    with running() as server:
+        server.model.base.get_input_embeddings().weight.data[poison] = math.nan
+        bad = {
+            "/v1/completions": {"prompt": [poison, 8], "max_tokens": 4},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "w7"}], "max_tokens": 4},
+        }
+        assert TOKENIZER("w7").input_ids == [poison]
+        for path, fields in bad.items():
+            for more in ({}, {"n": 2}, {"logprobs": 1 if "prompt" in fields else True}, {"return_rewards": True}):
+                body = {"model": "tiny", **fields, **more}
+                check_error(
+                    server.post(path, body), 500, "the base and the reward 'helpful' gave NaN instead .*--dtype float32", None
+                )
+                streamed = server.post(path, {**body, "stream": True})
+                assert streamed.status_code == 200
+                last = events(streamed)[-1]
+                assert last["error"].items() >= {"type": "server_error", "code": "model_failure"}.items()
+                assert "gave NaN" in last["error"]["message"]
+        body = {"model": "tiny", **bad["/v1/completions"], "echo": True, "logprobs": 1, "max_tokens": 0}
+        check_error(server.post("/v1/completions", body), 500, "gave NaN instead", None)
+        said = [record for record in caplog.records if "gave NaN" in record.getMessage()]
+        assert len(said) == 17
+        assert all(record.levelname == "ERROR" for record in said)
+        with pytest.raises(openai.InternalServerError, match="gave NaN"):
+            server.openai().completions.create(model="tiny", prompt=[poison])
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "w1", "max_tokens": 4}).status_code == 200
+        assert server.idle()
 
 
 def test_a_model_without_a_chat_template() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from genarm.server.asking import (
     written,
 )
 from genarm.server.bodies import body_of
-from genarm.server.errors import ERRORS, as_api_error
+from genarm.server.errors import ERRORS, as_api_error, log_failure
 from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_chat
 from genarm.server.replies import (
@@ -230,5 +229,5 @@ def error_event(http: HttpRequest, error: Exception) -> str:
     answer = as_api_error(error)
     http.state.ended_with = answer.status
     if answer.status == 500:
-        logging.getLogger("genarm.server").error("a stream failed", exc_info=error)
+        log_failure(http, error)
     return f"data: {json.dumps(answer.body())}\n\n"

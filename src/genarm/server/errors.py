@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,11 +11,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from genarm.errors import DataError, EngineFailure, GenarmError, WeightsError
+from genarm.errors import DataError, EngineFailure, GenarmError, MemberError, WeightsError
 
 _LONGEST_MESSAGE = 2000
 _LONGEST_PARAM = 200
 _LONGEST_QUOTE = 80
+_log = logging.getLogger("genarm.server")
 
 
 def shortened(text: str, most: int) -> str:
@@ -120,6 +122,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), param="reward_weights", code="invalid_weights")
     if isinstance(error, DataError):
         return ApiError(400, str(error), code="invalid_prompt")
+    if isinstance(error, MemberError):  # what a model says is no matter of who asks it
+        return ApiError(500, str(error), kind="server_error", code="model_failure")
     if isinstance(error, GenarmError):
         return ApiError(400, str(error))
     if isinstance(error, EngineFailure):
@@ -140,14 +144,22 @@ _ADVICE = {
 def add_error_handlers(app: FastAPI) -> None:
     """Let `app` answer mistakes in OpenAI's words."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(http: Request, error: Exception) -> JSONResponse:
         response = as_api_error(error).response()
+        if isinstance(error, MemberError):
+            log_failure(http, error)
         if isinstance(error, HTTPException):
             response.headers.update(error.headers or {})
         return response
 
     for kind in (ApiError, GenarmError, EngineFailure, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
+
+
+def log_failure(http: Request, error: Exception) -> None:
+    """Tell the operator what has made a request fail, and from where where the message does not say it."""
+    traceback = None if isinstance(error, MemberError) else error
+    _log.error("%s failed: %s", http.state.request_id, error, exc_info=traceback)
 
 
 def first_problem(error: ValidationError) -> ApiError:
