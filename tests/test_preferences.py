@@ -258,7 +258,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         ({"prompt": [user("Why?"), {**CALL, "content": None}], **REPLIES}, "'prompt' has 'tool_calls'"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image", "text": "a"}]}], **REPLIES},
-            "'prompt' has parts that are no text",
+            "a message of 'prompt': the content has a part of the type 'image'",
         ),
         (
             {
@@ -380,7 +380,7 @@ def test_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         ("a.jsonl", '{"chosen": "a"}\n[1]\n', r"a\.jsonl, line 2, column 1: a list instead of an object"),
         ("a.json", '[{"chosen": "a",}]', r"a\.json, line 1, column 1\d: "),
-        ("a.json", "[1]", "element 1 of the list is a int"),
+        ("a.json", "[1]", "element 1 of the list is a number"),
         ("a.csv", "chosen,rejected\na,b\na,b,c\n", r"a\.csv, line 3: 3 values, expected 2 \(chosen, rejected\)"),
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
         ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.csv, \.parquet"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from genarm.data.columns import read_messages
 from genarm.errors import ConfigError, ConversationError, DataError
 from genarm.lab.accuracy.pairs import Limits, encode, read_pairs
 from genarm.lab.accuracy.report import command
@@ -216,13 +219,44 @@ def test_messages_as_clients_send_them() -> None:
         ({"role": "user", "content": parts}, {"role": "user", "content": "w1 w2"}),
         ({"role": "user", "content": "w1", "name": None, "tool_calls": []}, {"role": "user", "content": "w1"}),
         ({"role": "assistant", "content": None, "refusal": None}, {"role": "assistant", "content": ""}),
+        ({"role": "user", "content": []}, {"role": "user", "content": ""}),
     ]:
         assert plain_message(message) == plain
     called = {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}
-    image = {"role": "user", "content": [*parts, {"type": "image_url", "image_url": {"url": "x"}}]}
-    nothing = [{"role": "user", "content": None}, {"role": "user", "content": []}, {"role": "user"}, "w1", 3]
-    for message in (called, image, *nothing):
+    nothing = [{"role": "user", "content": None}, {"role": "user"}, "w1", 3]
+    for message in (called, *nothing):
         assert plain_message(message) == message
+
+
+def by_files(parts: list[Any]) -> str:
+    return str(plain_message({"role": "user", "content": parts})["content"])
+
+
+def by_pairs(parts: list[Any]) -> str:
+    return read_messages({"prompt": [{"role": "user", "content": parts}]}, "prompt")[0]["content"]
+
+
+@pytest.mark.parametrize("read", [by_files, by_pairs])
+def test_parts_are_text_wherever_they_are_read(read: Callable[[list[Any]], str]) -> None:
+    """One rule for files, training data and the server; what is more than text is named."""
+    for parts in (
+        [],
+        [{"type": "text", "text": "w1"}],
+        [{"type": "text", "text": "w1", "image_url": None}, {"text": " w2"}],
+        [{"type": "text", "text": "w1", "cache_control": {"type": "ephemeral"}}],
+    ):
+        assert read(parts) == "".join(part["text"] for part in parts)
+    for part, problem in (
+        ({"type": "input_text", "text": "w1"}, "has a part of the type 'input_text'"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "has a part of the type 'image_url'"),
+        ({"type": ["text"], "text": "w1"}, r"has a part of the type \['text'\]"),
+        ({"type": "text", "text": "w1", "image": "a.png"}, "has a part with the key 'image'"),
+        ({"type": "text", "text": 3}, "has a part whose text is a number"),
+        ({"type": "text"}, "has a part whose text is missing"),
+        ("w1", "has a text among its parts"),
+    ):
+        with pytest.raises(ValueError, match=f'{problem}.*; it must be a text or a list of {{"type": "text"'):
+            read([{"type": "text", "text": "w0"}, part])
 
 
 def test_template_arguments_in_training_and_accuracy(tmp_path: Path) -> None:

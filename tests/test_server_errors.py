@@ -297,7 +297,10 @@ def test_a_model_that_gives_nan_is_the_servers_fault(caplog: pytest.LogCaptureFi
             for more in ({}, {"n": 2}, {"logprobs": 1 if "prompt" in fields else True}, {"return_rewards": True}):
                 body = {"model": "tiny", **fields, **more}
                 check_error(
-                    server.post(path, body), 500, "the base and the reward 'helpful' gave NaN instead .*--dtype float32", None
+                    server.post(path, body),
+                    500,
+                    "the base and the reward 'helpful' gave NaN instead .*--dtype float32",
+                    None,
                 )
                 streamed = server.post(path, {**body, "stream": True})
                 assert streamed.status_code == 200

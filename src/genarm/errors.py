@@ -57,5 +57,23 @@ class MissingExtraError(GenarmError):
         super().__init__(f"{package} is not installed; install it with: pip install 'genarm[{extra}]'")
 
 
+def kind_of(value: object) -> str:
+    """What `value` is, in JSON's words where it has some, for messages."""
+    if value is None:
+        return "missing"
+    if value == []:
+        return "an empty list"
+    kinds = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    name = type(value).__name__
+    return kinds.get(type(value), f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")
+
+
 class EngineFailure(RuntimeError):  # noqa: N818 (not the caller's error)
     """The decoding engine was closed, or a step of it failed; what was running has ended."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genarm.data.sources import read_text
-from genarm.errors import ConversationError, DataError
+from genarm.errors import ConversationError, DataError, kind_of
 from genarm.provenance import content_of
 from genarm.text.prompts import Prompt, check_end, plain_message
 
@@ -114,12 +114,16 @@ def _request(line: str, where: str) -> Request:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}; {_EXPECTED}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}; {_EXPECTED}")
+        raise DataError(f"{where}: {kind_of(row)}; {_EXPECTED}")
     if "prompt" not in row:
         raise DataError(f"{where}: there is no key 'prompt' among {', '.join(map(repr, row))}; {_EXPECTED}")
     prompt = row["prompt"]
+    try:
+        prompt = [plain_message(message) for message in prompt] if isinstance(prompt, list) else prompt
+    except ConversationError as error:
+        raise DataError(f"{where}: {error}") from error
     return Request(
-        prompt=[plain_message(message) for message in prompt] if isinstance(prompt, list) else prompt,
+        prompt=prompt,
         where=where,
         id=row.get("id"),
         reward_weights=row.get("reward_weights", {}),

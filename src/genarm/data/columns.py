@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any, TypeGuard
 
-from genarm.errors import DataError
-from genarm.text.prompts import Message
+from genarm.errors import ConversationError, DataError, kind_of
+from genarm.text.prompts import Message, text_of
 
 Row = Mapping[str, Any]
 
@@ -98,13 +98,6 @@ def is_messages(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) for m in value)
 
 
-def kind_of(value: object) -> str:
-    """What `value` is, for messages."""
-    if value is None:
-        return "missing"
-    return "an empty list" if value == [] else f"a {type(value).__name__}"
-
-
 def unread_columns(row: Row, read: Collection[str], *, source: str) -> list[str]:
     """The columns of `row` that nothing reads, `read` aside.
 
@@ -139,13 +132,12 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
         told = key in ("role", "content") or _is_empty(value)
         if not told and (key in _UNREAD_KEYS or (not _is_about(key) and _holds_text(value))):
             raise MalformedError(f"a message of '{column}' has '{key}', which training does not read")
-    if is_messages(content):
-        if any(not isinstance(part.get("text"), str) or part.get("type", "text") != "text" for part in content):
-            raise MalformedError(f"a message of '{column}' has parts that are no text")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise MalformedError(f"a message of '{column}' lacks a role or a content that are strings")
-    return {"role": role, "content": content}
+    if not isinstance(role, str):
+        raise MalformedError(f"a message of '{column}' has a role that is {kind_of(role)}, expected a text")
+    try:
+        return {"role": role, "content": text_of(content)}
+    except ConversationError as error:
+        raise MalformedError(f"a message of '{column}': {error}") from error
 
 
 def _is_empty(value: object) -> bool:

@@ -20,12 +20,11 @@ from genarm.data.columns import (
     Row,
     context_of,
     is_messages,
-    kind_of,
     prompt_of,
     read_messages,
     unread_columns,
 )
-from genarm.errors import ConfigError, DataError
+from genarm.errors import ConfigError, DataError, kind_of
 from genarm.text.prompts import Message, Prompt, as_conversation
 
 # How many rows are looked at to tell formats that share their columns apart.
@@ -234,7 +233,7 @@ def _is_transcript(value: object) -> bool:
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        raise MalformedError(f"'{column}' is {kind_of(value)}, expected a string")
+        raise MalformedError(f"'{column}' is {kind_of(value)}, expected a text")
     return value
 
 

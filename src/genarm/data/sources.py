@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from genarm.errors import DataError
+from genarm.errors import DataError, kind_of
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -98,7 +98,7 @@ def _read_jsonl(path: Path, text: str) -> Rows:
             continue
         row = _parse(path, line, number)
         if not isinstance(row, dict):
-            raise _broken(path, number, 1, f"a {type(row).__name__} instead of an object")
+            raise _broken(path, number, 1, f"{kind_of(row)} instead of an object")
         rows.append(row)
     return rows
 
@@ -110,7 +110,7 @@ def _read_json(path: Path, text: str) -> Rows:
     rows: list[dict[str, Any]] = _parse(path, text, 1)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: element {number} of the list is a {type(row).__name__}; expected an object")
+            raise DataError(f"{path}: element {number} of the list is {kind_of(row)}; expected an object")
     return rows
 
 

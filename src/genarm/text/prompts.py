@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError, meta
 
-from genarm.errors import ConfigError, ConversationError, DataError, GenarmError
+from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_of
 from genarm.text.plain import plain
 
 if TYPE_CHECKING:
@@ -175,24 +175,53 @@ def plain_message(message: Any) -> Any:
     """A message as files and clients have it, in its plain form, {"role": text, "content": text}.
 
     OpenAI's list of text parts becomes their text, an assistant's null content no text, and keys whose value asks for
-    nothing (null, an empty list or object) are left out. Anything else stays as it is, for the caller to refuse.
+    nothing (null, an empty list or object) are left out. What is no message stays as it is, for the caller to refuse.
+
+    Raises:
+        ConversationError: a list of parts with more in it than text.
     """
     if not isinstance(message, Mapping):
         return message
     plain = {key: value for key, value in message.items() if key == "content" or value not in (None, [], {})}
-    if "content" in plain:
-        plain["content"] = _plain_content(plain)
+    if isinstance(plain.get("content"), list):
+        plain["content"] = text_of(plain["content"])
+    elif "content" in plain and plain["content"] is None and plain.get("role") == "assistant":
+        plain["content"] = plain["content"] if "tool_calls" in plain else ""
     return plain
 
 
-def _plain_content(message: Mapping[str, Any]) -> Any:
-    content = message["content"]
-    if content is None and message.get("role") == "assistant" and "tool_calls" not in message:
-        return ""
-    if not isinstance(content, list) or not content:
+def text_of(content: Any) -> str:
+    """What a message says: its content where that is text, or the texts of its parts, {"type": "text", "text": …}.
+
+    Of a part, keys that ask for nothing are left out, and so are hints on what to keep in a cache.
+
+    Raises:
+        ConversationError: it is neither, or a part has more than text; the message names the first thing too many.
+    """
+    if isinstance(content, str):
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+    if not isinstance(content, list):
+        raise ConversationError(f"the content is {kind_of(content)}; {_CONTENT}")
+    return "".join(map(_part, content))
+
+
+_CONTENT = 'it must be a text or a list of {"type": "text", "text": …}; only text is understood'
+_HINTS = ("cache_control", "prompt_cache_breakpoint")
+
+
+def _part(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        raise ConversationError(f"the content has {kind_of(part)} among its parts; {_CONTENT}")
+    kind = part.get("type", "text")
+    if kind != "text":
+        raise ConversationError(f"the content has a part of the type {kind!r:.80}; {_CONTENT}")
+    for key, value in part.items():
+        if key not in ("type", "text", *_HINTS) and value not in (None, [], {}):
+            raise ConversationError(f"the content has a part with the key {key!r:.80}; {_CONTENT}")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ConversationError(f"the content has a part whose text is {kind_of(text)}; {_CONTENT}")
+    return text
 
 
 def check_prompt_ids(ids: Sequence[int], size: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from genarm.data.preferences import Format, normalise, to_preferences
 from genarm.data.sources import Rows, load_rows
 from genarm.data.tokens import TokenPair, TokenReport, encode_preference, fit_lengths
-from genarm.errors import DataError
+from genarm.errors import DataError, kind_of
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.text.prompts import USUAL, Reading, check_reading
 
@@ -145,7 +145,5 @@ def _category(value: object, key: str, row: int, source: str) -> str:
     if value is None or value == "":
         return NO_CATEGORY
     if not isinstance(value, str | int | float):
-        raise DataError(
-            f"{source}, row {row + 1}: {key!r} is a {type(value).__name__}; a category must be text or a number"
-        )
+        raise DataError(f"{source}, row {row + 1}: {key!r} is {kind_of(value)}; a category must be text or a number")
     return str(value)
