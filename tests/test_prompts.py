@@ -21,6 +21,7 @@ from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.lab.evaluation.prompts import read_questions
 from genarm.lab.evaluation.recipe import PromptSpec
 from genarm.lab.training.prompts import load_prompts
+from genarm.server.schema import Message
 from genarm.text.detokenizer import token_texts
 from genarm.text.prompts import (
     OWN_ARGUMENTS,
@@ -236,7 +237,11 @@ def by_pairs(parts: list[Any]) -> str:
     return read_messages({"prompt": [{"role": "user", "content": parts}]}, "prompt")[0]["content"]
 
 
-@pytest.mark.parametrize("read", [by_files, by_pairs])
+def by_server(parts: list[Any]) -> str:
+    return Message.model_validate({"role": "user", "content": parts}).text
+
+
+@pytest.mark.parametrize("read", [by_files, by_pairs, by_server])
 def test_parts_are_text_wherever_they_are_read(read: Callable[[list[Any]], str]) -> None:
     """One rule for files, training data and the server; what is more than text is named."""
     for parts in (

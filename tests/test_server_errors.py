@@ -29,6 +29,7 @@ def server() -> Iterator[Running]:
         yield found
 
 
+CONTENT = "messages.0.content"
 SAID = [*CHAT, {"role": "assistant", "content": "w3"}]
 CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "gpt-4"}, 404, r"'gpt-4' does not exist; this server has tiny, tiny@cautious, tiny@plain", "model"),
@@ -59,7 +60,31 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
         "only its role and its text are read; leave it out",
         "messages.0.reasoning_content",
     ),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text", "messages.0.content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "type 'image_url'; .* only text",
+        CONTENT,
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]},
+        400,
+        "type 'input_text'",
+        CONTENT,
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"text": "x", "image": "y"}]}]},
+        400,
+        "the key 'image'; it must",
+        CONTENT,
+    ),
+    ({"messages": [{"role": "user", "content": [{"text": "x"}] * 1025}]}, 400, "1025 parts; .* up to 1024", CONTENT),
+    ({"messages": [{"role": "user", "content": "x", "id": 3}]}, 400, "messages.0.id; leave it out", "messages.0.id"),
+    ({"repeat_penalty": 1.1}, 400, "supplied: repeat_penalty; did you mean repetition_penalty?", "repeat_penalty"),
+    ({"cache_prompt": True}, 400, "supplied: cache_prompt; leave it out", "cache_prompt"),
+    ({"enable_thinking": False}, 400, 'as in chat_template_kwargs: {"enable_thinking": false}', "enable_thinking"),
+    ({"guided_choice": ["a"]}, 400, "free text, of no given form", "guided_choice"),
+    ({"metadata": "x"}, 400, "valid dictionary", "metadata"),
     ({"chat_template_kwargs": {"x": 1}}, 400, "no argument 'x'; those it reads are: none", None),
     ({"chat_template_kwargs": {"messages": []}}, 400, "'messages' is decided here", "chat_template_kwargs"),
     ({"chat_template_kwargs": {"x": "y" * 10_000}}, 400, "at most 10000 characters", "chat_template_kwargs"),
@@ -89,7 +114,12 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
         "set one of them to false",
         None,
     ),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "two names of one limit", None),
+    (
+        {"max_tokens": 3, "max_completion_tokens": 4},
+        400,
+        "max_tokens is 3 and max_completion_tokens is 4, and they",
+        None,
+    ),
     ({"temperature": 2.1}, 400, r"less than or equal to 2 \(got 2.1\)", "temperature"),
     ({"temperature": -0.1}, 400, "greater than or equal to 0", "temperature"),
     ({"top_p": 1.1}, 400, "less than or equal to 1", "top_p"),
@@ -122,7 +152,6 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"store": 0}, 400, "nothing is stored", "store"),
     ({"length_penalty": True}, 400, "with no search; leave it out, or send 1", "length_penalty"),
     ({"vllm_xargs": {"reward_weights": "a=1"}}, 400, "here weights are the field reward_weights", "vllm_xargs"),
-    ({"metadata": {"a": 1}}, 400, "valid string", "metadata.a"),
     ({"top_k": -2}, 400, "greater than or equal to -1", "top_k"),
     ({"min_p": 1.5}, 400, "less than or equal to 1", "min_p"),
     ({"repetition_penalty": 0}, 400, r"greater than or equal to 0.01 \(got 0\)", "repetition_penalty"),

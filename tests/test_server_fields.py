@@ -28,6 +28,8 @@ BOTH_NEUTRAL: dict[str, list[Any]] = {
     "return_token_ids": [False],
     "vllm_xargs": [{}],
     "session_id": ["me"],
+    "chat_id": ["c1"],
+    "metadata": [{}, {"job": "1"}, {"features": {"web_search": False}}],
     "user": ["me"],
     "logit_bias": [{}],
     "stop": [[]],
@@ -53,7 +55,6 @@ CHAT_NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "reasoning_effort": ["none"],
     "verbosity": ["medium"],
-    "metadata": [{}, {"job": "1"}],
     "safety_identifier": ["me"],
     "prompt_cache_key": ["me"],
     "prompt_cache_options": [{"mode": "implicit"}],
@@ -149,6 +150,21 @@ def test_an_assistant_may_have_said_nothing(server: Running) -> None:
         assert answer.status_code == 200, answer.text
         replies.add(answer.json()["choices"][0]["message"]["content"])
     assert len(replies) == 1
+
+
+def test_what_a_client_says_of_caches_changes_nothing(server: Running) -> None:
+    """Anthropic's mark, which proxies pass on; and a limit that is given twice is one limit."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    marked = [{"role": "user", "content": [{"type": "text", "text": CHAT[0]["content"], **mark}], **mark}]
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 5}
+    asked: list[dict[str, Any]] = [
+        {"messages": CHAT},
+        {"messages": marked},
+        {"messages": CHAT, "max_completion_tokens": 5},
+    ]
+    found = [server.post("/v1/chat/completions", {**body, **fields}).json() for fields in asked]
+    assert [(answer["choices"], answer["usage"]) for answer in found] == [(found[0]["choices"], found[0]["usage"])] * 3
+    assert found[0]["usage"]["completion_tokens"] == 5
 
 
 def test_a_ranking_of_as_many_replies_as_are_wanted_is_none(server: Running) -> None:

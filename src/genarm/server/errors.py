@@ -166,12 +166,14 @@ def first_problem(error: ValidationError) -> ApiError:
     """Pydantic's first complaint as one sentence."""
     problem = error.errors(include_url=False)[0]
     place, kind = [str(part) for part in problem["loc"]], problem["type"]
+    context = problem.get("ctx", {})
     if kind == "extra_forbidden":
-        place += [str(key) for key in problem.get("ctx", {}).values()]
+        place += [str(context["key"])] if "key" in context else []
     param = ".".join(place) or None
     shown = None if param is None else shortened(param, _LONGEST_PARAM)
     if kind == "extra_forbidden":
-        message = f"Unrecognized request argument supplied: {shown}"
+        near = f"did you mean {context['near']}?" if context.get("near") else "leave it out"
+        message = f"Unrecognized request argument supplied: {shown}; {near}"
         return ApiError(400, message, param=param, code="unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"you must provide {shown}", param=param, code="missing_required_parameter")

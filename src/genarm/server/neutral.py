@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 
@@ -43,6 +43,7 @@ _FREE = "replies are free text, of no given form"
 _ONE_WAY = "replies are drawn token by token, with no search"
 _TEXT_ONLY = "only text is understood and written"
 _NO_REASONING = "reasoning is not told apart from the reply; how much a model reasons is its chat template's matter"
+_TEMPLATES = 'it belongs to the chat template, as in chat_template_kwargs: {"enable_thinking": false}'
 _NOTHING_SPECIAL = "replies are texts without special tokens"
 _OTHER_WAYS = "answers have no such part"
 _WHOLE = "a prompt that is too long is refused, never cut"
@@ -51,6 +52,7 @@ _MARKED = "nothing is watermarked"
 _BANS = "ban or allow tokens with logit_bias"
 Label: TypeAlias = str | None
 """A label or hint of the client's own, which changes no reply: accepted and not used."""
+CacheHint: TypeAlias = Annotated[dict[str, Any] | None, Field(description="of a cache; accepted and not used")]
 
 
 class NeutralFields(BaseModel):
@@ -69,6 +71,10 @@ class NeutralFields(BaseModel):
     allowed_token_ids: Annotated[Any, Only(_BANS)] = None
     bad_words: Annotated[Any, Only(_BANS, [])] = None
     structured_outputs: Annotated[Any, Only(_FREE)] = None
+    guided_json: Annotated[Any, Only(_FREE)] = None
+    guided_regex: Annotated[Any, Only(_FREE)] = None
+    guided_choice: Annotated[Any, Only(_FREE)] = None
+    guided_grammar: Annotated[Any, Only(_FREE)] = None
     prompt_logprobs: Annotated[Any, Only("the prompt's log-probabilities come with echo of /v1/completions")] = None
     logprob_token_ids: Annotated[Any, Only("log-probabilities are those of the likeliest tokens", [])] = None
     return_tokens_as_token_ids: Annotated[Any, Only(_OTHER_WAYS, False)] = None
@@ -78,6 +84,8 @@ class NeutralFields(BaseModel):
     priority: Annotated[Any, Only("requests run in the order of their arrival", 0)] = None
     request_id: Annotated[Any, Only("requests are named by the server, in the header X-Request-Id")] = None
     session_id: Label = None
+    chat_id: Label = None
+    metadata: dict[str, Any] | None = None
     stream_interval: Annotated[Any, Only("every token is sent as it comes", 1)] = None
     repetition_detection: Annotated[Any, Only("no reply is ended for repeating itself; see repetition_penalty")] = None
     thinking_token_budget: Annotated[Any, Only(_NO_REASONING, -1)] = None
@@ -108,11 +116,12 @@ class NeutralChatFields(NeutralFields):
     prediction: Annotated[Any, Only("nothing is predicted")] = None
     moderation: Annotated[Any, Only("nothing is moderated")] = None
     web_search_options: Annotated[Any, Only("the web is not searched")] = None
-    metadata: dict[str, str] | None = None
     safety_identifier: Label = None
     prompt_cache_key: Label = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: CacheHint = None
     prompt_cache_retention: Label = None
+    enable_thinking: Annotated[Any, Only(_TEMPLATES)] = None
+    thinking: Annotated[Any, Only(_TEMPLATES)] = None
     # vLLM's
     include_reasoning: Annotated[Any, Only(_NO_REASONING, True, False)] = None
     echo: Annotated[Any, Only("the last message is not repeated", False)] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -18,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from genarm.server.neutral import NeutralChatFields, NeutralFields, NeutralTextFields, Only
-from genarm.text.prompts import Reading, check_end
+from genarm.server.neutral import CacheHint, NeutralChatFields, NeutralFields, NeutralTextFields, Only
+from genarm.text.prompts import Reading, check_end, text_of
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -45,7 +46,9 @@ class _Strict(BaseModel):
         """Refuse the first field that there is none of; pydantic would collect them all, however many."""
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                raise PydanticCustomError("extra_forbidden", "Extra inputs are not permitted", {"key": key})
+                near = get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.75)
+                context = {"key": key, "near": near[0] if near else ""}
+                raise PydanticCustomError("extra_forbidden", "Extra inputs are not permitted", context)
         return data
 
 
@@ -154,14 +157,16 @@ class _Request(_Strict, NeutralFields):
 class TextPart(_Strict):
     """A piece of a message."""
 
-    type: Literal["text"]
+    type: Literal["text"] = "text"
     text: str
-    prompt_cache_breakpoint: dict[str, Any] | None = Field(default=None, description="accepted and not used")
+    prompt_cache_breakpoint: CacheHint = None
+    cache_control: CacheHint = None
 
 
 _Content: TypeAlias = Annotated[
-    str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS, fail_fast=True)],
-    _one_message('a text or a list of {"type": "text", "text": …}; only text is understood'),
+    str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS)],
+    WrapValidator(lambda content, _: text_of(content)),  # as files are read; the types are for the document
+    _at_most(_MOST_PARTS, "parts"),
 ]
 
 
@@ -174,11 +179,13 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: _Content | None = Field(default=None, validate_default=True)
     name: str | None = None
+    cache_control: CacheHint = None
     refusal: Annotated[Any, Only(_NOT_READ)] = None
     annotations: Annotated[Any, Only(_NOT_READ, [])] = None
     audio: Annotated[Any, Only(_NOT_READ)] = None
     function_call: Annotated[Any, Only(_NOT_READ)] = None
     tool_calls: Annotated[Any, Only(_NOT_READ, [])] = None
+    tool_call_id: Annotated[Any, Only(_NOT_READ)] = None
     reasoning: Annotated[Any, Only(_NOT_READ)] = None
     reasoning_content: Annotated[Any, Only(_NOT_READ)] = None
 
@@ -193,8 +200,8 @@ class Message(_Strict):
     @property
     def text(self) -> str:
         """All of it."""
-        content = self.content or ""
-        return content if isinstance(content, str) else "".join(part.text for part in content)
+        assert self.content is None or isinstance(self.content, str)
+        return self.content or ""
 
 
 class ChatRequest(_Request, NeutralChatFields):
@@ -229,7 +236,10 @@ class ChatRequest(_Request, NeutralChatFields):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed when logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are two names of one limit; give one of them")
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is {self.max_completion_tokens}, and they "
+                "are two names of one limit; give one of them"
+            )
         return self
 
     @model_validator(mode="after")
