@@ -115,12 +115,30 @@ def test_every_verb_has_a_summary_and_unknown_ones_are_refused(capsys: Any) -> N
 MISTAKES = {
     "missing folder": (["generate", "/no/such", "--prompt", "w1"], "there is no folder '/no/such' here"),
     "missing relative folder": (["chat", "nosuch"], "there is no folder 'nosuch' here; give a guided folder"),
+    "file": (["generate", __file__, "--prompt", "w1"], "test_cli.py' is a file; give a model's folder, with config.js"),
+    "file of a folder": (
+        ["serve", "FOLDER/config.json"],
+        "/config.json' is a file (did you mean '",
+    ),
+    "file as base": (
+        ["compose", "--base", __file__, "--reward", "a=PLAIN", "--output", "new"],
+        "test_cli.py' is a file",
+    ),
+    "file as reward": (
+        ["compose", "--base", "PLAIN", "--reward", f"a={__file__}", "--output", "new-one"],
+        "is a file; give",
+    ),
+    "file to train": (["train", "--model", __file__, "--data", __file__, "--output", "new"], "test_cli.py' is a file"),
+    "folder of prompts": (["generate", "FOLDER", "--input", "FOLDER"], "is a folder; write the prompts to a file .txt"),
     "unknown reward": (["generate", "FOLDER", "--prompt", "w1", "--weights", "kind=1"], "this model has: helpful"),
     "NaN": (["generate", "FOLDER", "--prompt", "w1", "--weights", "helpful=nan"], "cannot read the weight"),
     "infinity": (["score", "FOLDER", "--prompt", "w1", "--response", "w2", "--weights", "helpful=inf"], "NAME=NUMBER"),
     "no weight": (["chat", "FOLDER", "--weights", ""], "no weight in ''"),
     "missing input": (["generate", "FOLDER", "--input", "no.jsonl"], "cannot read no.jsonl"),
-    "unknown ending": (["generate", "FOLDER", "--input", "no.csv"], "name it .txt"),
+    "unknown ending": (
+        ["generate", "FOLDER", "--input", "no.csv"],
+        "no.csv is neither .txt nor .jsonl; write the prompts to a file .txt",
+    ),
     "empty prompt": (["generate", "FOLDER", "--prompt", ""], "--prompt 1: the prompt is empty"),
     "empty prompt to score": (["score", "FOLDER", "--prompt", " ", "--response", "w1"], "the prompt is empty"),
     "empty response": (["score", "FOLDER", "--prompt", "w1", "--response", ""], "--response is empty"),
@@ -177,7 +195,10 @@ def places(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_mistakes_are_told_in_one_line(places: dict[str, str], capsys: Any, case: str) -> None:
     arguments, message = MISTAKES[case]
     for name, path in places.items():
-        arguments = [path + a.removeprefix(name) if a in (name, f"{name}/x.html") else a for a in arguments]
+        arguments = [
+            path + a.removeprefix(name) if a in (name, f"{name}/x.html", f"{name}/config.json") else a
+            for a in arguments
+        ]
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err

@@ -136,6 +136,36 @@ def test_a_file_of_a_folder_that_is_in_no_split_is_named(names: list[str], left:
         load_rows(str(tmp_path), split="train")
 
 
+def test_values_between_tabs_are_what_they_say(tmp_path: Path) -> None:
+    """In a file and in a folder: no answer "None" is nothing, no number loses its zeros."""
+    table = 'prompt\tchosen\nWhy?\tNone\n"a\tb"\t007\n, ;\tNA\n'
+    expected = [("Why?", "None"), ("a\tb", "007"), (", ;", "NA")]
+    (tmp_path / "train.tsv").write_text(table)
+    for source in (tmp_path, tmp_path / "train.tsv"):
+        assert [tuple(row.values()) for row in load_rows(str(source), split="train")] == expected
+    (tmp_path / "train.tsv").rename(tmp_path / "notes.tsv")
+    (tmp_path / "train.csv").write_text(TABLE)
+    with pytest.raises(DataError, match=r"notes\.tsv belongs to no split"):
+        load_rows(str(tmp_path), split="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.pdf", "has files such as a.pdf"),
+        ("a.txt", "has files such as a.txt"),
+        ("a.png", "has files such as a.png"),
+        ("config.json", "is a model's folder"),
+        (None, "doesn't contain any data files"),
+    ],
+)
+def test_folders_of_something_else(name: str | None, said: str, tmp_path: Path) -> None:
+    if name is not None:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=rf"{said}.*; expected a folder of rows in files of one kind \(\.jsonl, "):
+        load_rows(str(tmp_path), split="train")
+
+
 def test_what_cannot_be_read_twice_is_refused() -> None:
     with pytest.raises(DataError, match="- is no file that can be read twice"):
         load_rows("-", split="train")

@@ -382,8 +382,10 @@ def test_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a.json", '[{"chosen": "a",}]', r"a\.json, line 1, column 1\d: "),
         ("a.json", "[1]", "element 1 of the list is a number"),
         ("a.csv", "chosen,rejected\na,b\na,b,c\n", r"a\.csv, line 3: 3 values, expected 2 \(chosen, rejected\)"),
+        ("a.tsv", "chosen\trejected\na\tb\na\n", r"a\.tsv, line 3: 1 values, expected 2 .* around values with tabs or"),
+        ("a.tsv", "chosen,rejected\na,b\n", r"first line has no tabs, so values seem to be separated by ','; save it"),
         ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
-        ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.csv, \.parquet"),
+        ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.csv, \.tsv, \.parquet.*: rename"),
     ],
 )
 def test_broken_files_say_where(name: str, text: str, expected: str, tmp_path: Path) -> None:

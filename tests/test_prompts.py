@@ -208,6 +208,30 @@ def test_template_arguments_that_would_do_nothing_are_refused() -> None:
         read_template_args(["a=1", "a=2"])
 
 
+GEMMA = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
+    "{{ role }} {{ m['content'] }}{% endfor %}{% if add_generation_prompt %}model {% endif %}"
+)
+
+
+def test_what_a_template_sets_for_itself_is_no_argument() -> None:
+    """Gemma's `role`, say; what it sets where nobody has given it is one, as in Llama's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GEMMA
+    with pytest.raises(ConfigError, match=r"no argument 'role'; those it reads are: none"):
+        encode_prompt(tokenizer, as_conversation("w1"), Reading(template_args={"role": "w9"}))
+    with pytest.raises(ConversationError, match=r"System role not supported; if that is for the system message, put"):
+        encode_prompt(tokenizer, as_conversation("w1", system="w2"))
+    for reads in (
+        "{% if not date is defined %}{% set date = 'w2' %}{% endif %}",
+        "{% set date = date if date is defined else 'w2' %}",
+    ):
+        tokenizer.chat_template = reads + "{{ date }}"
+        ids = encode_prompt(tokenizer, as_conversation("w1"), Reading(template_args={"date": "w9"}))
+        assert tokenizer.decode(ids) == "w9"
+
+
 def test_names_that_are_not_the_users_are_all_of_the_librarys() -> None:
     own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     assert set(own) - {"self", "kwargs", "documents"} <= OWN_ARGUMENTS

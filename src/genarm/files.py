@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from genarm.errors import DataError
+from genarm.errors import DataError, MemberError
 
 
 def check_output(path: Path, *, option: str = "--output", folder: bool = False) -> None:
@@ -50,6 +50,17 @@ def check_output(path: Path, *, option: str = "--output", folder: bool = False) 
         for above in reversed(made):
             with suppress(OSError):
                 above.rmdir()
+
+
+def refuse_file(reference: str) -> None:
+    """Refuse a file where a model's folder is wanted (raises MemberError)."""
+    path = Path(reference).expanduser()
+    if path.is_file():
+        beside = (path.parent / "config.json").is_file() or (path.parent / "adapter_config.json").is_file()
+        hint = f" (did you mean {str(path.parent)!r}?)" if beside else ""
+        raise MemberError(
+            f"{reference!r} is a file{hint}; give a model's folder, with config.json and weights in safetensors"
+        )
 
 
 def no_folder(reference: str) -> str:

@@ -86,9 +86,10 @@ def read_requests(path: Path) -> tuple[Request, ...]:
     """
     name = path.name.lower().removesuffix(".gz")
     if not name.endswith((".txt", ".jsonl")) and str(path) != "-":
+        got = "is a folder" if path.is_dir() else "is neither .txt nor .jsonl"
         raise DataError(
-            f"cannot tell what {path} holds; name it .txt (one prompt per line) or .jsonl (one object per line), "
-            "compressed with .gz after that, or give - for stdin"
+            f"{path} {got}; write the prompts to a file .txt (one per line) or .jsonl (an object per line, such as "
+            '{"prompt": "…"}), either compressed with .gz if wanted, or give - for stdin'
         )
     text = read_text(path)
     # Not splitlines(): a JSON string may hold a bare line separator such as U+2028.

@@ -25,8 +25,9 @@ from genarm.errors import DataError, kind_of
 Rows = Sequence[Mapping[str, Any]]
 
 # Files of text, which may be compressed with gzip, and all that a single file may be.
-TEXTS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
-SUFFIXES = (*TEXTS[:3], ".parquet", *TEXTS[3:])
+_PLAIN = (".jsonl", ".json", ".csv", ".tsv")
+TEXTS = (*_PLAIN, *(f"{ending}.gz" for ending in _PLAIN))
+SUFFIXES = (*_PLAIN, ".parquet", *TEXTS[len(_PLAIN) :])
 
 
 def load_rows(source: str, *, split: str) -> Rows:
@@ -58,11 +59,16 @@ def _ending(path: Path) -> str | None:
 def _read_file(path: Path) -> Rows:
     match _ending(path):
         case None:
-            raise DataError(f"{path} has an unknown ending; expected one of {', '.join(SUFFIXES)}")
+            raise DataError(
+                f"{path} has an unknown ending; expected one of {', '.join(SUFFIXES)}: rename the file to what it "
+                "holds, or write its rows to one of these"
+            )
         case ".parquet":
             return _read_parquet(path)
         case ".csv" | ".csv.gz":
-            return _read_csv(path, read_text(path))
+            return _read_csv(path, read_text(path), ",")
+        case ".tsv" | ".tsv.gz":
+            return _read_csv(path, read_text(path), "\t")
         case ".jsonl" | ".jsonl.gz":
             return _read_jsonl(path, read_text(path))
     return _read_json(path, read_text(path))
@@ -78,7 +84,8 @@ def read_text(path: Path) -> str:
         raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; expected a text file in UTF-8") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {why}; expected a text file in UTF-8") from error
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
         raise DataError(f"{path} is in UTF-16, or no text (it has zero bytes); save it as a text file in UTF-8")
     try:
@@ -143,18 +150,22 @@ def _broken(path: Path, line: int, column: int, problem: str) -> DataError:
     )
 
 
-def _read_csv(path: Path, text: str) -> Rows:
+_SEPARATORS = {",": "comma", "\t": "tab"}
+
+
+def _read_csv(path: Path, text: str, separator: str) -> Rows:
     """Every value is a string; a row with too few or too many values is refused."""
     rows: list[dict[str, str]] = []
+    name = _SEPARATORS[separator]
     # Not splitlines(): only line feeds and carriage returns end a line of a CSV file.
     with _long_fields():
-        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         try:
             header = next(lines, [])
-            if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)):
                 raise DataError(
-                    f"{path}: its first line has no commas, so values seem to be separated by {separator!r}; "
-                    "save it again as comma-separated values"
+                    f"{path}: its first line has no {name}s, so values seem to be separated by {other!r}; "
+                    f"save it again as {name}-separated values"
                 )
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: two columns have one name ({', '.join(header)}); rename one of them")
@@ -162,12 +173,12 @@ def _read_csv(path: Path, text: str) -> Rows:
                 if values and len(values) != len(header):
                     raise DataError(
                         f"{path}, line {lines.line_num}: {len(values)} values, expected {len(header)} "
-                        f"({', '.join(header)}); put quotes around values with commas or line breaks"
+                        f"({', '.join(header)}); put quotes around values with {name}s or line breaks"
                     )
                 if values:
                     rows.append(dict(zip(header, values, strict=True)))
         except csv.Error as error:
-            raise DataError(f"{path}, line {lines.line_num}: {error}; expected comma-separated values") from error
+            raise DataError(f"{path}, line {lines.line_num}: {error}; expected {name}-separated values") from error
     return rows
 
 
@@ -208,6 +219,9 @@ def _slice(splits: Mapping[str, Rows], split: str, what: str) -> Rows:
     return [splits[part.splitname][i] for part in parts for i in range(part.from_, part.to)]
 
 
+_FOLDER = f"a folder of rows in files of one kind ({', '.join(SUFFIXES)})"
+
+
 def _from_folder(folder: Path, split: str) -> Rows:
     """The rows of a folder, whose files `datasets` sorts into splits by their names."""
     from datasets import DatasetDict, load_dataset_builder, load_from_disk
@@ -218,13 +232,23 @@ def _from_folder(folder: Path, split: str) -> Rows:
             saved = load_from_disk(str(folder))
             named = {str(k): v for k, v in saved.items()} if isinstance(saved, DatasetDict) else {"train": saved}
             return _slice(named, split, f"the folder {folder} has the splits {', '.join(named)}")
-        data_files = load_dataset_builder(str(folder)).config.data_files or {}
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            raise DataError(f"{folder} is a model's folder; expected {_FOLDER}")
+        builder = load_dataset_builder(str(folder))
+        data_files = builder.config.data_files or {}
     except (DatasetsError, ValueError, OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"cannot read the folder {folder}: {error}") from error
+        raise DataError(f"cannot read the folder {folder}: {error}; expected {_FOLDER}") from error
     splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
     if not (folder / "README.md").exists():  # which may say which files there are
         _check_complete(folder, splits)
     if any(_ending(path) not in TEXTS for files in splits.values() for path in files):
+        if builder.__module__.rpartition(".")[2] not in (
+            "json",
+            "csv",
+            "parquet",
+            "arrow",
+        ):  # texts, pictures, programs
+            raise DataError(f"{folder} has files such as {next(iter(splits.values()))[0].name}; expected {_FOLDER}")
         return _from_library(str(folder), split)
     wanted = set(re.findall(r"(?:^|\+)\s*([^\s\[+]+)", split)) & set(splits)
     rows = {name: [row for path in splits[name] for row in _read_file(path)] for name in wanted}
@@ -255,6 +279,10 @@ def _from_library(source: str, split: str) -> Rows:
         data = load_dataset(owner_and_name, data_dir=folder, split=split)
     except DatasetNotFoundError as error:
         raise DataError(f"there is no data set {source!r}, neither as a path nor on the hub: {error}") from error
+    except ConnectionError as error:
+        raise DataError(
+            f"there is no file or folder {source}, and as a data set of the hub it cannot be reached: {error}"
+        ) from error
     except DatasetGenerationError as error:
         raise DataError(f"{source} is broken: {error.__cause__ or error}") from error
     except (ValueError, OSError, EOFError, lzma.LZMAError) as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from genarm.errors import ConfigError, MemberError
-from genarm.files import check_new_folder, new_folder, no_folder
+from genarm.files import check_new_folder, new_folder, no_folder, refuse_file
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
@@ -167,6 +167,7 @@ def _flattened(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str,
 
 def _spec(reference: str) -> MemberSpec:
     """A local folder by its absolute path, or a hub id with an optional @revision."""
+    refuse_file(reference)
     path = Path(reference).expanduser()
     if path.is_dir():
         return MemberSpec(model=str(path.resolve()))

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from genarm.errors import MemberError
-from genarm.files import no_folder
+from genarm.files import no_folder, refuse_file
 from genarm.model.adapter_files import put_on, read_adapter
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
 from genarm.model.contract import load_whole, refusing, unchanged
@@ -66,6 +66,7 @@ def locate(reference: str, folder: Path | None) -> str:
     Raises:
         MemberError: it looks like a path and there is no such folder.
     """
+    refuse_file(reference)
     if folder is not None and (folder / reference).is_dir():
         return str((folder / reference).resolve())
     path = Path(reference).expanduser()

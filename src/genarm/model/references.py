@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from genarm.errors import ConfigError, DataError, MemberError, WeightsError
-from genarm.files import no_folder
+from genarm.files import no_folder, refuse_file
 from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, load_generation_config, load_model, load_model_config, load_tokenizer
@@ -180,6 +180,7 @@ def open_files(reference: str, *, trust_remote_code: bool = False, reading: Read
 def _find(reference: str) -> tuple[str, str | None]:
     """An existing folder's absolute path, or a hub id with its revision."""
     path = Path(reference).expanduser()
+    refuse_file(reference)
     if path.is_dir():
         if (path / "config.json").exists():
             return str(path.resolve()), None

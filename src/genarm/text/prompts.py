@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 
 from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_of
 from genarm.text.plain import plain
@@ -293,7 +293,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], rea
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
     except TemplateError as error:
-        raise ConversationError(f"the chat template does not take this conversation: {error}") from error
+        system = any(message["role"] == "system" for message in messages)
+        hint = "; if that is for the system message, put its text into the user's first" if system else ""
+        raise ConversationError(f"the chat template does not take this conversation: {error}{hint}") from error
 
 
 def _render_open(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading) -> str:
@@ -365,11 +367,21 @@ def _parts(
 
 @lru_cache(maxsize=16)
 def _variables(template: str) -> frozenset[str]:
-    """Names that a chat template takes from outside."""
+    """Names that a chat template takes from outside: those that it reads before it sets them, if it ever does."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    environment = _compile_jinja_template(template).environment
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    tree = _compile_jinja_template(template).environment.parse(template)
+    first: dict[str, bool] = {}
+
+    def walk(node: nodes.Node) -> None:
+        if isinstance(node, nodes.Name):
+            first.setdefault(node.name, node.ctx == "load")
+        value_first = [node.node, node.target] if isinstance(node, nodes.Assign) else node.iter_child_nodes()
+        for child in value_first:
+            walk(child)
+
+    walk(tree)
+    return frozenset(name for name in meta.find_undeclared_variables(tree) if first[name])
 
 
 _GIVEN = OWN_ARGUMENTS | {

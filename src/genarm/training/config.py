@@ -57,7 +57,7 @@ class TrainConfig:
         metadata=_about(
             _MODEL,
             "preference pairs: a hub id (owner/name, or owner/name/subfolder), a folder, or a file "
-            "(.jsonl, .json, .parquet, .csv); for --kind rlhf, their prompts count, or rows with a prompt alone",
+            "(.jsonl, .json, .parquet, .csv, .tsv); for --kind rlhf, their prompts count, or rows with a prompt alone",
             metavar="DATA",
         )
     )

@@ -22,6 +22,7 @@ from transformers import (
 
 from genarm.data.tokens import fit_lengths
 from genarm.errors import ConfigError, MemberError, MissingExtraError
+from genarm.files import refuse_file
 from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
 from genarm.model.loading import HubOptions, load_generation_config
 from genarm.text.prompts import end_ids
@@ -189,6 +190,7 @@ def _four_bit_options() -> dict[str, Any]:
 
 
 def _model_config(config: TrainConfig) -> PretrainedConfig:
+    refuse_file(config.model)
     if (Path(config.model) / ADAPTER_FILE).is_file():
         raise MemberError(
             f"{config.model} is an adapter, and training starts from a whole model; give the model below it, "
