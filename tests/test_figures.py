@@ -292,7 +292,7 @@ def test_claims_about_scores(what: str, margin: float, level: float, expected: s
 
 def test_a_method_is_not_above_itself():
     of = scored(n=100, base=around(0), twin=around(0))
-    assert verdict(of, Claim(what="above", first="twin", second="base", judge=JUDGE)) == "does not hold"
+    assert verdict(of, Claim(what="above", first="twin", second="base", judge=JUDGE)) == "not shown"
     assert verdict(of, Claim(what="level", first="twin", second="base", judge=JUDGE, margin=0.1)) == "holds"
 
 
@@ -304,6 +304,19 @@ def test_a_few_verdicts_that_are_all_ties_show_nothing(direct: bool):
     verdicts = tuple(Verdicts(judge="llm", first=a, second=b, outcomes=("tie",) * 5) for a, b in pairs)
     claim = Claim(what="level", first="A", second="B", judge="llm", margin=0.05)
     assert verdict(results(*rows, verdicts=verdicts), claim) == "not shown"
+
+
+def test_few_prompts_that_all_say_the_same_show_nothing():
+    """Scores whose range nobody has told, on two prompts: 7 nats apart on both."""
+    of = scored(n=2, base=0.0, A=7.0, B=0.0)
+    for what in ("above", "level"):
+        assert verdict(of, Claim(what=what, first="A", second="B", judge=JUDGE, margin=0.5)) == "not shown"
+    found = recovered(of, Gap(judge=JUDGE, bottom="base", top="A", methods=("B",)))
+    assert found is not None
+    assert found.gap.low < 0 < found.gap.value == 7 == found.gap.high
+    assert found.shares == {"B": None}
+    many = scored(n=100, base=0.0, A=7.0)
+    assert verdict(many, Claim(what="above", first="A", second="base", judge=JUDGE)) == "holds"
 
 
 def test_claims_about_verdicts_use_the_direct_ones_first():

@@ -7,9 +7,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, multinomial
 from scipy.stats import bootstrap as scipy_bootstrap
 
-from genarm.statistics import Outcome, bootstrap, mean_difference, points, win_rate
+from genarm.statistics import Outcome, bootstrap, mean, mean_difference, points, win_rate
 
 SETS = 400
 COVERED = (0.92, 0.98)
@@ -57,6 +58,62 @@ def test_unanimous_verdicts_leave_what_could_have_made_them(n: int):
                 assert found.low <= worth * chance + (1 - worth) * (1 - chance) <= found.high
     ties = win_rate(["tie"] * n)
     assert ties.low < 0.5 < ties.high
+
+
+@pytest.mark.parametrize("n", [2, 5, 20, 300])
+def test_win_rates_without_ties_have_wilsons_interval(n: int):
+    for wins in range(1, n):
+        found = win_rate(["win"] * wins + ["lose"] * (n - wins))
+        wilson = binomtest(wins, n).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [5, 12, 20])
+def test_win_rates_cover_the_truth_exactly(n: int):
+    """Every outcome of n prompts, weighed by its chance under many truths: near certain ones, and with many ties, too.
+
+    Percentiles of a bootstrap cover some of these truths in less than 70% of all runs.
+    """
+    cases = [(win, lose) for win in range(n + 1) for lose in range(n + 1 - win)]
+    rates = [win_rate(["win"] * win + ["lose"] * lose + ["tie"] * (n - win - lose)) for win, lose in cases]  # type: ignore[list-item]
+    low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
+    counts = [(win, lose, n - win - lose) for win, lose in cases]
+    shares = []
+    for win in np.linspace(0.02, 0.98, 13):
+        for tie in np.linspace(0, 1 - win, 9):
+            truth = win + tie / 2
+            chances = multinomial.pmf(counts, n, [win, 1 - win - tie, tie])
+            shares.append(chances[(low - 1e-9 <= truth) & (truth <= high + 1e-9)].sum())
+    assert min(shares) > 0.89
+    assert np.mean(shares) > 0.95
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.1, -3.7, 1e9])
+@pytest.mark.parametrize("n", [2, 3, 100])
+def test_no_interval_is_a_point(value: float, n: int):
+    """What is alike on all rows has an interval where its values are bounded, and else none."""
+    alike = [value] * n
+    means = mean(alike)
+    assert (means.value, means.n) == (pytest.approx(value), n)
+    assert str(means) == f"{value:.2f} (n={n}, all alike)"
+    columns = np.column_stack([alike, alike, [value + 0.3] * n])
+    of_means = bootstrap(lambda means_SK: means_SK, columns)
+    differences = bootstrap(lambda means_SK: means_SK[:, 1:] - means_SK[:, :1], columns)
+    for found in (means, *of_means, *differences, mean_difference(alike, alike)):
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+    for bounded in (
+        mean_difference([0.3] * n, [0.1] * n, within=(-1, 1)),
+        mean_difference(alike, alike, within=(-1, 1)),
+    ):
+        assert bounded.low < bounded.value < bounded.high
+    seen = mean_difference([value + 0.3] * n, alike)  # nobody can be farther apart than values were seen
+    assert seen.low < seen.value <= seen.high == pytest.approx(0.3, abs=1e-6)
+    spread = mean_difference([*range(n)], [*range(n)])
+    assert spread.low < spread.value == 0 < spread.high == pytest.approx((1 - 0.025 ** (1 / n)) * (n - 1))
+    one_moves = bootstrap(lambda means_SK: means_SK, np.column_stack([alike, np.arange(n)]))
+    assert math.isnan(one_moves[0].low)
+    assert one_moves[1].low < one_moves[1].high
 
 
 def test_one_row_gives_no_interval():

@@ -1,10 +1,14 @@
 """Intervals for the figures the project prints, all of 95%.
 
+No interval is a point: rows that are all alike do not say how far others would be from them, so that their figure has
+an interval only where there are bounds to what can be, and else none (NaN).
+
 Shapes: N rows that were drawn independently (prompts, mostly), K columns, S bootstrap resamples, F figures.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +21,9 @@ if TYPE_CHECKING:  # numpy and scipy take a while to import
 RESAMPLES = 4000
 """Of every bootstrap."""
 
+_Z = 1.959964
+_ALIKE = 1e-12
+"""By how much of its size a figure moves in rounding, at most."""
 _CELLS = 4_000_000
 """How many counts of rows are held at once: 32 MB."""
 
@@ -54,7 +61,7 @@ def proportion(count: int, n: int) -> Proportion:
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean over `n` independent values with a 95% Student interval [`low`, `high`]."""
+    """A mean over `n` independent values with a 95% Student interval [`low`, `high`]; NaN where all are alike."""
 
     value: float
     n: int
@@ -62,6 +69,8 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.2f} (n={self.n}, all alike)"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n={self.n})"
 
 
@@ -75,6 +84,8 @@ def mean(values: Sequence[float]) -> Mean:
     array = np.asarray(values, dtype=np.float64)
     half = float(t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
     value = float(array.mean())
+    if half <= _ALIKE * abs(value):
+        half = math.nan
     return Mean(value=value, n=len(array), low=value - half, high=value + half)
 
 
@@ -85,7 +96,7 @@ def mean(values: Sequence[float]) -> Mean:
 class Estimate:
     """A figure made from `n` rows with its 95% percentile bootstrap interval; NaN where it is undefined.
 
-    One row says nothing of how far others would be from it, so that it gives no interval.
+    A figure that no resample changes has no interval either: of one row, of rows that are all alike.
     """
 
     value: float
@@ -123,12 +134,10 @@ def bootstrap(
 
     values_F = figures(np.ones((1, len(rows))))[0]
     drawn_SF = np.concatenate([figures(counts_SN) for counts_SN in _resampled(len(rows), seed)])
-    n = int(known.any(axis=1).sum())
+    n, size = int(known.any(axis=1).sum()), float(np.abs(filled).max(initial=0.0))
     return tuple(
         Estimate(value=float(value), low=low, high=high, n=n)
-        for value, (low, high) in zip(
-            values_F, map(_percentiles, drawn_SF.T if n > 1 else drawn_SF.T[:, :0]), strict=True
-        )
+        for value, (low, high) in zip(values_F, (_percentiles(drawn_S, size) for drawn_S in drawn_SF.T), strict=True)
     )
 
 
@@ -137,13 +146,17 @@ def mean_difference(
 ) -> Estimate:
     """How much the mean of `first` is above that of `second`, row by row; rows with a NaN on a side are left out.
 
-    Where differences can only be `within` bounds, as those of verdicts, rows that are all the same have an interval.
+    Where all differ by as much, others may differ by anything `within` bounds: those of verdicts, or as far apart as
+    values were seen on either side. If all values are alike, too, there is no interval.
     """
     import numpy as np
 
     differences_NK = np.subtract(first, second)[:, None]
     known = differences_NK[~np.isnan(differences_NK)].tolist()
-    if within is not None and len(set(known)) == 1:
+    spread = float(np.ptp([value for value in (*first, *second) if not math.isnan(value)] or [0.0]))
+    if within is None and spread > 0:
+        within = (-spread, spread)
+    if within is not None and len(known) > 1 and max(known) - min(known) <= _ALIKE * max(map(abs, within)):
         value, low, high = _unanimous(known[0], len(known), within)
         return Estimate(value=value, low=low, high=high, n=len(known))
     return bootstrap(lambda means_SK: means_SK, differences_NK, seed=seed)[0]
@@ -171,11 +184,12 @@ def _drawn(n: int, seed: int) -> Iterator[NDArray[Any]]:
         yield drawn.astype(np.float64)
 
 
-def _percentiles(drawn_S: NDArray[Any]) -> tuple[float, float]:
+def _percentiles(drawn_S: NDArray[Any], size: float) -> tuple[float, float]:
+    """Of resamples of values up to `size`; NaN where they are all the same."""
     import numpy as np
 
     defined = drawn_S[np.isfinite(drawn_S)]
-    if not len(defined):
+    if not len(defined) or np.ptp(defined) <= _ALIKE * max(size, np.abs(defined).max()):
         return float("nan"), float("nan")
     low, high = np.quantile(defined, (0.025, 0.975))
     return float(low), float(high)
@@ -192,7 +206,8 @@ class WinRate:
         win, tie, lose: how many.
         unparsed: verdicts that could not be read: counted, and part of no rate.
         rate: (win + ½ tie) / n; NaN where n is 0.
-        low, high: its 95% percentile bootstrap interval over prompts.
+        low, high: its 95% score interval: half of Tango's for the share of wins less that of losses, and without ties
+            Wilson's.
     """
 
     win: int
@@ -220,22 +235,21 @@ def points(outcomes: Sequence[Outcome | None]) -> tuple[float, ...]:
     return tuple(float("nan") if outcome is None else _POINTS[outcome] for outcome in outcomes)
 
 
-def win_rate(outcomes: Sequence[Outcome | None], *, seed: int = 0) -> WinRate:
+def win_rate(outcomes: Sequence[Outcome | None]) -> WinRate:
     """The share of wins, a tie counting half, among the verdicts that could be read (those not None)."""
     counts = Counter(outcomes)
-    read = [outcome for outcome in outcomes if outcome is not None]
+    win, tie, lose = counts["win"], counts["tie"], counts["lose"]
+    n = win + tie + lose
     rate, low, high = (float("nan"),) * 3
-    if len(set(read)) == 1:
-        rate, low, high = _unanimous(_POINTS[read[0]], len(read), (0.0, 1.0))
-    elif read:
-        import numpy as np
-
-        found = bootstrap(lambda means_SK: means_SK, np.array([points(read)]).T, seed=seed)[0]
-        rate, low, high = found.value, found.low, found.high
+    if n in (win, tie, lose) and n:
+        rate, low, high = _unanimous((win + tie / 2) / n, n, (0.0, 1.0))
+    elif n:
+        less, more = tango(win, lose, n)
+        rate, low, high = (win + tie / 2) / n, (1 + less) / 2, (1 + more) / 2
     return WinRate(
-        win=counts["win"],
-        tie=counts["tie"],
-        lose=counts["lose"],
+        win=win,
+        tie=tie,
+        lose=lose,
         unparsed=counts[None],
         rate=rate,
         low=low,
@@ -247,3 +261,27 @@ def _unanimous(value: float, n: int, within: tuple[float, float]) -> tuple[float
     """Where all are one, resampling varies nothing: what `n` would miss by more than 2.5% may be anything `within`."""
     unsure = 1 - 0.025 ** (1 / n)
     return value, value - unsure * (value - within[0]), value + unsure * (within[1] - value)
+
+
+def tango(first: int, second: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a difference of paired proportions.
+
+    Of n pairs, `first` speak for one side alone, and `second` for the other. It is Tango's score interval (Statistics
+    in Medicine 17, 1998), which is no point where the sides agree everywhere.
+    """
+    return -_limit(second, first, n), _limit(first, second, n)
+
+
+def _limit(more: int, less: int, n: int) -> float:
+    """The largest difference that Tango's score test does not refuse, `more` pairs speaking for it and `less` against.
+
+    The pairs that one side alone has have the probabilities p and p + difference; p is the likeliest under it.
+    """
+    inside, outside = (more - less) / n, 1.0
+    for _ in range(60):
+        tried = (inside + outside) / 2
+        linear = (2 * n - more + less) * tried - more - less
+        p = (math.sqrt(linear**2 + 8 * n * less * tried * (1 - tried)) - linear) / (4 * n)
+        accepted = (more - less - n * tried) ** 2 <= _Z**2 * n * (2 * p + tried * (1 - tried))
+        inside, outside = (tried, outside) if accepted else (inside, tried)
+    return inside

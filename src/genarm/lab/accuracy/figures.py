@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from genarm.statistics import Proportion, proportion
+from genarm.statistics import Proportion, proportion, tango
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_Z = 1.959964  # of 95%
 
 CHOSEN_LONGER, REJECTED_LONGER, SAME_LENGTH = "chosen longer", "rejected longer", "same length"
 
@@ -159,8 +158,7 @@ def correlation(first_B: Floats, second_B: Floats) -> Interval | None:
 def difference(first: tuple[str, Scores], second: tuple[str, Scores]) -> Difference | None:
     """How two rewards, each with its name, differ on the pairs that both scored; None where there are none.
 
-    The interval is Tango's score interval for paired proportions (Statistics in Medicine 17, 1998): no narrower for
-    rewards that agree everywhere than the number of pairs allows.
+    The interval is Tango's: no narrower for rewards that agree everywhere than the number of pairs allows.
     """
     common = np.intersect1d(first[1].rows, second[1].rows)
     if not len(common):
@@ -170,35 +168,16 @@ def difference(first: tuple[str, Scores], second: tuple[str, Scores]) -> Differe
 
     only_1, only_2 = int((right_1_B & ~right_2_B).sum()), int((right_2_B & ~right_1_B).sum())
     discordant = only_1 + only_2
+    low, high = tango(only_2, only_1, len(common))
     return Difference(
         first=first[0],
         second=second[0],
         n=len(common),
         only_first=only_1,
         only_second=only_2,
-        accuracy=_paired(only_1, only_2, len(common)),
+        accuracy=Interval(value=(only_2 - only_1) / len(common), low=low, high=high),
         p_value=float(binomtest(only_1, discordant).pvalue) if discordant else 1.0,
     )
-
-
-def _paired(only_1: int, only_2: int, n: int) -> Interval:
-    """Rate of the second minus rate of the first, with Tango's interval."""
-    return Interval(value=(only_2 - only_1) / n, low=-_limit(only_1, only_2, n), high=_limit(only_2, only_1, n))
-
-
-def _limit(more: int, less: int, n: int) -> float:
-    """The largest difference that Tango's score test does not refuse, `more` pairs speaking for it and `less` against.
-
-    The pairs that one side alone has right have the probabilities p and p + difference; p is the likeliest under it.
-    """
-    inside, outside = (more - less) / n, 1.0
-    for _ in range(60):
-        tried = (inside + outside) / 2
-        linear = (2 * n - more + less) * tried - more - less
-        p = (math.sqrt(linear**2 + 8 * n * less * tried * (1 - tried)) - linear) / (4 * n)
-        accepted = (more - less - n * tried) ** 2 <= _Z**2 * n * (2 * p + tried * (1 - tried))
-        inside, outside = (tried, outside) if accepted else (inside, tried)
-    return inside
 
 
 def _accuracy(margin_B: Floats) -> Accuracy:

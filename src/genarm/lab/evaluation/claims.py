@@ -11,7 +11,7 @@ from genarm.lab.evaluation.fronts import hypervolume_lead
 from genarm.lab.evaluation.gaps import Recovered
 from genarm.lab.evaluation.recipe import Claim
 from genarm.lab.evaluation.results import Results
-from genarm.statistics import Estimate, mean_difference, points
+from genarm.statistics import Estimate, mean_difference, win_rate
 
 Verdict: TypeAlias = Literal["holds", "does not hold", "not shown"]
 
@@ -63,7 +63,8 @@ def _difference(results: Results, judge: str, first: str, second: str) -> Estima
     scored = judge in results.row(first).scores and judge in results.row(second).scores
     direct = None if scored else results.outcomes(judge, first, second)
     if direct is not None:
-        return mean_difference(points(direct), (0.5,) * len(direct), within=(-0.5, 0.5))
+        rate = win_rate(direct)
+        return Estimate(value=rate.rate - 0.5, low=rate.low - 0.5, high=rate.high - 0.5, n=rate.n)
     qualities = [results.quality(judge, name) for name in (first, second)]
     if qualities[0] is None or qualities[1] is None:
         return None

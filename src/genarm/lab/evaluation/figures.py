@@ -1,6 +1,7 @@
 """What a comparison shows: figures with intervals, made from its results alone.
 
-Intervals are of 95% over prompts: Student's for plain means, percentile bootstrap for everything else. What is
+Intervals are of 95% over prompts: Student's for plain means, Tango's for win rates, percentile bootstrap for everything
+else; a figure that is the same on every prompt has none, unless it is made of verdicts. What is
 compared is compared on the same prompts.
 """
 

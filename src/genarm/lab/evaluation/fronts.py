@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genarm.lab.evaluation.results import Measured, Results
-from genarm.statistics import Estimate, bootstrap, points
+from genarm.statistics import Estimate, bootstrap, mean_difference, points
 
 Scale: TypeAlias = Literal["mean score", "win rate"]
 SCALES: tuple[Scale, ...] = ("mean score", "win rate")
@@ -111,18 +111,27 @@ def preference(weights: Mapping[str, float], objectives: Sequence[str]) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
-    """What is known of a family, prompt by prompt; the last O columns are the reference point's, the base's values."""
+    """What is known of a family, prompt by prompt; the last O columns are the reference point's, the base's values.
+
+    `within` is what the values can be, where that is known.
+    """
 
     methods: tuple[Measured, ...]
     objectives: tuple[str, ...]
     rows_NK: NDArray[Any]
+    within: tuple[float, float] | None
 
     @classmethod
     def of(cls, results: Results, objectives: Sequence[str], scale: Scale, name: str) -> _Family:
         methods = tuple(row for row in results.measured if row.family == name)
         rows = [*methods, results.measured[0]]
         columns = [_values(results, objective, scale, row.name) for row in rows for objective in objectives]
-        return cls(methods=methods, objectives=tuple(objectives), rows_NK=np.array(columns, dtype=np.float64).T)
+        return cls(
+            methods=methods,
+            objectives=tuple(objectives),
+            rows_NK=np.array(columns, dtype=np.float64).T,
+            within=(0.0, 1.0) if scale == "win rate" else None,
+        )
 
     def by_method(self, means_SK: NDArray[Any]) -> NDArray[Any]:
         """(S, M, O)."""
@@ -140,7 +149,8 @@ class _Family:
 
     def _points(self) -> tuple[Point, ...]:
         count = len(self.objectives)
-        values = bootstrap(lambda means_SK: means_SK, self.rows_NK)
+        none = (0.0,) * len(self.rows_NK)
+        values = [mean_difference(column_N, none, within=self.within) for column_N in self.rows_NK.T[:-count].tolist()]
         rows = [values[i * count : (i + 1) * count] for i in range(len(self.methods))]
         best = moocore.is_nondominated([[e.value for e in row] for row in rows], maximise=True, keep_weakly=True)
         return tuple(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from genarm.lab.evaluation.recipe import Gap
 from genarm.lab.evaluation.results import Results
-from genarm.statistics import Estimate, bootstrap
+from genarm.statistics import Estimate, bootstrap, mean_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ def recovered(results: Results, gap: Gap) -> Recovered | None:
     known = [quality for quality in qualities if quality is not None]
     if len(known) < len(qualities):
         return None
-    width, *shares = bootstrap(_width_and_shares, np.array(known).T)
+    width = mean_difference(known[1], known[0])
+    shares = bootstrap(_shares, np.array(known).T)
     defined = width.low > 0
     return Recovered(
         judge=gap.judge,
@@ -48,8 +49,7 @@ def recovered(results: Results, gap: Gap) -> Recovered | None:
     )
 
 
-def _width_and_shares(means_SK: NDArray[Any]) -> NDArray[Any]:
+def _shares(means_SK: NDArray[Any]) -> NDArray[Any]:
     """K: bottom, top, methods."""
-    over_bottom = means_SK[:, 1:] - means_SK[:, :1]
-    width = over_bottom[:, :1]
-    return np.hstack([width, over_bottom[:, 1:] / width])
+    over_bottom: NDArray[Any] = means_SK[:, 1:] - means_SK[:, :1]
+    return over_bottom[:, 1:] / over_bottom[:, :1]

@@ -7,6 +7,7 @@ picture fits a light page and a dark one. The same figures give the same bytes.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -325,7 +326,8 @@ def _middle(value: Estimate | Mean | WinRate) -> float:
 
 
 def _text(value: Estimate | Mean | WinRate) -> str:
-    return f"{_middle(value):.3g} [{value.low:.3g}, {value.high:.3g}]"
+    interval = "no interval" if math.isnan(value.low) else f"{value.low:.3g}, {value.high:.3g}"
+    return f"{_middle(value):.3g} [{interval}]"
 
 
 def _listed(parts: Iterable[str]) -> str:

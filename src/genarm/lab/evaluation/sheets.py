@@ -187,7 +187,7 @@ def _comparisons(figures: Figures) -> Sheet:
     return Sheet(
         key="comparisons",
         title="Prompt by prompt",
-        note="Win + ½ tie of the verdicts that could be read, with its 95% bootstrap interval over prompts. Of a judge "
+        note="Win + ½ tie of the verdicts that could be read, with its 95% score interval over prompts. Of a judge "
         "that scores, the higher score wins; the difference is that of the mean scores, paired.",
         head=("first", "second", "judge", "win", "tie", "lose", "n", "unparsed", "win + ½ tie", "difference"),
         rows=tuple(_compared(comparison, decimals) for comparison in figures.comparisons),

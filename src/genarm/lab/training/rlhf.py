@@ -16,6 +16,7 @@ Shapes: B replies, T positions, K rewards.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ class RlhfTrainer(Baseline, RLOOTrainer, TranslatedLog):
         figures = {"reward": sum(totals) / len(totals), "prompts": float(len(totals))}
         if len(totals) > 1:
             interval = mean(totals)
-            figures |= {"reward_low": interval.low, "reward_high": interval.high}
+            if not math.isnan(interval.low):
+                figures |= {"reward_low": interval.low, "reward_high": interval.high}
         means = zip(self.rewards, scores_KB.mean(-1).tolist(), strict=True)
         return figures | {f"reward/{reward.name}": value for reward, value in means}
 
