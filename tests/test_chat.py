@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from genarm.cli.chat import TerminalScreen
-from genarm.cli.conversation import Answer, Chat
+from genarm.cli.conversation import Chat, ChatReply
 from genarm.cli.main import main
 from genarm.engine import Engine, EngineOptions
 from genarm.model.compose import compose
@@ -35,9 +35,9 @@ class Memory:
     notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
-    pairs: list[tuple[Answer, Answer]] = field(default_factory=list)
-    sharpened: list[tuple[float, Answer] | None] = field(default_factory=list)
+    answers: list[ChatReply] = field(default_factory=list)
+    pairs: list[tuple[ChatReply, ChatReply]] = field(default_factory=list)
+    sharpened: list[tuple[float, ChatReply] | None] = field(default_factory=list)
     heats: list[TokenRewards] = field(default_factory=list)
     on_piece: Callable[[], None] = lambda: None
 
@@ -51,10 +51,10 @@ class Memory:
         self.pieces.append(text)
         self.on_piece()
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: ChatReply) -> None:
         self.answers.append(answer)
 
-    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+    def compared(self, base: ChatReply, guided: ChatReply, sharpened: tuple[float, ChatReply] | None) -> None:
         self.pairs.append((base, guided))
         self.sharpened.append(sharpened)
 
@@ -270,7 +270,7 @@ def test_a_stopped_answer_stays_as_far_as_it_came(chat: Chat, screen: Memory, pi
     screen.on_piece = interrupt
     assert chat.handle("w1")
     cut = "".join(screen.pieces)
-    assert screen.answers == [Answer(text=cut, ended="interrupted", weights=chat.weights)]
+    assert screen.answers == [ChatReply(text=cut, ended="interrupted", weights=chat.weights)]
     assert greedy(chat.engine.model, [user("w1")]).startswith(cut)
     assert chat.history == [user("w1"), assistant(cut)]
     screen.on_piece = lambda: None
@@ -332,9 +332,9 @@ def test_two_columns_and_no_tricks_on_the_terminal() -> None:
     screen.error(f"a\n{evil}")
     weights = {"helpful": 2.0}
     screen.compared(
-        Answer(text=f"left {evil}", ended="stop", weights={"helpful": 0.0}),
-        Answer(text="right", ended="interrupted", weights=weights),
-        (0.25, Answer(text="third", ended="stop", weights={"helpful": 0.0})),
+        ChatReply(text=f"left {evil}", ended="stop", weights={"helpful": 0.0}),
+        ChatReply(text="right", ended="interrupted", weights=weights),
+        (0.25, ChatReply(text="third", ended="stop", weights={"helpful": 0.0})),
     )
     text = file.getvalue()
     assert not {"\x1b", "\x9b", "\x07"} & set(text)

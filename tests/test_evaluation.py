@@ -160,17 +160,17 @@ def test_changed_settings_are_never_mixed(tmp_path: Path) -> None:
 def test_a_method_that_dies_loses_its_batch_alone(tmp_path: Path) -> None:
     from genarm.lab.evaluation.prompts import Question
     from genarm.lab.methods.interface import Meter
-    from genarm.sampling import Reply
+    from genarm.sampling import SampledReply
 
     class Dying:
         calls = 0
 
-        def answer(self, prompts: Any, *, seed: int, meter: Meter) -> list[Reply]:
+        def answer(self, prompts: Any, *, seed: int, meter: Meter) -> list[SampledReply]:
             self.calls += 1
             if self.calls == 3:
                 raise KeyboardInterrupt
             meter.add("base", forwards=2 * len(prompts), positions=5)
-            return [Reply(text=f"{seed}", token_ids=(1, 2), finish_reason="stop") for _ in prompts]
+            return [SampledReply(text=f"{seed}", token_ids=(1, 2), finish_reason="stop") for _ in prompts]
 
         def log_probs(self, prompts: Any, replies: Any) -> None:
             return None

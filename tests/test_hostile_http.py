@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from genarm.server import listen, texts
 from genarm.server.bodies import Held, parse
 from genarm.server.errors import ApiError
-from genarm.server.log import Plain, Unhurried
+from genarm.server.log import PlainFormatter, Unhurried
 from genarm.server.schema import ChatRequest, CompletionRequest
 from genarm.server.workers import Worker
 from serving import CHAT, CONTEXT, Running, running
@@ -452,7 +452,7 @@ def test_any_bytes_are_refused(content: bytes) -> None:
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
     reading, writing = os.pipe()
     handler = Unhurried(writing, most=200_000)
-    handler.setFormatter(Plain("%(message)s"))
+    handler.setFormatter(PlainFormatter("%(message)s"))
     for i in range(10_000):
         handler.handle(logging.makeLogRecord({"msg": f"{i:099d}"}))
     threading.Thread(target=lambda: (handler.flush(), handler.flush(), os.close(writing)), daemon=True).start()
@@ -470,7 +470,7 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
 
 
 def test_nothing_in_the_log_speaks_to_a_terminal() -> None:
-    form = Plain("%(levelname)s %(message)s")
+    form = PlainFormatter("%(levelname)s %(message)s")
     try:
         raise ValueError("\x1b]0;title\x07 from\na template\u202e")
     except ValueError as error:

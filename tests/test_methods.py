@@ -19,7 +19,7 @@ from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.sample import Blend, Sample, mod, proxy_tuning
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.sampling import Reply, Sampling, derive_seed, make_reply
+from genarm.sampling import SampledReply, Sampling, derive_seed, make_reply
 from test_prefix import alone
 from test_trajectory import score_alone, tiny_reward
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -64,7 +64,7 @@ def all_replies(vocabulary: Sequence[int], length: int) -> list[tuple[int, ...]]
     return ended + list(itertools.product(rest, repeat=length))
 
 
-def check_frequencies(replies: Sequence[Reply], log_probs: dict[tuple[int, ...], float]) -> None:
+def check_frequencies(replies: Sequence[SampledReply], log_probs: dict[tuple[int, ...], float]) -> None:
     """χ² of what was drawn against the exact probabilities of all replies; the rare ones are pooled."""
     probabilities = {reply: math.exp(value) for reply, value in log_probs.items()}
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
@@ -162,8 +162,10 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 def test_replies_are_read_from_their_tokens() -> None:
     tokenizer = tiny_tokenizer()
-    assert make_reply(tokenizer, [6, 7, EOS], [EOS]) == Reply(text="w0 w1", token_ids=(6, 7, EOS), finish_reason="stop")
-    assert make_reply(tokenizer, [6, 7], [EOS]) == Reply(text="w0 w1", token_ids=(6, 7), finish_reason="length")
+    assert make_reply(tokenizer, [6, 7, EOS], [EOS]) == SampledReply(
+        text="w0 w1", token_ids=(6, 7, EOS), finish_reason="stop"
+    )
+    assert make_reply(tokenizer, [6, 7], [EOS]) == SampledReply(text="w0 w1", token_ids=(6, 7), finish_reason="length")
 
 
 def test_log_probs_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ def test_identities() -> None:
     assert tokens_of(Sample(model, tokenizer, sampling, weights={"arm": 0})) == plain["a"]
 
 
-def counts_of(method: Any, prompts: list[list[int]] = PROMPTS) -> tuple[dict[str, tuple[int, int]], list[Reply]]:
+def counts_of(method: Any, prompts: list[list[int]] = PROMPTS) -> tuple[dict[str, tuple[int, int]], list[SampledReply]]:
     meter = Meter()
     replies = method.answer(prompts, seed=3, meter=meter)
     return {name: (count.forwards, count.positions) for name, count in meter.counts.items()}, replies

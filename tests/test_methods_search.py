@@ -15,7 +15,7 @@ from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.sample import Sample
 from genarm.lab.methods.transfer_q import TransferQ
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import Reply, Sampling, derive_seed
+from genarm.sampling import SampledReply, Sampling, derive_seed
 from test_methods import (
     EOS,
     PROMPTS,
@@ -146,7 +146,7 @@ def test_log_probs_follow_the_chain_rule(what: str) -> None:
     again.stops = STOPS
     assert again.log_probs(PROMPTS[::-1], replies[::-1]) == pytest.approx(expected[::-1], abs=2e-3)
     worst = int(alone(method.base, PROMPTS[0]).argmin())
-    never = Reply(text="", token_ids=(worst, 7), finish_reason="length")
+    never = SampledReply(text="", token_ids=(worst, 7), finish_reason="length")
     mixed = method.log_probs([PROMPTS[0], *PROMPTS[1:]], [never, *replies[1:]])
     assert mixed == pytest.approx([-torch.inf, *expected[1:]], abs=2e-3)
     greedy = search(what, Sampling(max_new_tokens=2, temperature=0), rewards, WEIGHTS)

@@ -190,7 +190,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
         mine = job.Job(server.service, asyncio.get_running_loop().time())
         mine.enter(1)
         await mine.begin([request])
-        stream = job.Answer(mine, events_of(mine), headers={})
+        stream = job.JobResponse(mine, events_of(mine), headers={})
         sent: list[Any] = []
 
         async def send(message: Any) -> None:

@@ -145,7 +145,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class SampledReply:
     """One response: its text, its token ids (the one that ended it included) and why it ended."""
 
     text: str
@@ -161,7 +161,7 @@ def sample_replies(
     *,
     seed: int,
     weights_BR: Tensor | None = None,
-) -> list[Reply]:
+) -> list[SampledReply]:
     """One reply to each prompt, decoded as one left-padded batch.
 
     Args:
@@ -237,9 +237,9 @@ def _no_other_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def make_reply(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> Reply:
+def make_reply(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> SampledReply:
     """A reply of drawn ids; what comes after the first of `stops` is cut off."""
     ends = [i for i, token in enumerate(ids) if token in stops]
     kept = list(ids[: ends[0] + 1] if ends else ids)
     text = decode(tokenizer, kept[:-1] if ends else kept, special=False)
-    return Reply(text=text, token_ids=tuple(kept), finish_reason="stop" if ends else "length")
+    return SampledReply(text=text, token_ids=tuple(kept), finish_reason="stop" if ends else "length")

@@ -32,7 +32,7 @@ _EXPECTED = 'expected an object like {"prompt": "…", "id": "…", "reward_weig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class BatchRequest:
     """A prompt to answer.
 
     Attributes:
@@ -71,12 +71,14 @@ class Request:
             )
 
 
-def requests_of(prompts: Sequence[str]) -> tuple[Request, ...]:
+def requests_of(prompts: Sequence[str]) -> tuple[BatchRequest, ...]:
     """The prompts of the command line."""
-    return tuple(Request(prompt=prompt, where=f"--prompt {number}") for number, prompt in enumerate(prompts, start=1))
+    return tuple(
+        BatchRequest(prompt=prompt, where=f"--prompt {number}") for number, prompt in enumerate(prompts, start=1)
+    )
 
 
-def read_requests(path: Path) -> tuple[Request, ...]:
+def read_requests(path: Path) -> tuple[BatchRequest, ...]:
     """The prompts of a file: `.txt`, one on each line that is not blank, or `.jsonl`, one object on each line.
 
     Either may be compressed (`.gz`). `-` is stdin, whose lines are objects where the first begins with a brace.
@@ -98,16 +100,16 @@ def read_requests(path: Path) -> tuple[Request, ...]:
         raise DataError(f"{path} holds no prompt; put at least one line into it")
     objects = name.endswith(".jsonl") or (str(path) == "-" and text.lstrip().startswith("{"))
     if not objects:
-        return tuple(Request(prompt=line.rstrip("\r"), where=where) for where, line in lines)
+        return tuple(BatchRequest(prompt=line.rstrip("\r"), where=where) for where, line in lines)
     return tuple(_request(line, where) for where, line in lines)
 
 
-def content(requests: Sequence[Request]) -> str:
+def content(requests: Sequence[BatchRequest]) -> str:
     """A digest of what the requests say, wherever they were read."""
     return content_of({key: value for key, value in asdict(r).items() if key != "where"} for r in requests)
 
 
-def _request(line: str, where: str) -> Request:
+def _request(line: str, where: str) -> BatchRequest:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -123,7 +125,7 @@ def _request(line: str, where: str) -> Request:
         prompt = [plain_message(message) for message in prompt] if isinstance(prompt, list) else prompt
     except ConversationError as error:
         raise DataError(f"{where}: {error}") from error
-    return Request(
+    return BatchRequest(
         prompt=prompt,
         where=where,
         id=row.get("id"),

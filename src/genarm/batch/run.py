@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from genarm.batch.requests import Request
+from genarm.batch.requests import BatchRequest
 from genarm.engine import Completion, Engine, Stream
 from genarm.engine import Request as EngineRequest
 from genarm.errors import ConfigError, GenarmError
@@ -23,13 +23,13 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BatchJob:
     """A request as the model will read it: `number` counts rows, `index` requests, `sample` replies to one request."""
 
     number: int
     index: int
     sample: int
-    request: Request
+    request: BatchRequest
     prompt_ids: tuple[int, ...]
     weights: Mapping[str, float]
 
@@ -65,13 +65,13 @@ class Plan:
 
 def make_jobs(
     files: ModelFiles,
-    requests: Sequence[Request],
+    requests: Sequence[BatchRequest],
     plan: Plan,
     *,
     weights: Mapping[str, float],
     system: str | None = None,
     raw: bool = False,
-) -> list[Job]:
+) -> list[BatchJob]:
     """Encode every prompt and settle its weights, so that all mistakes are found before anything runs.
 
     Args:
@@ -95,7 +95,7 @@ def make_jobs(
             raise type(error)(f"{where}: {error}") from error
         check_length(files, len(ids), plan.sampling.max_new_tokens, where=where)
         jobs += [
-            Job(
+            BatchJob(
                 number=index * plan.num_samples + sample,
                 index=index,
                 sample=sample,
@@ -108,12 +108,12 @@ def make_jobs(
     return jobs
 
 
-def context_of(jobs: Sequence[Job], plan: Plan) -> int:
+def context_of(jobs: Sequence[BatchJob], plan: Plan) -> int:
     """Positions that the longest of `jobs` needs with its reply."""
     return max(len(job.prompt_ids) for job in jobs) + plan.sampling.max_new_tokens
 
 
-def decode(engine: Engine, jobs: Sequence[Job], plan: Plan, *, settings: str = "") -> Iterator[Row]:
+def decode(engine: Engine, jobs: Sequence[BatchJob], plan: Plan, *, settings: str = "") -> Iterator[Row]:
     """The row of each job, in order, as soon as it and those before it are there.
 
     Args:
@@ -123,7 +123,7 @@ def decode(engine: Engine, jobs: Sequence[Job], plan: Plan, *, settings: str = "
         settings: a digest of them that each row carries.
     """
     upcoming = iter(jobs)
-    begun: deque[tuple[Job, Stream]] = deque()
+    begun: deque[tuple[BatchJob, Stream]] = deque()
     try:
         while True:
             # Twice as many as run at once: the next ones wait in the engine, so that no stream stays empty.
@@ -138,13 +138,13 @@ def decode(engine: Engine, jobs: Sequence[Job], plan: Plan, *, settings: str = "
             stream.cancel()
 
 
-def _request(job: Job, plan: Plan) -> EngineRequest:
+def _request(job: BatchJob, plan: Plan) -> EngineRequest:
     return EngineRequest(
         prompt=job.prompt_ids, weights=job.weights, sampling=plan.sampling, seed=derive_seed(plan.seed, job.number)
     )
 
 
-def _row(job: Job, reply: Completion, plan: Plan, settings: str) -> Row:
+def _row(job: BatchJob, reply: Completion, plan: Plan, settings: str) -> Row:
     return {
         "index": job.index,
         "id": job.request.id,

@@ -33,7 +33,7 @@ from genarm.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from genarm.cli.conversation import Answer, Chat
+    from genarm.cli.conversation import Chat, ChatReply
     from genarm.model.token_rewards import TokenRewards
 
 SUMMARY = "talk to a model in the terminal and steer it as you go"
@@ -176,13 +176,13 @@ class TerminalScreen:
         """As it comes; the terminal breaks the lines."""
         self.console.print(text, end="", markup=False, soft_wrap=True)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: ChatReply) -> None:
         """Close the last line, and say if the answer was cut."""
         self.console.print()
         if answer.ended != "stop" or not answer.text:
             self.note(_ENDINGS[answer.ended])
 
-    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+    def compared(self, base: ChatReply, guided: ChatReply, sharpened: tuple[float, ChatReply] | None) -> None:
         """A column for each."""
         from rich.table import Table
         from rich.text import Text

@@ -37,7 +37,7 @@ and end it with \"\"\". A message may begin with a slash if there is a space bef
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ChatReply:
     """What the model said, and whether it ended by itself, at the token limit or was stopped by the user."""
 
     text: str
@@ -57,10 +57,10 @@ class Screen(Protocol):
     def piece(self, text: str) -> None:
         """The next piece of an answer."""
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: ChatReply) -> None:
         """The answer is complete; its pieces have all been shown."""
 
-    def compared(self, base: Answer, guided: Answer, sharpened: tuple[float, Answer] | None) -> None:
+    def compared(self, base: ChatReply, guided: ChatReply, sharpened: tuple[float, ChatReply] | None) -> None:
         """Answers to show side by side; `sharpened` is the base's at a lower temperature, where there is one."""
 
     def heat(self, rewards: TokenRewards) -> None:
@@ -114,7 +114,7 @@ class Chat:
         self.weights = files.weights(weights or {})
         self.system = system
         self.history: list[Message] = []
-        self._last: tuple[Prompt, Answer] | None = None
+        self._last: tuple[Prompt, ChatReply] | None = None
         self._drawn = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "/weights": self._weights,
@@ -283,7 +283,7 @@ def describe_weights(weights: Mapping[str, float]) -> str:
     return " ".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
-def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[str], None]) -> Answer:
+def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[str], None]) -> ChatReply:
     """The answer that a stream brings; Ctrl-C (KeyboardInterrupt) ends it early."""
     pieces: list[str] = []
     try:
@@ -293,10 +293,10 @@ def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[st
                 on_text(token.text)
     except KeyboardInterrupt:
         stream.cancel()
-        return Answer(text="".join(pieces), ended="interrupted", weights=dict(weights))
+        return ChatReply(text="".join(pieces), ended="interrupted", weights=dict(weights))
     assert stream.completion is not None
     ended = stream.completion.ending
-    return Answer(
+    return ChatReply(
         text=stream.completion.text, ended="interrupted" if ended == "cancelled" else ended, weights=dict(weights)
     )
 

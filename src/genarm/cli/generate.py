@@ -33,7 +33,7 @@ from genarm.cli.options import (
 
 if TYPE_CHECKING:
     from genarm.batch.output import Settings
-    from genarm.batch.run import Job, Plan
+    from genarm.batch.run import BatchJob, Plan
     from genarm.model.references import ModelFiles
 
 SUMMARY = "answer prompts from the command line or a file"
@@ -96,7 +96,7 @@ def _decode(
     arguments: argparse.Namespace,
     files: ModelFiles,
     draft: ModelFiles | None,
-    jobs: list[Job],
+    jobs: list[BatchJob],
     plan: Plan,
     settings: Settings,
 ) -> int:

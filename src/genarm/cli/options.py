@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from genarm.batch.output import Settings
-    from genarm.batch.requests import Request
+    from genarm.batch.requests import BatchRequest
     from genarm.batch.run import Plan
     from genarm.engine import Engine
     from genarm.model.references import ModelFiles
@@ -173,7 +173,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 def settings_of(
     arguments: argparse.Namespace,
     files: ModelFiles,
-    requests: Sequence[Request],
+    requests: Sequence[BatchRequest],
     plan: Plan,
     weights: dict[str, float],
     *,

@@ -30,7 +30,7 @@ from genarm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from genarm.batch.requests import Request
+    from genarm.batch.requests import BatchRequest
     from genarm.engine import Engine
     from genarm.lab.pairs.run import Advance, Counts
     from genarm.lab.pairs.scorers import Scorer
@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scorer(arguments: argparse.Namespace, requests: Sequence[Request]) -> Scorer:
+def _scorer(arguments: argparse.Namespace, requests: Sequence[BatchRequest]) -> Scorer:
     """What `--score` means, checked against the rows."""
     from genarm.lab.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
 

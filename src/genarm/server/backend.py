@@ -18,7 +18,7 @@ State: TypeAlias = Literal["ok", "starting again", "failed"]
 _log = logging.getLogger("genarm.server")
 
 
-class Reply(Protocol):
+class BackendReply(Protocol):
     """A request that waits or runs."""
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -56,7 +56,7 @@ class Backend(Protocol):
     def describe(self) -> str:
         """What runs, for the log."""
 
-    def submit(self, request: Request) -> Reply:
+    def submit(self, request: Request) -> BackendReply:
         """Begin a request.
 
         Raises:
@@ -153,7 +153,7 @@ class RestartingBackend(Generic[Running]):
         """See `Backend`."""
         return "" if self._engine is None else self._engine.describe()
 
-    def submit(self, request: Request) -> Reply:
+    def submit(self, request: Request) -> BackendReply:
         """See `Backend`."""
         engine = self._engine
         if engine is None:

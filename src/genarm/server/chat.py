@@ -39,7 +39,7 @@ from genarm.server.replies import (
     ChatLogprobs,
     ChatMessage,
     FinishReason,
-    TokenRewards,
+    TokenShares,
 )
 from genarm.server.schema import ChatRequest
 from genarm.text.prompts import Message
@@ -116,7 +116,7 @@ class _Chat:
     async def whole(self) -> bytes:
         """The answer in one piece of JSON."""
         logprobs: list[list[ChatLogprobs]] = [[] for _ in self.labels]
-        rewards: list[list[TokenRewards]] = [[] for _ in self.labels]
+        rewards: list[list[TokenShares]] = [[] for _ in self.labels]
         completions: dict[int, Completion] = {}
         async for index, event in self.job.events():
             if isinstance(event, Token):
@@ -131,7 +131,7 @@ class _Chat:
     def _written(
         self,
         logprobs: list[list[ChatLogprobs]],
-        rewards: list[list[TokenRewards]],
+        rewards: list[list[TokenShares]],
         completions: Mapping[int, Completion],
     ) -> bytes:
         choices = [
@@ -175,7 +175,7 @@ class _Chat:
         except Exception as error:
             yield error_event(self.http, error)
 
-    def _label(self, index: int, token: Token) -> tuple[list[ChatLogprobs], list[TokenRewards]]:
+    def _label(self, index: int, token: Token) -> tuple[list[ChatLogprobs], list[TokenShares]]:
         labels = self.labels[index]
         logprobs = [labels.chat(token)] if self.asked.logprobs else []
         rewards = [labels.rewards(token)] if self.asked.return_rewards else []
@@ -189,7 +189,7 @@ class _Chat:
         *,
         finish: FinishReason | None = None,
         logprobs: list[ChatLogprobs] | None = None,
-        rewards: list[TokenRewards] | None = None,
+        rewards: list[TokenShares] | None = None,
     ) -> str:
         choice = ChatChunkChoice(
             index=index,

@@ -31,7 +31,7 @@ from genarm.server.chat import DONE, error_event, finish_reason
 from genarm.server.errors import ERRORS
 from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_text
-from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenRewards
+from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenShares
 from genarm.server.schema import CompletionRequest
 
 _USUAL_LIMIT = 16
@@ -61,7 +61,7 @@ class _Piece:
 
     text: str = ""
     logprobs: TextLogprobs | None = None
-    rewards: list[TokenRewards] | None = None
+    rewards: list[TokenShares] | None = None
     finish: FinishReason | None = None
 
     @property

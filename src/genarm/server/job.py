@@ -22,7 +22,7 @@ from starlette.types import Send
 
 from genarm.engine import Completion, Request, Token
 from genarm.server.admission import Admission, Ticket
-from genarm.server.backend import Backend, Event, Reply
+from genarm.server.backend import Backend, BackendReply, Event
 from genarm.server.bodies import Asked, read_form
 from genarm.server.errors import ApiError
 from genarm.server.metrics import Metrics
@@ -75,7 +75,7 @@ class Job:
         self.deadline = arrived + service.timeout
         self._began = time.perf_counter()
         self._ticket: Ticket | None = None
-        self._replies: list[Reply] = []
+        self._replies: list[BackendReply] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._going = 0
         self._closed = False
@@ -230,9 +230,9 @@ async def answer(
             "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",
         }
-        return Answer(job, answering.events(), headers=headers)
+        return JobResponse(job, answering.events(), headers=headers)
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-    return Answer(job, _pieces(content), headers=headers)
+    return JobResponse(job, _pieces(content), headers=headers)
 
 
 async def _pieces(content: bytes) -> AsyncGenerator[bytes]:
@@ -264,7 +264,7 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-class Answer(StreamingResponse):
+class JobResponse(StreamingResponse):
     """The answer of a job, piece by piece; however it ends, the job has then ended."""
 
     def __init__(self, job: Job, pieces: AsyncGenerator[str] | AsyncGenerator[bytes], *, headers: dict[str, str]):

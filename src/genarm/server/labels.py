@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from genarm.engine import Token
-from genarm.server.replies import ChatLogprobs, RewardShare, TextLogprobs, TokenLogprob, TokenRewards, TopLogprob
+from genarm.server.replies import ChatLogprobs, RewardShare, TextLogprobs, TokenLogprob, TokenShares, TopLogprob
 from genarm.server.texts import Texts
 from genarm.text.detokenizer import TokenText
 
@@ -64,7 +64,7 @@ class Labels:
             tokens=[self.text(token_id).text], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
         )
 
-    def rewards(self, token: Token) -> TokenRewards:
+    def rewards(self, token: Token) -> TokenShares:
         """What everyone says of a token; rewards of weight 0 are not run and have nothing to say."""
         text = self.text(token.id)
         shares = {
@@ -73,7 +73,7 @@ class Labels:
             )
             for name, said in token.rewards.items()
         }
-        return TokenRewards(
+        return TokenShares(
             token=text.text,
             bytes=list(text.data),
             logprob=_finite(token.log_prob),
@@ -81,10 +81,10 @@ class Labels:
             rewards=shares,
         )
 
-    def first_rewards(self, token_id: int) -> TokenRewards:
+    def first_rewards(self, token_id: int) -> TokenShares:
         """For the first token of a prompt."""
         text = self.text(token_id)
-        return TokenRewards(token=text.text, bytes=list(text.data), logprob=None, base_logprob=None, rewards={})
+        return TokenShares(token=text.text, bytes=list(text.data), logprob=None, base_logprob=None, rewards={})
 
 
 def joined_chat(parts: Sequence[ChatLogprobs]) -> ChatLogprobs:

@@ -15,7 +15,7 @@ _LAST_SECONDS = 1.0
 def start_log() -> None:
     """Send what the project, libraries and Python's warnings say to stderr from now on."""
     handler = Unhurried(sys.stderr.fileno())
-    handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("genarm").setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -24,7 +24,7 @@ def start_log() -> None:
         library.handlers, library.propagate = [], True
 
 
-class Plain(logging.Formatter):
+class PlainFormatter(logging.Formatter):
     """Lines as they look: what a client or a template has said cannot begin a line or speak to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:

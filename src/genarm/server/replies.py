@@ -74,7 +74,7 @@ class RewardShare(_Reply):
     contribution: float
 
 
-class TokenRewards(_Reply):
+class TokenShares(_Reply):
     """What everyone says of a token; `logprob` is the guided distribution's."""
 
     token: str
@@ -98,7 +98,7 @@ class ChatChoice(_Reply):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    rewards: list[TokenRewards] = []
+    rewards: list[TokenShares] = []
 
 
 class ChatCompletion(_Whole):
@@ -126,7 +126,7 @@ class ChatChunkChoice(_Reply):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    rewards: list[TokenRewards] = []
+    rewards: list[TokenShares] = []
 
 
 class ChatChunk(_Reply):
@@ -147,7 +147,7 @@ class TextChoice(_Reply):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
-    rewards: list[TokenRewards] = []
+    rewards: list[TokenShares] = []
 
 
 class TextCompletion(_Whole):

@@ -44,7 +44,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSpec:
+class WeightedReward:
     """A reward to learn from: its name, the folder of a trajectory reward model, and its weight in the sum."""
 
     name: str
@@ -55,7 +55,7 @@ class RewardSpec:
         return f"{self.name}={self.folder}:{self.weight:g}"
 
 
-def parse_rewards(text: str) -> tuple[RewardSpec, ...]:
+def parse_rewards(text: str) -> tuple[WeightedReward, ...]:
     """The rewards of `NAME=FOLDER[:WEIGHT],…`; what follows the last colon is a weight if it is a number.
 
     Raises:
@@ -100,7 +100,7 @@ def _check_rlhf(config: TrainConfig) -> None:
         )
 
 
-def _parse_reward(part: str) -> RewardSpec:
+def _parse_reward(part: str) -> WeightedReward:
     name, _, value = part.partition("=")
     if not (name and value):
         raise ConfigError(f"cannot read {part!r} in --rewards; write NAME=FOLDER[:WEIGHT], several with commas")
@@ -110,10 +110,10 @@ def _parse_reward(part: str) -> RewardSpec:
     except ValueError:
         folder = ""
     if not folder:
-        return RewardSpec(name=name, folder=value)
+        return WeightedReward(name=name, folder=value)
     if not math.isfinite(weight):
         raise ConfigError(f"the weight of {part!r} in --rewards must be a finite number")
-    return RewardSpec(name=name, folder=folder, weight=weight)
+    return WeightedReward(name=name, folder=folder, weight=weight)
 
 
 def absolute_rewards(text: str) -> str:
@@ -121,6 +121,6 @@ def absolute_rewards(text: str) -> str:
     specs = parse_rewards(text)
     found = (str(Path(s.folder).absolute()) if Path(s.folder).exists() else s.folder for s in specs)
     return ",".join(
-        str(RewardSpec(name=spec.name, folder=folder, weight=spec.weight))
+        str(WeightedReward(name=spec.name, folder=folder, weight=spec.weight))
         for spec, folder in zip(specs, found, strict=True)
     )

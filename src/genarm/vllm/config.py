@@ -26,7 +26,7 @@ _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class MemberStream:
     """One member's way through a model: plain, or with a LoRA adapter.
 
     Attributes:
@@ -43,7 +43,7 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trunk:
+class TrunkSpec:
     """A model whose weights are held once, and the members that go through it, in one forward.
 
     Attributes:
@@ -56,7 +56,7 @@ class Trunk:
     name: str
     model: str
     revision: str | None
-    streams: tuple[Stream, ...]
+    streams: tuple[MemberStream, ...]
 
 
 class ServedConfig(GuidedConfig):
@@ -108,18 +108,18 @@ class ServedConfig(GuidedConfig):
         return self if self.base_config is None else self.base_config.get_text_config()
 
     @property
-    def trunks(self) -> tuple[Trunk, ...]:
+    def trunks(self) -> tuple[TrunkSpec, ...]:
         """The models to hold, the base's first; members that name the same one share it."""
         folder = self._place
         specs = {BASE: self.base_spec, **{reward.name: reward.member for reward in self.reward_specs}}
-        streams: dict[tuple[str, str | None], list[Stream]] = {}
+        streams: dict[tuple[str, str | None], list[MemberStream]] = {}
         for member, (name, spec) in enumerate(specs.items()):
             host = spec if spec.model is not None else self.base_spec
             adapter = None if spec.adapter is None else locate(spec.adapter, folder)
-            stream = Stream(member=member, name=name, adapter=adapter, adapter_revision=spec.adapter_revision)
+            stream = MemberStream(member=member, name=name, adapter=adapter, adapter_revision=spec.adapter_revision)
             streams.setdefault((locate(str(host.model), folder), host.revision), []).append(stream)
         return tuple(
-            Trunk(name=group[0].name, model=model, revision=revision, streams=tuple(group))
+            TrunkSpec(name=group[0].name, model=model, revision=revision, streams=tuple(group))
             for (model, revision), group in streams.items()
         )
 

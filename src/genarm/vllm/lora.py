@@ -32,13 +32,13 @@ from genarm.model.config import MemberSpec
 from genarm.model.loading import HubOptions, load_model_config
 
 if TYPE_CHECKING:
-    from genarm.vllm.config import Stream, Trunk
+    from genarm.vllm.config import MemberStream, TrunkSpec
 
 # Fused in the checkpoint in an order that vLLM undoes when it loads the weight, so an adapter's rows would be mixed up.
 _INTERLEAVED = ("query_key_value", "Wqkv", "c_attn")
 
 
-def add_adapters(model: nn.Module, trunk: Trunk) -> None:
+def add_adapters(model: nn.Module, trunk: TrunkSpec) -> None:
     """Put the adapters of `trunk` on the layers of `model`; stream i is the i-th row of each token.
 
     Raises:
@@ -63,7 +63,7 @@ class _Part:
         self.shard = shard
 
 
-def _read(model: nn.Module, stream: Stream, trunk: Trunk) -> list[tuple[str, _Part]]:
+def _read(model: nn.Module, stream: MemberStream, trunk: TrunkSpec) -> list[tuple[str, _Part]]:
     assert stream.adapter is not None
     files = read_adapter(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
     spec = MemberSpec(model=trunk.model, revision=trunk.revision)

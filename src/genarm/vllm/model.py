@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0})
-class Members(nn.Module):
+class AllTrunks(nn.Module):
     """All trunks, run one after the other on the same tokens; compiled as one."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -70,7 +70,7 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
                 "default weights; start vLLM with the environment variable VLLM_USE_V2_MODEL_RUNNER=0"
             )
         self._table = table
-        self.members = Members(vllm_config=vllm_config, prefix=prefix)
+        self.members = AllTrunks(vllm_config=vllm_config, prefix=prefix)
         self._one_stage = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._alignments = config.alignments()
         for i, alignment in enumerate(self._alignments):

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
 
-    from genarm.vllm.config import Trunk
+    from genarm.vllm.config import TrunkSpec
 
 
 class SharedModel(nn.Module):
     """A model of vLLM and the members that go through it."""
 
-    def __init__(self, trunk: Trunk, vllm_config: VllmConfig, *, prefix: str) -> None:
+    def __init__(self, trunk: TrunkSpec, vllm_config: VllmConfig, *, prefix: str) -> None:
         """Make the model, without weights yet.
 
         Raises:
@@ -145,7 +145,7 @@ def _below_each_other(rows: Tensor, copies: int) -> Tensor:
     return rows.reshape(-1, rows.shape[1] // copies)
 
 
-def _own_config(trunk: Trunk, vllm_config: VllmConfig, prefix: str) -> VllmConfig:
+def _own_config(trunk: TrunkSpec, vllm_config: VllmConfig, prefix: str) -> VllmConfig:
     """vLLM's configuration for this model alone; caches, devices and compilation are the guided model's."""
     guided = vllm_config.model_config
     model_config = ModelConfig(
@@ -175,7 +175,7 @@ def _window(model_config: ModelConfig) -> int | None:
     return None if mixed else model_config.get_sliding_window()
 
 
-def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: Trunk) -> None:
+def _refuse_unshareable(model: nn.Module, model_config: ModelConfig, trunk: TrunkSpec) -> None:
     names = ", ".join(stream.name for stream in trunk.streams)
     kinds = {type(module) for module in model.modules() if isinstance(module, AttentionLayerBase)}
     plain = all(

@@ -17,9 +17,9 @@ from genarm.files import append_rows, keep_rows, resume_rows
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.results import Cost
 from genarm.lab.methods.interface import Meter, Method
-from genarm.sampling import Reply, derive_seed
+from genarm.sampling import SampledReply, derive_seed
 
-LogProbs: TypeAlias = Callable[[Sequence[Sequence[int]], Sequence[Reply]], "list[float] | None"]
+LogProbs: TypeAlias = Callable[[Sequence[Sequence[int]], Sequence[SampledReply]], "list[float] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def _answer(
 ) -> list[dict[str, Any]]:
     prompts = [question.ids for question in batch]
     meter = Meter()
-    replies: list[Reply] = []
+    replies: list[SampledReply] = []
     begun = time.perf_counter()
     for first in range(0, len(batch), at_once):
         part = prompts[first : first + at_once]

@@ -12,7 +12,7 @@ from genarm.lab.methods.rewards import WeightedRewards
 from genarm.lab.methods.sample import Blend
 from genarm.lab.prefix import Ids
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import Reply
+from genarm.sampling import SampledReply
 
 
 class BestOfN:
@@ -44,7 +44,7 @@ class BestOfN:
         self.rewards = WeightedRewards(rewards, weights, sample.tokenizer)
         self.n = n
 
-    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[Reply]:
+    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
         """A reply to each prompt."""
         samples = self.sample.draw(prompts, copies=self.n, seed=seed, meter=meter)
         repeated = [prompt for prompt in prompts for _ in range(self.n)]
@@ -52,7 +52,7 @@ class BestOfN:
         firsts = range(0, len(samples), self.n)
         return [samples[max(range(first, first + self.n), key=lambda i: scores[i])] for first in firsts]
 
-    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[Reply]) -> None:
+    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[SampledReply]) -> None:
         """None: the density sums over everything that N samples could have been; there is `kl_bound` instead."""
 
     @property

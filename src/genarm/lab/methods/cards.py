@@ -30,7 +30,7 @@ from genarm.lab.methods.rewards import WeightedPrefix, WeightedRewards
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import Reply, Sampling, derive_seed, make_reply, stop_ids
+from genarm.sampling import SampledReply, Sampling, derive_seed, make_reply, stop_ids
 
 ALPHA = 0.5
 
@@ -86,7 +86,7 @@ class Cards:
         self.known = shared_ids([base, *(reward.model for reward in self.rewards.models)], tokenizer)
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[Reply]:
+    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
         """A reply to each prompt."""
         with enough_memory(len(prompts)):
             run = _Run(self, prompts, seed, meter)
@@ -94,7 +94,7 @@ class Cards:
                 run.step()
         return [make_reply(self.tokenizer, row.kept, self.stops) for row in run.rows]
 
-    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[Reply]) -> None:
+    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[SampledReply]) -> None:
         """None: the density of a segment sums over all ways to be rejected before it."""
 
     def threshold(self, start: float, tokens: int) -> float:

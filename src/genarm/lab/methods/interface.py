@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from genarm.lab.prefix import Counter
-from genarm.sampling import Reply
+from genarm.sampling import SampledReply
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class Meter:
 class Method(Protocol):
     """Answers prompts. Methods that train a model beforehand are the sampling of that model."""
 
-    def answer(self, prompts: Sequence[Sequence[int]], *, seed: int, meter: Meter) -> list[Reply]:
+    def answer(self, prompts: Sequence[Sequence[int]], *, seed: int, meter: Meter) -> list[SampledReply]:
         """A reply to each prompt (token ids), all decoded together.
 
         A row draws random numbers of its own, named by `seed` and its place in the batch, so that its reply does
@@ -55,7 +55,7 @@ class Method(Protocol):
         """
         ...
 
-    def log_probs(self, prompts: Sequence[Sequence[int]], replies: Sequence[Reply]) -> list[float] | None:
+    def log_probs(self, prompts: Sequence[Sequence[int]], replies: Sequence[SampledReply]) -> list[float] | None:
         """log π(reply | prompt) of each reply in nats, EOS included; None where the method has no known density.
 
         This is bookkeeping for the divergence from the base, never counted as work of the method.

@@ -28,7 +28,7 @@ from genarm.lab.prefix import Ids, Prefix, batches, next_logits
 from genarm.model.config import BASE
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
-from genarm.sampling import Reply, Sampling, make_reply, stop_ids
+from genarm.sampling import SampledReply, Sampling, make_reply, stop_ids
 
 # Logits that one forward of `log_probs` may have, 256 MiB in float32.
 LOGITS = 1 << 26
@@ -82,17 +82,17 @@ class Blend:
         self.stops = stop_ids(terms[0].model, tokenizer)
         self._known = shared_ids([term.model for term in self.terms], tokenizer)
 
-    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[Reply]:
+    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
         """A reply to each prompt."""
         return self.draw(prompts, copies=1, seed=seed, meter=meter)
 
-    def draw(self, prompts: Sequence[Ids], *, copies: int, seed: int, meter: Meter) -> list[Reply]:
+    def draw(self, prompts: Sequence[Ids], *, copies: int, seed: int, meter: Meter) -> list[SampledReply]:
         """`copies` replies to each prompt, those to one prompt side by side; each prompt is read once."""
         steps = _BlendSteps(self.terms, self._known, meter)
         drawn = decode(steps, prompts, self.sampling, stops=self.stops, seed=seed, copies=copies)
         return [make_reply(self.tokenizer, reply.tokens, self.stops) for reply in drawn]
 
-    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[Reply]) -> list[float] | None:
+    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[SampledReply]) -> list[float] | None:
         """log π(reply | prompt) at the temperature, in one uncached forward; None where the choice is greedy."""
         if self.sampling.temperature == 0:
             return None

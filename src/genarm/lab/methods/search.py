@@ -22,7 +22,7 @@ from genarm.lab.methods.rewards import WeightedRewards
 from genarm.lab.prefix import Ids, Prefix, next_logits
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import Reply, Sampling, make_reply, stop_ids
+from genarm.sampling import SampledReply, Sampling, make_reply, stop_ids
 
 
 class Rollouts(Protocol):
@@ -85,7 +85,7 @@ class Search:
         self.top_k = min(top_k, self.known)
         self._drawn: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
 
-    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[Reply]:
+    def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
         """A reply to each prompt."""
         drawn = decode(self._steps(meter), prompts, self.sampling, stops=self.stops, seed=seed)
         replies = [make_reply(self.tokenizer, reply.tokens, self.stops) for reply in drawn]
@@ -93,7 +93,7 @@ class Search:
         self._drawn = {(tuple(prompt), reply.token_ids): own.log_prob for prompt, reply, own in pairs}
         return replies
 
-    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[Reply]) -> list[float] | None:
+    def log_probs(self, prompts: Sequence[Ids], replies: Sequence[SampledReply]) -> list[float] | None:
         """log π(reply | prompt) under the softmax over the k; None where the choice is greedy.
 
         Those of the last answers are known from the drawing; for others the search is done again along the reply,

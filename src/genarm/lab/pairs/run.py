@@ -21,7 +21,7 @@ from typing import Any
 
 from genarm.batch.output import Settings as SampleSettings
 from genarm.batch.output import begin
-from genarm.batch.run import Job, Plan, context_of, decode
+from genarm.batch.run import BatchJob, Plan, context_of, decode
 from genarm.engine import Engine
 from genarm.errors import DataError
 from genarm.files import append_rows, keep_rows, resume_rows, write_text
@@ -90,7 +90,7 @@ class Counts:
 
 def make_pairs(
     output: Path,
-    jobs: Sequence[Job],
+    jobs: Sequence[BatchJob],
     conversations: Sequence[Prompt],
     plan: Plan,
     settings: PairSettings,
@@ -163,7 +163,7 @@ def _reply(prompt: Prompt, response: str) -> str | list[Message]:
 
 def _sample(
     path: Path,
-    jobs: Sequence[Job],
+    jobs: Sequence[BatchJob],
     plan: Plan,
     settings: SampleSettings,
     open_engine: Callable[[int, int], Engine],

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.training.kinds import RewardSpec, parse_rewards
+from genarm.training.kinds import WeightedReward, parse_rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def load_rewards(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Reward]:
     return [_load(spec, tokenizer) for spec in parse_rewards(text)]
 
 
-def _load(spec: RewardSpec, tokenizer: PreTrainedTokenizerBase) -> Reward:
+def _load(spec: WeightedReward, tokenizer: PreTrainedTokenizerBase) -> Reward:
     model = TrajectoryReward.load(spec.folder, name=spec.name, device=PartialState().device)
     model.check(tokenizer)
     return Reward(name=spec.name, weight=spec.weight, model=model)

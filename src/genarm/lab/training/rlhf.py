@@ -40,7 +40,7 @@ from genarm.lab.training.trainers import (
     reference_options,
     sequence_log_probs,
 )
-from genarm.sampling import Reply, Sampling, derive_seed, sample_replies
+from genarm.sampling import SampledReply, Sampling, derive_seed, sample_replies
 from genarm.statistics import mean
 from genarm.training.config import TrainConfig
 from genarm.training.data import Ids, TrainData
@@ -88,7 +88,7 @@ class RlhfTrainer(Baseline, RLOOTrainer, TranslatedLog):
         start = time.perf_counter()
         policy = self.accelerator.unwrap_model(self.model).eval()
         tokenizer: Any = self.processing_class
-        replies: list[Reply] = []
+        replies: list[SampledReply] = []
         kl: list[float] = []
         for number, first in enumerate(range(0, len(self.held_out.prompts), self.held_out.batch)):
             prompts = self.held_out.prompts[first : first + self.held_out.batch]
@@ -118,7 +118,7 @@ class RlhfTrainer(Baseline, RLOOTrainer, TranslatedLog):
         return figures | {f"reward/{reward.name}": value for reward, value in means}
 
     @torch.no_grad()
-    def _log_ratios(self, policy: Any, prompts: Sequence[Ids], replies: Sequence[Reply]) -> list[float]:
+    def _log_ratios(self, policy: Any, prompts: Sequence[Ids], replies: Sequence[SampledReply]) -> list[float]:
         rows = [torch.tensor([*prompt, *reply.token_ids]) for prompt, reply in zip(prompts, replies, strict=True)]
         ids_BT = pad_sequence(rows, batch_first=True).to(policy.device)
         lengths_B = torch.tensor([len(row) for row in rows], device=policy.device)
