@@ -317,6 +317,24 @@ def test_heads_that_do_not_end_are_closed(monkeypatch: pytest.MonkeyPatch) -> No
                 assert connection.recv(1000) == b""
 
 
+def test_what_is_no_request_is_told_to_the_operator(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """Before an answer it gets one, amid an answer its connection is cut; nothing fails over it."""
+    chunked = head(TEXTS, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    for sent, answer in ((b"GET /health\x00 HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"), (chunked + b"x\r\n", b"HTTP/1.1 400")):
+        connection = connect(server)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = b""
+        while not found.endswith(b'{"status":"ok"}'):
+            found += connection.recv(1000)
+        connection.sendall(sent)
+        assert connection.recv(1000).startswith(answer)
+        connection.close()
+    said = [record.getMessage() for record in caplog.records if "sent what is no request" in record.getMessage()]
+    assert len(said) == 2
+    assert "illegal" in said[0]
+    assert "CLIENT: ERROR" in said[0]
+
+
 def test_connections_that_only_wait_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "_MOST_CONNECTIONS", 20)
     with running() as server:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,6 +33,7 @@ _AT_ONCE = 16
 _WAITING = 512
 _MOST_CONNECTIONS = 1024
 _FILES = 4096
+_log = logging.getLogger("genarm.server")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -194,6 +198,14 @@ class _Connection(H11Protocol):
         """A request has its answer; from now on the next one is waited for."""
         self.since = time.monotonic()
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no request; the operator is told why, and a connection amid an answer is cut."""
+        _log.warning("a connection sent what is no request: %s (%s)", sys.exception(), self.conn.states)
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
 
     @property
     def idle(self) -> bool:
