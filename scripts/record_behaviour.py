@@ -4,7 +4,8 @@
     python scripts/record_behaviour.py OTHER --check FOLDER # after: says what differs, and fails if anything does
 
 Tiny seeded models decode with the engine and with transformers' `generate`, the server answers requests, a tiny recipe
-trains and compares, and every command's help is kept. Times, random names and places are left out.
+trains and compares, and every command's help is kept. Times, random names, places and digests of
+what lies in them are left out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
-_TIMED = re.compile(r"second|speed|runtime|per_sec|created|duration|^(date|machine|versions|command)$")
-_RANDOM = re.compile(r"\b(chatcmpl|cmpl|req)-[0-9A-Za-z]+")
+_TIMED = re.compile(r"second|speed|slowest|fastest|runtime|per_sec|created|duration|^(date|machine|versions|command)$")
+_RANDOM = re.compile(r"((?:chatcmpl|cmpl|req)-)[0-9A-Za-z]+|(\\?\"settings\\?\": \\?\")[0-9a-f]{16}")
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as place:
             for name, found in what(Path(place)).items():
                 text = found if isinstance(found, str) else json.dumps(tidy(found), indent=1, ensure_ascii=False)
-                text = _RANDOM.sub(r"\1-…", text.replace(place, "PLACE").replace(str(ROOT), "ROOT"))
+                text = _RANDOM.sub(r"\1\2…", text.replace(place, "PLACE").replace(str(ROOT), "ROOT"))
                 (arguments.folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
         print(f"recorded {what.__name__}", flush=True)
     return compare(arguments.check, arguments.folder) if arguments.check else 0

@@ -613,6 +613,30 @@ def test_prompts_of_every_kind(model: GuidedForCausalLM) -> None:
     assert by_talk.token_ids == by_talk_ids.token_ids
 
 
+def test_prompts_without_a_request(model: GuidedForCausalLM) -> None:
+    """The same replies as by requests; a list of prompts has seeds in a row."""
+    settings: dict[str, Any] = {
+        "sampling": Sampling(max_new_tokens=6),
+        "weights": {model.reward_names[0]: 2.0},
+        "stop": ["w39"],
+    }
+    talk = [{"role": "user", "content": "w1 w2"}]
+    prompts: list[Any] = ["w1 w2 w3", talk, [7, 8, 9], "w1 w2 w3"]
+    with Engine(model, TOKENIZER, options()) as engine:
+        expected = engine.generate([Request(prompt=p, seed=5 + i, **settings) for i, p in enumerate(prompts)])
+        assert token_ids(engine.generate(prompts, seed=5, **settings)) == token_ids(expected)
+        alone = [engine.generate(prompt, seed=5 + i, **settings) for i, prompt in enumerate(prompts)]
+        assert token_ids(alone) == token_ids(expected)
+        assert engine.generate(Request(prompt="w1 w2 w3", seed=5, **settings)).text == expected[0].text
+        assert engine.generate([]) == []
+        wrong: Any
+        for wrong in (None, 3, {"role": "user", "content": "w1"}, [None], [["w1", "w2"]], [[]], torch.tensor([7])):
+            with pytest.raises(ConfigError, match="as a prompt; give a text, a conversation"):
+                engine.generate(wrong)
+        with pytest.raises(ConfigError, match="a Request has sampling, weights, seed and stop of its own"):
+            engine.generate(Request(prompt="w1"), seed=1)
+
+
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_logit_bias(model: GuidedForCausalLM, speculate: int) -> None:
     with Engine(model, TOKENIZER, options(speculate=speculate, adapt=False)) as engine:

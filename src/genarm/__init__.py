@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from genarm.model.auto import register as _register
 
 if TYPE_CHECKING:
+    from genarm.engine.engine import Engine, EngineOptions
+    from genarm.engine.request import Completion, Request, Token
     from genarm.errors import GenarmError
     from genarm.model.compose import compose
     from genarm.model.config import GuidedConfig
     from genarm.model.modeling import GuidedForCausalLM
     from genarm.model.token_rewards import TokenRewards
+    from genarm.sampling import Sampling
     from genarm.training.config import TrainConfig
     from genarm.training.run import train
     from genarm.training.trainer import ArmTrainer
@@ -25,9 +28,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArmTrainer": "genarm.training.trainer",
+    "Completion": "genarm.engine.request",
+    "Engine": "genarm.engine.engine",
+    "EngineOptions": "genarm.engine.engine",
     "GenarmError": "genarm.errors",
     "GuidedConfig": "genarm.model.config",
     "GuidedForCausalLM": "genarm.model.modeling",
+    "Request": "genarm.engine.request",
+    "Sampling": "genarm.sampling",
+    "Token": "genarm.engine.request",
     "TokenRewards": "genarm.model.token_rewards",
     "TrainConfig": "genarm.training.config",
     "compose": "genarm.model.compose",
@@ -36,9 +45,15 @@ _HOMES = {
 
 __all__ = [
     "ArmTrainer",
+    "Completion",
+    "Engine",
+    "EngineOptions",
     "GenarmError",
     "GuidedConfig",
     "GuidedForCausalLM",
+    "Request",
+    "Sampling",
+    "Token",
     "TokenRewards",
     "TrainConfig",
     "__version__",

@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from genarm.engine.build import build
 from genarm.engine.reply_text import TextStream
-from genarm.engine.request import Completion, Request
+from genarm.engine.request import Asked, Completion, Request, to_requests
 from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
@@ -27,7 +27,7 @@ from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.model.weights import weight_row
-from genarm.sampling import check_seed, stop_ids
+from genarm.sampling import Sampling, check_seed, stop_ids
 from genarm.text.prompts import check_prompt_ids, encode_prompt
 
 if TYPE_CHECKING:
@@ -203,8 +203,67 @@ class Engine:
         self._submit([state])
         return stream
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """All replies, in order; raises as `stream` does, before anything runs."""
+    @overload
+    def generate(
+        self,
+        asked: str | Request,
+        *,
+        sampling: Sampling | None = None,
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        asked: Sequence[Request] | list[str],
+        *,
+        sampling: Sampling | None = None,
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        asked: Asked | Sequence[Asked],
+        *,
+        sampling: Sampling | None = None,
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Any: ...
+
+    def generate(
+        self,
+        asked: Asked | Sequence[Asked],
+        *,
+        sampling: Sampling | None = None,
+        weights: Mapping[str, float] | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion | list[Completion]:
+        """The reply to one prompt, or all replies to a list of them, in order.
+
+        Args:
+            asked: a prompt (text as it is, a conversation for the chat template, or token ids) or a `Request`, which
+                has settings of its own; or a list of them.
+            sampling: how tokens are drawn.
+            weights: {reward: w} over the model's defaults.
+            seed: of the first prompt's reply; each further prompt has the next number.
+            stop: texts that end a reply, which then ends before them.
+
+        Raises:
+            ConfigError: what is asked has none of these forms, or there are settings beside a `Request`.
+            GenarmError: as `stream` raises, before anything runs.
+        """
+        requests, alone = to_requests(asked, sampling, weights, seed, stop)
+        replies = self._generate(requests)
+        return replies[0] if alone else replies
+
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         prepared = [self._prepare(request) for request in requests]
         self._submit([state for state, _ in prepared])
         streams = [stream for _, stream in prepared]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from genarm.errors import ConfigError
 from genarm.sampling import Sampling
@@ -67,6 +67,49 @@ class Request:
             for token in ids:
                 if not isinstance(token, Integral) or not 0 <= token < size:
                     raise ConfigError(f"{name} names the token id {token!r}; ids go from 0 to {size - 1}")
+
+
+Asked: TypeAlias = Request | Prompt | Sequence[int]
+"""One reply to draw: all of it, or the prompt alone."""
+
+
+def to_requests(
+    asked: Asked | Sequence[Asked],
+    sampling: Sampling | None = None,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> tuple[list[Request], bool]:
+    """The requests that are meant by the arguments of `Engine.generate`, and whether it is one alone.
+
+    Raises:
+        ConfigError: what is asked has none of the forms, or there are settings beside a request, which has its own.
+    """
+    alone = isinstance(asked, Request) or _is_prompt(asked)
+    given = bool(sampling or weights or seed or stop)
+    requests: list[Request] = []
+    for index, item in enumerate([asked] if alone or not isinstance(asked, Sequence) else asked):
+        if isinstance(item, Request):
+            if given:
+                raise ConfigError("a Request has sampling, weights, seed and stop of its own; give them there")
+            requests.append(item)
+            continue
+        if not _is_prompt(item):
+            raise ConfigError(
+                f"cannot read {item!r:.80} as a prompt; give a text, a conversation (a list of messages with role and "
+                "content), a list of token ids, or a Request"
+            )
+        prompt: Any = item
+        how = sampling or Sampling()
+        requests.append(Request(prompt=prompt, weights=weights or {}, sampling=how, seed=seed + index, stop=stop))
+    return requests, alone
+
+
+def _is_prompt(item: object) -> bool:
+    """Whether it is a text, a conversation or token ids."""
+    if isinstance(item, str):
+        return True
+    return isinstance(item, Sequence) and bool(item) and all(isinstance(part, Mapping | Integral) for part in item)
 
 
 @dataclass(frozen=True, kw_only=True)
