@@ -88,9 +88,9 @@ def decoding(_: Path) -> dict[str, Any]:
     """Greedy and seeded replies of a base with two rewards, by the engine and by `generate`."""
     import torch
 
+    from builders.serving import TOKENIZER, guided_model
     from genarm.engine import Engine, EngineOptions, Request
     from genarm.sampling import Sampling
-    from serving import TOKENIZER, guided_model
 
     prompts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10"]
     weights: list[dict[str, float]] = [{}, {"helpful": 2.0, "harmless": -0.5}, {"helpful": 0.0, "harmless": 0.0}]
@@ -150,7 +150,7 @@ _REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def answers(_: Path) -> dict[str, Any]:
     """What the server answers, and its document."""
-    from serving import running
+    from builders.serving import running
 
     found: dict[str, Any] = {}
     with running() as server, server.http() as client:
@@ -170,8 +170,8 @@ def answers(_: Path) -> dict[str, Any]:
 
 def commands(place: Path) -> dict[str, Any]:
     """What commands print that use a model, and a training of an ARM."""
+    from builders.tiny import save_member, tiny_lora, tiny_model
     from genarm.cli.main import main as genarm
-    from tiny import save_member, tiny_lora, tiny_model
 
     base = save_member(tiny_model(seed=0), place / "base")
     full = save_member(tiny_model(seed=1), place / "full")
@@ -239,8 +239,8 @@ def comparison(place: Path) -> dict[str, Any]:
     """A whole comparison: worlds, trainings of every kind, methods, judges, figures."""
     from rich.console import Console
 
+    from builders.shrunk import shrunk
     from genarm.lab.evaluation.run import RunOptions, evaluate
-    from shrunk import shrunk
 
     recipe = shrunk(ROOT / "recipes" / "pku-pareto.toml", place / "recipe.toml")
     run = place / "run"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from builders.tiny import save_member, tiny_model, tiny_tokenizer
 from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import ConversationError
 from genarm.lab.accuracy.models import open_rewards
@@ -20,7 +21,6 @@ from genarm.text.prompts import as_conversation, encode_pair, encode_prompt, end
 from genarm.training.config import TrainConfig
 from genarm.training.data import load_pairs
 from genarm.training.loading import load_weights
-from tiny import save_member, tiny_model, tiny_tokenizer
 
 EXTRA = ("<turn>", "<eot>", "<call>")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import subprocess
@@ -139,3 +140,18 @@ def test_a_new_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
     with pytest.raises(DataError, match="already exists"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_no_test_imports_another_and_the_folders_are_those_of_the_source() -> None:
+    """What tests share is in `builders`."""
+    here = Path(__file__).parent
+    modules = list(here.rglob("test_*.py"))
+    names = {path.stem for path in modules}
+    assert len(names) == len(modules)
+    for path in [*modules, *(here / "builders").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                found = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+                assert not names & set(found), f"{path.relative_to(here)} imports {found}"
+    folders = {path.parent.relative_to(here).as_posix() for path in modules} - {".", "with_vllm"}
+    assert folders <= {path.name for path in Path(genarm.__file__).parent.iterdir()}

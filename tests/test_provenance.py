@@ -18,15 +18,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from builders.judge_server import JudgeServer, says
+from builders.tiny import save_member, tiny_lora, tiny_model
+from builders.toy_training import write_toy
 from genarm.cli.main import main
 from genarm.errors import DataError
 from genarm.model.compose import compose
 from genarm.provenance import AT, claim, code_record, difference, digest, file_content, model_record
 from genarm.training.config import TrainConfig
 from genarm.training.run import train
-from judge_server import JudgeServer, says
-from test_train import write_toy
-from tiny import save_member, tiny_lora, tiny_model
 
 Edit = Callable[[], None]
 

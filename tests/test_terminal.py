@@ -18,10 +18,10 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
+from builders.tiny import save_member, tiny_model, tiny_tokenizer
 from genarm.cli.main import main
 from genarm.cli.options import say, say_json
 from genarm.terminal import Bar, PlainConsole
-from tiny import save_member, tiny_model, tiny_tokenizer
 
 EVIL = "a\x1b]0;title\x07b\x9b31mc\rd\x7f"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

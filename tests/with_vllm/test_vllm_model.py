@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
 import torch
-from guided import TOLERANCE, Asked, agree, ask, engine, folder, inner_model, members, oracle
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
 
+from builders.guided_vllm import TOLERANCE, Asked, agree, ask, engine, folder, inner_model, members, oracle
+from builders.tiny import VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
 from genarm import compose
-from tiny import VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
 
 FAMILIES = {
     "llama": [

@@ -17,8 +17,8 @@ import openai
 import pytest
 import torch
 
+from builders.tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM, compose
-from tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 

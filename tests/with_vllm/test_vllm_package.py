@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
-from guided import folder, members
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm.config import ModelConfig
 from vllm.plugins import load_general_plugins
 
+from builders.guided_vllm import folder, members
+from builders.tiny import tiny_lora
 from genarm.vllm import VERSIONS, check_version, register, vllm_version
-from tiny import tiny_lora
 
 
 def test_vllm_finds_the_plug_in() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
-from guided import Asked, agree, ask, engine, folder, members, oracle
+from builders.guided_vllm import Asked, agree, ask, engine, folder, members, oracle
 
 REWARDS = {"helpful": "lora", "harmless": "lora2", "brief": "small_lora"}
 

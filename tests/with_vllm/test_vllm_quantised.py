@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
 import torch
-from guided import SHAPES, Asked, ask, engine, folder, members, oracle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vllm.platforms import current_platform
+
+from builders.guided_vllm import SHAPES, Asked, ask, engine, folder, members, oracle
 
 current_platform.import_kernels()
 pytestmark = pytest.mark.skipif(

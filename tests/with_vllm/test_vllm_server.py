@@ -23,6 +23,7 @@ import pytest
 import torch
 import uvicorn
 
+from builders.tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM, compose
 from genarm.cli import serve
 from genarm.cli.main import build_parser
@@ -35,7 +36,6 @@ from genarm.server.job import Service
 from genarm.server.listen import bind
 from genarm.server.schema import ChatRequest, CompletionRequest
 from genarm.server.vllm_backend import VllmBackend, VllmEngine, VllmOptions
-from tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 

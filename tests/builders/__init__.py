@@ -1,0 +1,1 @@
+"""What tests share: tiny models, invented data, servers that run."""

@@ -1,0 +1,438 @@
+"""Every preference format, from files as users have them to prompts and responses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders.tiny import SHARED
+from genarm.data.preferences import Format, Preference, detect, load_preferences, to_preferences
+from genarm.data.prompts import to_prompts
+from genarm.errors import ConfigError, DataError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+HH = {
+    "chosen": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Any news?\n\nAssistant: None today.",
+    "rejected": "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Any news?\n\nAssistant: Go away.\nNow.",
+}
+PKU = {
+    "prompt": "How do I rest?",
+    "response_0": "Lie down.",
+    "response_1": "Drink.",
+    "better_response_id": 1,
+    "safer_response_id": 0,
+    "is_response_0_safe": True,
+}
+ULTRAFEEDBACK = {
+    "prompt": "Name a fruit.",
+    "prompt_id": "x",
+    "chosen": [user("Name a fruit."), assistant("Apple.")],
+    "rejected": [user("Name a fruit."), assistant("Car.")],
+    "messages": [],
+    "score_chosen": 8.0,
+}
+
+# row, format, pair
+EXPLICIT = [
+    (
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        Format.STANDARD,
+        ([user("The sky is")], " blue.", " green."),
+    ),
+    (
+        {"chosen": "Q: The sky?\nA: It is blue.", "rejected": "Q: The sky?\nA: It is green."},
+        Format.IMPLICIT_STANDARD,
+        ("Q: The sky?\nA:", " It is blue.", " It is green."),
+    ),
+    (
+        {"prompt": [user("Sky?")], "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
+        Format.CONVERSATIONAL,
+        ([user("Sky?")], "Blue.", "Green."),
+    ),
+    (
+        {
+            "chosen": [user("a"), assistant("b"), user("Sky?"), assistant("Blue.")],
+            "rejected": [user("a"), assistant("b"), user("Sky?"), assistant("Green.")],
+        },
+        Format.IMPLICIT_CONVERSATIONAL,
+        ([user("a"), assistant("b"), user("Sky?")], "Blue.", "Green."),
+    ),
+    (ULTRAFEEDBACK, Format.ULTRAFEEDBACK, ([user("Name a fruit.")], "Apple.", "Car.")),
+    (
+        {"prompt": "Name a fruit.", "chosen": [assistant("Apple.")], "rejected": [assistant("Car.")]},
+        Format.ULTRAFEEDBACK,
+        ([user("Name a fruit.")], "Apple.", "Car."),
+    ),
+    (
+        {
+            "prompt": "Name a fruit.",
+            "chosen": [{"role": "system", "content": "Be brief."}, user("Name a fruit."), assistant("Apple.")],
+            "rejected": [{"role": "system", "content": "Be brief."}, user("Name a fruit."), assistant("Car.")],
+        },
+        Format.ULTRAFEEDBACK,
+        ([{"role": "system", "content": "Be brief."}, user("Name a fruit.")], "Apple.", "Car."),
+    ),
+    (
+        {
+            "prompt": [user("a"), assistant("b")],
+            "chosen": [user("c"), assistant("d")],
+            "rejected": [user("c"), assistant("e")],
+        },
+        Format.CONVERSATIONAL,
+        ([user("a"), assistant("b"), user("c")], "d", "e"),
+    ),
+    (
+        HH,
+        Format.TRANSCRIPTS,
+        ([user("Hi there"), assistant("Hello."), user("Any news?")], "None today.", "Go away.\nNow."),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "format_", "pair"), EXPLICIT, ids=[str(i) for i in range(len(EXPLICIT))])
+def test_each_format(row: dict[str, Any], format_: Format, pair: tuple[Any, str, str]) -> None:
+    found = to_preferences([row], source="rows")
+    assert found.format is format_
+    assert found.pairs == [Preference(prompt=pair[0], chosen=pair[1], rejected=pair[2])]
+    assert not found.malformed
+
+
+def test_transcripts_stay_text_without_a_chat_template() -> None:
+    (pair,) = to_preferences([HH], source="rows", chat=False).pairs
+    assert isinstance(pair.prompt, str)
+    assert pair.prompt.endswith("\n\nHuman: Any news?\n\nAssistant:")
+    assert pair.chosen == " None today."
+    assert pair.prompt + pair.chosen == HH["chosen"]
+    assert pair.prompt + pair.rejected == HH["rejected"]
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [("better", "Drink."), ("safer", "Lie down.")])
+def test_pku_objective_chooses_the_label(objective: str, chosen: str) -> None:
+    (pair,) = to_preferences([PKU], source="rows", objective=objective).pairs
+    assert pair.prompt == [user("How do I rest?")]
+    assert pair.chosen == chosen
+    assert {pair.chosen, pair.rejected} == {"Drink.", "Lie down."}
+
+
+def test_objective_is_required_for_pku_and_refused_elsewhere() -> None:
+    with pytest.raises(ConfigError, match="--objective better or --objective safer"):
+        to_preferences([PKU], source="rows")
+    with pytest.raises(ConfigError, match="leave --objective out"):
+        to_preferences([HH], source="rows", objective="safer")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "replies"),
+    [
+        ("Question: the sky?\nAnswer:", (" blue", " blueish")),
+        ("### Instruction:\nSay it.\n\n### Response:", ("\nOne two.", "\nOne three.")),
+        ("<|user|>\nSky?\n<|assistant|>", ("\nBlue", "\nGreen")),
+        ("<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n", ("The sky is blue", "The sky is red")),
+        ("[INST] Sky? [/INST]", (" A b c", " A b d")),
+        ("USER: Assistant: who?\nASSISTANT:", (" The one", " The other")),
+    ],
+)
+def test_implicit_prompts_of_text_end_where_a_turn_begins(prompt: str, replies: tuple[str, str]) -> None:
+    rows = [{"chosen": prompt + replies[0], "rejected": prompt + replies[1]}]
+    (pair,) = to_preferences(rows, source="rows").pairs
+    assert pair == Preference(prompt=prompt, chosen=replies[0], rejected=replies[1])
+
+
+@pytest.mark.parametrize("said", [("The sky is blue.", "The sky is green."), ("yes", "no"), ("Answer: a", "Answer: b")])
+def test_words_in_common_are_no_prompt(said: tuple[str, str]) -> None:
+    with pytest.raises(DataError, match="are text without a prompt: they have no turns in common"):
+        to_preferences([{"chosen": said[0], "rejected": said[1]}], source="rows")
+
+
+def test_unknown_columns_are_named_with_the_formats() -> None:
+    with pytest.raises(DataError) as error:
+        detect(["question", "good", "bad"], [])
+    for text in ("bad, good, question", "chosen, rejected", "PKU-SafeRLHF", "Human"):
+        assert text in str(error.value)
+
+
+def test_missing_column_is_refused_with_the_source() -> None:
+    with pytest.raises(DataError, match=r"pairs\.jsonl: the columns chosen, prompt fit no"):
+        to_preferences([{"prompt": "a", "chosen": "b"}], source="pairs.jsonl")
+
+
+def test_malformed_rows_are_counted_by_reason() -> None:
+    good = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    rows = [
+        good,
+        {**good, "rejected": None},
+        {**good, "rejected": []},
+        {**good, "chosen": [user("a")]},
+        {**good, "chosen": [{"role": "assistant", "content": None}]},
+        {**good, "chosen": [user("x"), assistant("a")]},
+        {**good, "prompt": None},
+        {**good, "chosen": None},
+    ]
+    found = to_preferences(rows, source="rows")
+    assert len(found.pairs) == 1
+    assert sum(found.malformed.values()) == 7
+    assert found.malformed["'rejected' is missing, expected a list of messages"] == 1
+    assert found.malformed["chosen and rejected answer different prompts"] == 1
+    bad_label = {**PKU, "safer_response_id": -1}
+    assert to_preferences([PKU, bad_label], source="rows", objective="safer").malformed == {
+        "'safer_response_id' is -1, expected 0 or 1": 1
+    }
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+REPLIES = {"chosen": [assistant("x")], "rejected": [assistant("y")]}
+
+
+def turns(*said: dict[str, str]) -> dict[str, Any]:
+    """Replies after `said`."""
+    return {name: [*said, *reply] for name, reply in REPLIES.items()}
+
+
+# Everything that comes before the responses is in the prompt, wherever the row has it: row → prompt.
+CONTEXTS: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
+    ({"system": "Be brief.", "question": "Why?", "chosen": "x", "rejected": "y"}, [SYSTEM, user("Why?")]),
+    ({"system": "", "question": "Why?", "chosen": "The x", "rejected": "The y"}, [user("Why?")]),
+    ({"system_prompt": "Be brief.", "instruction": "Why?", "chosen": "x", "rejected": "y"}, [SYSTEM, user("Why?")]),
+    (
+        {"history": [["a", "b"]], "system": "Be brief.", "prompt": "Why?", "chosen": "x", "rejected": "y"},
+        [SYSTEM, user("a"), assistant("b"), user("Why?")],
+    ),
+    (
+        {"history": [user("a"), assistant("b")], "prompt": [user("Why?")], **REPLIES},
+        [user("a"), assistant("b"), user("Why?")],
+    ),
+    ({"system": "Be brief.", "prompt": [user("Why?")], **REPLIES}, [SYSTEM, user("Why?")]),
+    ({"system": "Be brief.", "prompt": [SYSTEM, user("Why?")], **REPLIES}, [SYSTEM, user("Why?")]),
+    ({"system": "Be brief.", **turns(user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": [user("Q1")], **turns(assistant("A1"), user("Q2"))}, [user("Q1"), assistant("A1"), user("Q2")]),
+    ({"prompt": "Q1", **turns(assistant("A1"), user("Q1"))}, [user("Q1"), assistant("A1"), user("Q1")]),
+    ({"prompt": [SYSTEM], **turns(user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": [SYSTEM, user("Why?")], **turns(SYSTEM, user("Why?"))}, [SYSTEM, user("Why?")]),
+    ({"prompt": "Q2 ", **turns(user("Q1"), assistant("A1"), user("Q2"))}, [user("Q1"), assistant("A1"), user("Q2")]),
+    ({"prompt": "Why?", "question": "Why?", **turns(user("Why?"))}, [user("Why?")]),
+    ({"system": "Be brief.", **HH}, [SYSTEM, user("Hi there"), assistant("Hello."), user("Any news?")]),
+    (
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " x", "rejected": " y"},
+        [user("Why?")],
+    ),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], **REPLIES}, [user("Why?")]),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), CONTEXTS, ids=map(str, range(len(CONTEXTS))))
+def test_nothing_before_the_response_is_lost(row: dict[str, Any], prompt: list[dict[str, str]]) -> None:
+    (pair,) = to_preferences([row], source="rows").pairs
+    assert pair.prompt == prompt
+    alone = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    if isinstance(row["chosen"], str) and row["chosen"] in ("x", "y"):
+        assert [p.prompt for p in to_prompts([alone], source="rows").pairs] == [prompt]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?", "question": "How?", "chosen": "x", "rejected": "y"}, "'prompt' and 'question' could both"),
+        ({"instruction": "Add", "input": "1, 2", "chosen": "x", "rejected": "y"}, "'instruction' and 'input' could"),
+        ({"system": "a", "system_prompt": "b", "prompt": "Why?", "chosen": "x", "rejected": "y"}, "two of them"),
+        ({"system": "Sing.", "prompt": [SYSTEM, user("Why?")], **REPLIES}, "contradict each other"),
+        ({"prompt": "Who?", **turns(user("Why?"))}, "contradict each other"),
+        ({"prompt": "Why?", "history": "before", "chosen": "x", "rejected": "y"}, "'history' is neither"),
+        ({"prompt": [user("Why?")], "tools": [{"name": "f"}], **REPLIES}, "the row has 'tools'"),
+        ({"prompt": "Why?", "images": ["a.png"], "chosen": "x", "rejected": "y"}, "the row has 'images'"),
+        ({"prompt": [user("Why?")], "chosen": [CALL], "rejected": [assistant("y")]}, "'chosen' has 'tool_calls'"),
+        ({"prompt": [user("Why?"), {**CALL, "content": None}], **REPLIES}, "'prompt' has 'tool_calls'"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "text": "a"}]}], **REPLIES},
+            "a message of 'prompt': the content has a part of the type 'image'",
+        ),
+        (
+            {
+                "prompt": [user("Why?")],
+                "chosen": [assistant("a"), user("b"), assistant("c")],
+                "rejected": [assistant("d")],
+            },
+            "answer different prompts",
+        ),
+        ({"prompt": [SYSTEM], **REPLIES}, "there is no prompt"),
+        ({"prompt": [user("Why?"), assistant("As")], **REPLIES}, "ends with a turn of the assistant"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        to_preferences([row], source="rows")
+
+
+def test_columns_that_are_not_read_are_named() -> None:
+    row = {"prompt": "Why?", "chosen": "x", "rejected": "y", "id": 3, "chosen-model": "a b", "score_chosen": 0.5}
+    found = to_preferences([row, {**row, "extra": 1}], source="rows")
+    assert list(found.unread) == ["id", "chosen-model", "score_chosen", "extra"]
+    assert "columns not read: id, chosen-model" in found.description
+    for text in ("In the year 1900 …", ["a b"], [{"role": "user", "content": "a b"}]):
+        with pytest.raises(
+            DataError, match=r"rows: the column 'persona' holds text that nothing would read; .*take it"
+        ):
+            to_preferences([row, {**row, "persona": text}], source="rows")
+    assert to_preferences([{**row, "persona": "In 1900 …"}], source="rows", read=["persona"]).pairs
+
+
+def test_a_system_message_needs_a_template() -> None:
+    with pytest.raises(DataError, match="a system message or a history needs a chat template"):
+        to_preferences([CONTEXTS[0][0]], source="rows", chat=False)
+    with pytest.raises(DataError, match="messages need a chat template"):
+        to_preferences([{"prompt": [user("Why?")], **REPLIES}], source="rows", chat=False)
+
+
+def test_nothing_usable_is_an_error() -> None:
+    with pytest.raises(DataError, match="has no rows"):
+        to_preferences([], source="rows")
+    with pytest.raises(DataError, match=r"none of 2 rows gives a pair .* 'rejected' is missing"):
+        to_preferences([{"prompt": "a", "chosen": "b", "rejected": None}] * 2, source="rows")
+
+
+STANDARD_ROWS = [{"prompt": f"say {i}", "chosen": f"{i}, of course", "rejected": 'a "no"\nindeed'} for i in range(4)]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_files(suffix: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / f"pairs{suffix}", STANDARD_ROWS)
+    assert load_preferences(str(path), chat=False).pairs == [Preference(**row) for row in STANDARD_ROWS]
+    assert len(load_preferences(str(path), split="train[:50%]").pairs) == 2
+    with pytest.raises(DataError, match="whose only split is train"):
+        load_preferences(str(path), split="test")
+
+
+def test_conversations_in_parquet(tmp_path: Path) -> None:
+    path = _write(tmp_path / "pairs.parquet", [ULTRAFEEDBACK])
+    assert load_preferences(str(path)).pairs == to_preferences([ULTRAFEEDBACK], source="rows").pairs
+
+
+def test_numbers_and_empty_fields_of_csv_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\n1+1,2,NA\n2+2,4.0,\n")
+    first, second = load_preferences(str(path)).pairs
+    assert (first.chosen, first.rejected, second.chosen, second.rejected) == ("2", "NA", "4.0", "")
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_another_separator_is_told_what_it_has(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("\ufeff" + "".join(f"{mark.join(row)}\r\n" for row in (("prompt", "chosen", "rejected"), "abc")))
+    with pytest.raises(DataError, match=r"no commas, .* separated by .*; save it again as comma-separated values"):
+        load_preferences(str(path))
+
+
+def test_a_column_without_a_name_is_named_as_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(",prompt,chosen,rejected\n0,1+1,2,3\n")
+    assert load_preferences(str(path)).description.endswith(", columns not read: ''")
+
+
+def test_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    _write(data / "train.jsonl", STANDARD_ROWS)
+    _write(data / "test.jsonl", STANDARD_ROWS[:1])
+    assert len(load_preferences(str(data)).pairs) == 4
+    assert len(load_preferences(str(data), split="test").pairs) == 1
+    with pytest.raises(DataError, match="validation"):
+        load_preferences(str(data), split="validation")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "a.jsonl",
+            '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", \n',
+            r"a\.jsonl, line 2, column \d+: .*one JSON",
+        ),
+        ("a.jsonl", '{"chosen": "a"}\n[1]\n', r"a\.jsonl, line 2, column 1: a list instead of an object"),
+        ("a.json", '[{"chosen": "a",}]', r"a\.json, line 1, column 1\d: "),
+        ("a.json", "[1]", "element 1 of the list is a number"),
+        ("a.csv", "chosen,rejected\na,b\na,b,c\n", r"a\.csv, line 3: 3 values, expected 2 \(chosen, rejected\)"),
+        ("a.tsv", "chosen\trejected\na\tb\na\n", r"a\.tsv, line 3: 1 values, expected 2 .* around values with tabs or"),
+        ("a.tsv", "chosen,rejected\na,b\n", r"first line has no tabs, so values seem to be separated by ','; save it"),
+        ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
+        ("a.txt", "x", r"unknown ending; expected one of \.jsonl, \.json, \.csv, \.tsv, \.parquet.*: rename"),
+    ],
+)
+def test_broken_files_say_where(name: str, text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=expected):
+        load_preferences(str(tmp_path / name))
+
+
+def test_broken_line_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": \n')
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2, column"):
+        load_preferences(str(tmp_path))
+
+
+def test_no_such_file() -> None:
+    with pytest.raises(DataError, match=r"there is no file or folder nothing\.jsonl"):
+        load_preferences("nothing.jsonl")
+
+
+def test_hub_names_carry_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that the datasets library gets; the hub itself is out of a test's reach."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(name: str, **options: Any) -> datasets.Dataset:
+        calls.append((name, options))
+        return datasets.Dataset.from_list([HH])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_preferences("Anthropic/hh-rlhf/helpful-base", split="test").format is Format.TRANSCRIPTS
+    assert load_preferences("owner/name").format is Format.TRANSCRIPTS
+    assert calls == [
+        ("Anthropic/hh-rlhf", {"data_dir": "helpful-base", "split": "test"}),
+        ("owner/name", {"data_dir": None, "split": "train"}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["hh-helpful", "hh-harmless", "pku-safer"])
+def test_real_data(name: str) -> None:
+    path = SHARED / "data" / name / "test.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    found = load_preferences(str(path))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found.format is Format.CONVERSATIONAL
+    assert not found.malformed
+    assert [(p.prompt, p.chosen, p.rejected) for p in found.pairs] == [
+        (row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows
+    ]

@@ -1,0 +1,673 @@
+"""`genarm accuracy`: scores against the chain rule of each model by itself, figures against known answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from scipy.stats import pearsonr
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from builders.tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny_lora, tiny_model, tiny_tokenizer
+from builders.toy_training import write_toy
+from genarm.cli import accuracy
+from genarm.errors import ConfigError, DataError, GenarmError, MemberError, VocabularyError
+from genarm.lab.accuracy.figures import Scores, correlation, difference, figures, mean_of
+from genarm.lab.accuracy.report import command, print_result
+from genarm.lab.accuracy.run import AccuracyResult, measure
+from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.model.compose import compose
+from genarm.statistics import proportion
+from genarm.text.prompts import encode_pair
+from genarm.training.config import TrainConfig
+from genarm.training.run import train
+
+# (prompt, chosen, rejected, category): chosen longer in rows 0 and 2, rejected in 1 and 3, as long in 4 and 5.
+ROWS = [
+    ("w1 w2", "w3 w4 w5 w6", "w7", "chat"),
+    ("w1 w2 w3 w8 w9", "w9", "w7 w8 w4", "chat"),
+    ("w4", "w30 w31 w32", "w33 w34", "safety"),
+    ("w5 w6", "w10 w11", "w12 w13 w14 w15 w16", "safety"),
+    ("w7 w7", "w20 w21", "w22 w23", "safety"),
+    ("w8", "w24", "w25", None),
+]
+
+
+def write_pairs(path: Path, rows: list[tuple[str, str, str, Any]]) -> Path:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    records = [
+        {"prompt": turn("user", x), "chosen": turn("assistant", y), "rejected": turn("assistant", n), "subset": subset}
+        for x, y, n, subset in rows
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def save_trajectory(folder: Path, *, seed: int, zero: bool = False) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.25},
+        **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_labels": 1},
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    if zero:
+        torch.nn.init.zeros_(model.score.weight)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of every kind, and the pairs."""
+    root = tmp_path_factory.mktemp("accuracy")
+    base, arm = tiny_model(seed=0), tiny_model("gpt2", seed=1)
+    save_member(base, root / "base")
+    save_member(arm, root / "arm")
+    tiny_lora(base, root / "lora", seed=2, base_path=str(root / "base"))
+    compose(root / "base", {"full": root / "arm", "light": root / "lora"}, root / "guided")
+    save_trajectory(root / "trajectory", seed=3)
+    uniform = tiny_model(seed=4)
+    torch.nn.init.zeros_(uniform.get_output_embeddings().weight)
+    save_member(uniform, root / "uniform")
+    write_pairs(root / "pairs.jsonl", ROWS)
+    return root
+
+
+def settings_of(root: Path, *models: str, **changes: Any) -> AccuracySettings:
+    where = tuple(str(root / model) for model in models)
+    return AccuracySettings(**{"models": where, "data": str(root / "pairs.jsonl"), "dtype": "float32", **changes})
+
+
+def run(root: Path, *models: str, **changes: Any) -> AccuracyResult:
+    return measure(settings_of(root, *models, **changes), Console(quiet=True))
+
+
+def command_line(*words: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    return accuracy.run(parser.parse_args([str(word) for word in words]))
+
+
+# --- scores against the chain rule ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_prob(model: Any, prompt: list[int], response: list[int]) -> float:
+    """log π(response | prompt), token by token, of one sequence without padding."""
+    total = 0.0
+    for t, token in enumerate(response):
+        logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1]
+        total += float(logits.double().log_softmax(-1)[token])
+    return total
+
+
+@torch.no_grad()
+def head_score(model: Any, prompt: list[int], response: list[int]) -> float:
+    hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state
+    return float(model.score(hidden)[0, -1, 0])
+
+
+def reference(score: Callable[[list[int], list[int]], float], side: int) -> list[float]:
+    tokenizer = tiny_tokenizer()
+    prompts = [[{"role": "user", "content": row[0]}] for row in ROWS]
+    return [score(*encode_pair(tokenizer, x, row[side])) for x, row in zip(prompts, ROWS, strict=True)]
+
+
+def scorers(root: Path) -> dict[str, Callable[[list[int], list[int]], float]]:
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    arm = AutoModelForCausalLM.from_pretrained(root / "arm")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / "lora")
+    trajectory = AutoModelForSequenceClassification.from_pretrained(root / "trajectory")
+    return {
+        "arm": lambda x, y: log_prob(arm, x, y),
+        "lora": lambda x, y: log_prob(lora, x, y),
+        "guided:full": lambda x, y: log_prob(arm, x, y),
+        "guided:light": lambda x, y: log_prob(lora, x, y),
+        "trajectory": lambda x, y: head_score(trajectory, x, y),
+        "arm − base": lambda x, y: log_prob(arm, x, y) - log_prob(base, x, y),
+        "lora − base": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
+        "guided:full − base": lambda x, y: log_prob(arm, x, y) - log_prob(base, x, y),
+        "guided:light − base": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_scores_equal_each_model_asked_by_itself(root: Path, batch_size: int) -> None:
+    models = ("arm", "lora", "guided", "trajectory")
+    result = run(root, *models, base=str(root / "base"), batch_size=batch_size)
+    expected = scorers(root)
+    assert [measured.name for measured in result.measured] == list(expected)
+    kinds = ["arm"] * 4 + ["trajectory"] + ["implicit"] * 4
+    assert [measured.kind for measured in result.measured] == kinds
+    for measured in result.measured:
+        score, found = expected[measured.name], measured.scores
+        assert found.chosen_B.tolist() == pytest.approx(reference(score, 1), abs=1e-4), measured.name
+        assert found.rejected_B.tolist() == pytest.approx(reference(score, 2), abs=1e-4), measured.name
+        right = [y > n for y, n in zip(reference(score, 1), reference(score, 2), strict=True)]
+        assert measured.figures.overall.right.count == sum(right)
+        # Responses are one token per word here, and the end of the turn counts.
+        assert found.chosen_length_B.tolist() == [len(row[1].split()) + 1 for row in ROWS]
+
+
+def test_an_adapter_reads_pairs_by_the_template_that_it_was_trained_with(root: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"w39 w39 {TEMPLATE}"
+    shutil.copytree(root / "lora", tmp_path / "lora")
+    tokenizer.save_pretrained(tmp_path / "lora")
+    found = run(tmp_path, "lora", data=str(root / "pairs.jsonl")).measured[0].scores.chosen_B[0]
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / "lora")
+    prompt, chosen = encode_pair(tokenizer, [{"role": "user", "content": ROWS[0][0]}], ROWS[0][1])
+    assert found == pytest.approx(log_prob(lora, prompt, chosen), abs=1e-4)
+    assert abs(found - reference(lambda x, y: log_prob(lora, x, y), 1)[0]) > 1e-2
+
+
+def test_order_of_the_pairs_changes_no_score(root: Path, tmp_path: Path) -> None:
+    turned = write_pairs(tmp_path / "turned.jsonl", ROWS[::-1])
+    for name in ("arm", "trajectory"):
+        one = run(root, name, batch_size=3).measured[0].scores
+        other = run(root, name, data=str(turned), batch_size=3).measured[0].scores
+        assert one.margin_B.tolist() == pytest.approx(other.margin_B[::-1].tolist(), abs=1e-4)
+
+
+def test_accuracy_is_what_training_reports(tmp_path: Path) -> None:
+    settings = write_toy(tmp_path, n=48)
+    trained = train(TrainConfig(**{**settings, "lora": True, "learning_rate": 1e-2}), console=Console(quiet=True))
+    limits = {"max_prompt_tokens": 16, "max_response_tokens": 16}
+    (measured,) = run(tmp_path, "arm", data=settings["eval_data"], **limits).measured
+    for suffix, found in {
+        "": measured.figures.overall,
+        "_chosen_longer": measured.figures.lengths["chosen longer"],
+        "_rejected_longer": measured.figures.lengths["rejected longer"],
+        "_equal_length": measured.figures.lengths["same length"],
+    }.items():
+        assert found.right.rate == pytest.approx(trained.metrics[f"eval_accuracy{suffix}"])
+        assert found.right.n == trained.metrics[f"eval_pairs{suffix}"]
+        assert found.right.low == pytest.approx(trained.metrics[f"eval_accuracy{suffix}_low"])
+    assert measured.figures.margin == pytest.approx(trained.metrics["eval_margin"], abs=1e-4)
+
+
+# --- models whose figures are known ---------------------------------------------------------------------------------
+
+
+def test_a_uniform_arm_knows_length_alone(root: Path) -> None:
+    """Every token costs log V: the shorter response always wins, and per token all is a tie."""
+    (measured,) = run(root, "uniform").measured
+    found = measured.figures
+    assert measured.scores.chosen_B.tolist() == pytest.approx(
+        [-(len(row[1].split()) + 1) * math.log(VOCAB_SIZE) for row in ROWS]
+    )
+    counts = {name: (of.right.count, of.right.n, of.ties) for name, of in found.lengths.items()}
+    assert counts == {"chosen longer": (0, 2, 0), "rejected longer": (2, 2, 0), "same length": (0, 2, 2)}
+    assert (found.overall.right.count, found.overall.right.n, found.overall.ties) == (2, 6, 2)
+    assert found.balanced is not None
+    assert found.balanced.value == 0.5
+    assert found.length_correlation is not None
+    assert found.length_correlation.value == pytest.approx(-1)
+
+
+def test_a_constant_trajectory_reward_ties_and_is_never_right(root: Path, tmp_path: Path) -> None:
+    save_trajectory(tmp_path / "constant", seed=0, zero=True)
+    (measured,) = run(tmp_path, "constant", data=str(root / "pairs.jsonl")).measured
+    assert (measured.figures.overall.right.count, measured.figures.overall.ties) == (0, 6)
+    assert measured.figures.length_correlation is None
+    assert measured.per_token is None
+
+
+def test_the_base_has_no_implicit_reward_over_itself(root: Path) -> None:
+    result = run(root, "base", "arm", base=str(root / "base"))
+    assert [measured.name for measured in result.measured] == ["base", "arm", "arm − base"]
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def scores_of(margins: list[float], longer: list[int], rows: list[int] | None = None) -> Scores:
+    n = len(margins)
+    return Scores(
+        rows=np.array(range(n) if rows is None else rows),
+        chosen_B=np.array(margins, dtype=float),
+        rejected_B=np.zeros(n),
+        chosen_length_B=np.array(longer) + 10,
+        rejected_length_B=np.full(n, 10),
+    )
+
+
+def test_groups_ties_and_both_ways_of_averaging() -> None:
+    scores = scores_of([1, 2, -1, 0, 3, -2, 0], [2, 1, 1, 1, -3, -1, 0])
+    found = figures(scores, ["a", "a", "a", "a", "b", "c", "c"])
+    assert (found.overall.right.count, found.overall.right.n, found.overall.ties) == (3, 7, 2)
+    assert found.overall.right == proportion(3, 7)
+    assert {name: (of.right.count, of.right.n, of.ties) for name, of in found.categories.items()} == {
+        **{"a": (2, 4, 1), "b": (1, 1, 0), "c": (0, 2, 1)}
+    }
+    assert found.macro is not None
+    assert found.macro.value == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert found.balanced is not None
+    assert found.balanced.value == pytest.approx((2 / 4 + 1 / 2) / 2)
+    assert found.lengths["same length"].ties == 1
+    assert found.margin == pytest.approx(3 / 7)
+    assert figures(scores, None).macro is None
+
+
+def test_one_half_is_no_balance() -> None:
+    assert figures(scores_of([1, -1], [1, 2]), None).balanced is None
+    assert figures(scores_of([1, -1], [0, 0]), None).lengths["chosen longer"].right.n == 0
+
+
+def test_per_token_scores_are_divided_by_their_own_length() -> None:
+    scores = Scores(
+        rows=np.arange(2),
+        chosen_B=np.array([-6.0, -3.0]),
+        rejected_B=np.array([-4.0, -1.0]),
+        chosen_length_B=np.array([6, 3]),
+        rejected_length_B=np.array([2, 1]),
+    )
+    assert scores.per_token().margin_B.tolist() == [1.0, 0.0]
+    assert scores.margin_B.tolist() == [-2.0, -2.0]
+
+
+def test_mean_of_proportions() -> None:
+    one = proportion(30, 40)
+    found = mean_of([one])
+    assert (found.value, found.low, found.high) == pytest.approx((one.rate, one.low, one.high))
+    # Against resampling: a resampled proportion is binomial.
+    rng = np.random.default_rng(0)
+    parts = [(120, 200), (70, 100), (260, 400)]
+    drawn = np.mean([rng.binomial(n, count / n, 40_000) / n for count, n in parts], axis=0)
+    found = mean_of([proportion(count, n) for count, n in parts])
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=4e-3)
+    assert 0 <= mean_of([proportion(0, 3), proportion(0, 2)]).low < 1e-12
+
+
+def test_correlation_with_length() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=300)
+    y = 0.5 * x + rng.normal(size=300)
+    found = correlation(x, y)
+    assert found is not None
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    half = 1.959964 / math.sqrt(297)
+    centre = math.atanh(found.value)
+    assert (found.low, found.high) == pytest.approx((math.tanh(centre - half), math.tanh(centre + half)), abs=1e-6)
+    assert correlation(x[:3], y[:3]) is None
+    assert correlation(np.ones(9), y[:9]) is None
+    longer = rng.integers(-5, 6, size=60)
+    margins = rng.normal(size=60)
+    of = figures(scores_of(margins.tolist(), longer.tolist()), None).length_correlation
+    assert of is not None
+    assert of.value == pytest.approx(pearsonr(margins, longer).statistic)
+
+
+def test_paired_difference_against_resampled_pairs() -> None:
+    rng = np.random.default_rng(2)
+    common, own = rng.random(600) < 0.5, rng.random((2, 600))
+    right_1, right_2 = (np.where(common, own[0] < 0.6, own[k] < 0.6 + 0.1 * k) for k in (0, 1))
+    first, second = (scores_of(np.where(right, 1.0, -1.0).tolist(), [0] * 600) for right in (right_1, right_2))
+    found = difference(("one", first), ("two", second))
+    assert found is not None
+    assert (found.only_first, found.only_second) == ((right_1 & ~right_2).sum(), (~right_1 & right_2).sum())
+    each = right_2.astype(float) - right_1
+    drawn = each[rng.integers(0, 600, (10_000, 600))].mean(-1)
+    assert found.accuracy.value == pytest.approx(each.mean())
+    assert (found.accuracy.low, found.accuracy.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=3e-3)
+    n, k = found.only_first + found.only_second, min(found.only_first, found.only_second)
+    assert found.p_value == pytest.approx(min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n))
+
+
+def both_right(both: int, one: int, other: int, neither: int) -> tuple[Scores, Scores]:
+    """Pairs that both rewards have right, the first alone, the second alone, and neither."""
+    first = [1.0] * (both + one) + [-1.0] * (other + neither)
+    second = [1.0] * both + [-1.0] * one + [1.0] * other + [-1.0] * neither
+    return scores_of(first, [0] * len(first)), scores_of(second, [0] * len(first))
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((6, 0, 0, 6), -0.2425, 0.2425), ((50, 0, 0, 50), -0.0370, 0.0370), ((0, 0, 0, 1), -0.7935, 0.7935)],
+)
+def test_rewards_that_agree_everywhere_still_have_an_interval(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    first, second = both_right(*cells)
+    found = difference(("one", first), ("two", second))
+    assert found is not None
+    assert (found.accuracy.value, found.accuracy.low, found.accuracy.high) == pytest.approx((0, low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cells", [(36, 12, 2, 0), (99, 1, 0, 0), (43, 0, 1, 0), (3, 0, 9, 0), (10, 4, 4, 2), (0, 5, 0, 0)]
+)
+def test_paired_interval_is_what_the_score_test_does_not_refuse(cells: tuple[int, int, int, int]) -> None:
+    """Against the likelihood under each difference, maximised by trying everything."""
+    n, one, other = sum(cells), cells[1], cells[2]
+    found = difference(*zip(("one", "two"), both_right(*cells), strict=True))  # type: ignore[arg-type]
+    assert found is not None
+    p = np.linspace(0, 1, 20_001)
+    accepted = []
+    for tried in np.linspace(-1, 1, 1001):
+        q = p + tried  # p: the first alone; q: the second alone
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = [
+                np.where(k == 0, 0.0, k * np.log(x)) for k, x in ((one, p), (other, q), (n - one - other, 1 - p - q))
+            ]
+        possible = (q >= 0) & (p + q <= 1)
+        likely = np.where(possible, np.nan_to_num(sum(parts), nan=-np.inf), -np.inf)
+        if not possible.any() or np.isneginf(likely.max()):
+            continue
+        best = p[likely.argmax()]
+        variance = n * (2 * best + tried - tried**2)
+        if (other - one - n * tried) ** 2 <= 1.959964**2 * variance + 1e-9:
+            accepted.append(tried)
+    assert (found.accuracy.low, found.accuracy.high) == pytest.approx((min(accepted), max(accepted)), abs=4e-3)
+    back = difference(*zip(("two", "one"), reversed(both_right(*cells)), strict=True))  # type: ignore[arg-type]
+    assert back is not None
+    assert (-back.accuracy.high, -back.accuracy.low) == pytest.approx((found.accuracy.low, found.accuracy.high))
+
+
+def test_paired_interval_covers_the_truth() -> None:
+    """Exactly, by all outcomes of 12 pairs: where rewards hardly ever differ too."""
+    n = 12
+    for p, q in ((0.0, 0.0), (0.02, 0.01), (0.1, 0.1), (0.3, 0.1)):
+        covered = 0.0
+        for one in range(n + 1):
+            for other in range(n + 1 - one):
+                rest = n - one - other
+                ways = math.comb(n, one) * math.comb(n - one, other)
+                found = difference(*zip(("1", "2"), both_right(rest, one, other, 0), strict=True))  # type: ignore[arg-type]
+                assert found is not None
+                if found.accuracy.low - 1e-9 <= q - p <= found.accuracy.high + 1e-9:
+                    covered += ways * p**one * q**other * (1 - p - q) ** rest
+        assert covered > 0.93
+
+
+def test_difference_is_on_common_pairs_and_a_tie_is_not_right() -> None:
+    first = scores_of([1, 1, -1, 0], [0] * 4, rows=[0, 1, 2, 5])
+    second = scores_of([-1, 1, 1], [0] * 3, rows=[1, 5, 7])
+    found = difference(("one", first), ("two", second))
+    assert found is not None
+    assert (found.n, found.only_first, found.only_second, found.accuracy.value) == (2, 1, 1, 0)
+    assert found.p_value == 1
+    assert difference(("one", first), ("two", scores_of([1], [0], rows=[9]))) is None
+    same = difference(("one", first), ("two", first))
+    assert same is not None
+    assert (same.accuracy.value, same.p_value) == (0, 1)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_categories_of_the_data(root: Path) -> None:
+    found = run(root, "arm", category="subset").measured[0].figures
+    assert {name: of.right.n for name, of in found.categories.items()} == {"(none)": 1, "chat": 2, "safety": 3}
+    assert found.macro is not None
+    assert found.macro.value == pytest.approx(np.mean([of.right.rate for of in found.categories.values()]))
+
+
+def test_long_pairs_are_cut_and_useless_ones_dropped(root: Path, tmp_path: Path) -> None:
+    more = [*ROWS, ("w1", "w2", "w2", "chat"), ("w1", "", "w2", "chat"), ("w1", "w2 w3 w4 w5", "w2 w3 w4 w6", "chat")]
+    data = str(write_pairs(tmp_path / "more.jsonl", more))
+    result = run(root, "arm", data=data, max_prompt_tokens=4, max_response_tokens=3)
+    (measured,) = result.measured
+    report = measured.report
+    assert (result.rows, report.kept, measured.figures.overall.right.n) == (9, 6, 6)
+    assert sorted(report.dropped.values()) == [1, 1, 1]
+    assert (report.cut_prompts, report.cut_chosen, report.cut_rejected) == (4, 2, 2)
+    assert measured.scores.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    # The first response, cut, has three of its words and no end.
+    model = AutoModelForCausalLM.from_pretrained(root / "arm")
+    prompt, chosen = encode_pair(tiny_tokenizer(), [{"role": "user", "content": ROWS[0][0]}], ROWS[0][1])
+    assert measured.scores.chosen_B[0] == pytest.approx(log_prob(model, prompt[-4:], chosen[:3]), abs=1e-4)
+
+
+def test_what_does_not_fit_the_context_is_cut_by_default(root: Path, tmp_path: Path) -> None:
+    long = " ".join(WORDS) + " "
+    data = str(write_pairs(tmp_path / "long.jsonl", [(long * 3, long * 3, "w1", "chat")]))
+    (measured,) = run(root, "arm", data=data).measured
+    assert (measured.limit.prompt, measured.limit.response) == (64, 64)
+    assert (measured.report.cut_prompts, measured.report.cut_chosen) == (1, 1)
+
+
+def test_a_short_base_shortens_what_both_read(root: Path, tmp_path: Path) -> None:
+    short = tiny_model(seed=5)
+    short.config.max_position_embeddings = 40
+    save_member(short, tmp_path / "short")
+    arm, trajectory, implicit = run(root, "arm", "trajectory", base=str(tmp_path / "short")).measured
+    assert (arm.limit.prompt, implicit.limit.response, trajectory.limit.prompt) == (20, 20, 64)
+
+
+def test_models_with_other_vocabularies_are_compared_on_the_pairs_of_both(root: Path, tmp_path: Path) -> None:
+    """A model that knows ten words reads the last pairs as unknown words on both sides, and has to drop them."""
+    small = tiny_tokenizer(words=WORDS[:20])
+    save_member(tiny_model(seed=6, vocab_size=len(small)), tmp_path / "small", small)
+    result = run(tmp_path, "small", str(root / "arm"), data=str(root / "pairs.jsonl"))
+    one, two = result.measured
+    assert one.scores.rows.tolist() == [0, 1, 2, 3]
+    assert two.scores.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    (of,) = result.differences
+    assert of.n == 4
+    right = [(m.scores.margin_B[:4] > 0).mean() for m in (one, two)]
+    assert of.accuracy.value == pytest.approx(right[1] - right[0])
+
+
+def test_same_folder_names_are_told_apart(root: Path, tmp_path: Path) -> None:
+    save_member(tiny_model(seed=7), tmp_path / "arm")
+    compose(root / "base", {"full": root / "arm"}, tmp_path / "guided")
+    models = (str(tmp_path / "arm"), str(tmp_path / "guided"))
+    names = [measured.name for measured in run(root, "arm", "guided", *models).measured]
+    full = [str(root / "arm"), f"{root / 'guided'}:full", "guided:light"]
+    assert names == [*full, str(tmp_path / "arm"), f"{tmp_path / 'guided'}:full"]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_output_holds_every_figure_and_every_score(root: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "deep" / "result.json"
+    models = (root / "arm", root / "trajectory")
+    words = ("--data", root / "pairs.jsonl", "--category", "subset", "--dtype", "float32", "--output", output)
+    assert command_line(*models, *words) == 0
+    out, err = capsys.readouterr()
+    assert f"wrote {output}" in err
+    record = json.loads(output.read_text())
+    settings = settings_of(root, "arm", "trajectory", category="subset")
+    assert record["command"] == command(settings)
+    assert {"date", "code", "machine", "settings", "format"} <= set(record)
+    arm, trajectory = record["models"]
+    assert (arm["name"], arm["kind"], trajectory["kind"], trajectory["per_token"]) == ("arm", "arm", "trajectory", None)
+    assert arm["data"] == {**arm["data"], "rows": 6, "kept": 6, "dropped": {}}
+    measured = run(root, "arm", "trajectory", category="subset").measured
+    rate = measured[0].figures.overall.right
+    assert arm["figures"]["overall"]["right"] == {**vars(rate)}
+    assert (len(record["differences"]), record["differences"][0]["n"]) == (1, 6)
+    rows = [json.loads(line) for line in (output.parent / record["scores"]).read_text().splitlines()]
+    assert [(row["row"], row["category"]) for row in rows] == [
+        (i, category or "(none)") for i, (*_, category) in enumerate(ROWS)
+    ]
+    assert [row["scores"]["arm"]["chosen"] for row in rows] == pytest.approx(measured[0].scores.chosen_B.tolist())
+    assert rows[0]["scores"]["trajectory"]["rejected_tokens"] == 2
+    for text in (f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]", "mean of the categories", "length-balanced"):
+        assert text in out
+    assert len(list(output.parent.iterdir())) == 2
+
+
+def test_what_has_no_number_is_null_and_a_dash(root: Path, tmp_path: Path, capsys: Any) -> None:
+    data = write_pairs(tmp_path / "one.jsonl", ROWS[4:5])
+    assert command_line(root / "arm", "--data", data, "--output", tmp_path / "r.json") == 0
+    figures_ = json.loads((tmp_path / "r.json").read_text())["models"][0]["figures"]
+    assert figures_["lengths"]["chosen longer"]["right"] == {
+        "count": 0,
+        "n": 0,
+        "rate": None,
+        "low": None,
+        "high": None,
+    }
+    assert (figures_["balanced"], figures_["length_correlation"], figures_["macro"]) == (None, None, None)
+    out = capsys.readouterr().out
+    rows = {line[:33].strip(): line[33:].split() for line in out.splitlines()}
+    assert rows["chosen longer"] == ["0", "–", "0", "–", "0"]
+    assert (rows["length-balanced"], rows["correlation of margin and length"]) == (["–", "–"], ["–", "–"])
+
+
+def test_the_command_written_down_measures_the_same(root: Path) -> None:
+    changes = {"base": "b c", "objective": "safer", "batch_size": 3, "trust_remote_code": True, "split": "test[:9]"}
+    settings = settings_of(root, "arm", "lora", category="subset", max_prompt_tokens=9, device="cpu", **changes)
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    program, verb, *words = shlex.split(command(settings))
+    assert (program, verb) == ("genarm", "accuracy")
+    parsed = vars(parser.parse_args(words))
+    assert parsed.pop("output") is None
+    assert AccuracySettings(**{**parsed, "models": tuple(parsed["models"])}) == settings
+
+
+def test_names_from_the_data_cannot_steer_the_terminal(root: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "evil.jsonl", [(*row[:3], "\x1b[31m[bold]red") for row in ROWS])
+    result = run(root, "arm", data=str(data), category="subset")
+    console = Console(width=200, force_terminal=False)
+    with console.capture() as captured:
+        print_result(console, result)
+    assert "\x1b" not in captured.get()
+    assert "\ufffd[31m[bold]red" in captured.get()
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"models": ("nowhere",)}, MemberError, "there is no folder 'nowhere' here"),
+        ({"models": ()}, ConfigError, "no model to measure"),
+        ({"batch_size": 0}, ConfigError, "--batch-size must be at least 1, got 0"),
+        ({"max_response_tokens": 0}, ConfigError, "--max-response-tokens must be at least 1"),
+        ({"max_prompt_tokens": 100, "max_response_tokens": 100}, ConfigError, "128 tokens of context that arm has"),
+        ({"category": "kind"}, DataError, "no column 'kind' for --category; its columns are prompt, chosen, rejected"),
+        ({"category": "prompt"}, DataError, "row 1: 'prompt' is a list; a category must be text or a number"),
+        ({"objective": "safer"}, ConfigError, "is for PKU-SafeRLHF only"),
+        ({"data": "nowhere.jsonl"}, DataError, "there is no file or folder nowhere.jsonl"),
+        ({"device": "mars"}, ConfigError, "cannot use the device 'mars'"),
+    ],
+)
+def test_mistakes_are_named(root: Path, changes: Any, error: type[GenarmError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(root, "arm", **changes)
+
+
+def test_mistakes_of_the_base_are_named(root: Path, tmp_path: Path) -> None:
+    words = [f"other{i}" for i in range(40)]
+    save_member(tiny_model(seed=8), tmp_path / "other", tiny_tokenizer(words=words))
+    for models, base, error, message in [
+        (("arm",), root / "trajectory", MemberError, "must be one causal language model"),
+        (("arm",), root / "guided", MemberError, "must be one causal language model"),
+        (("trajectory",), root / "arm", MemberError, "none of the models is one beside it"),
+        (("arm",), tmp_path / "other", VocabularyError, "other"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(root, *models, base=str(base))
+
+
+def test_the_same_model_twice_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="is given twice; name each once"):
+        run(root, "arm", "arm")
+
+
+def test_data_without_pairs_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "w1"}\n')
+    with pytest.raises(DataError, match="the columns text fit no preference format"):
+        run(root, "arm", data=str(tmp_path / "text.jsonl"))
+    data = write_pairs(tmp_path / "equal.jsonl", [("w1", "w2", "w2", "chat")])
+    with pytest.raises(DataError, match="no pair is left to score: chosen and rejected are identical"):
+        run(root, "arm", data=str(data))
+
+
+def test_models_that_cannot_score_are_refused(root: Path, tmp_path: Path) -> None:
+    data = str(root / "pairs.jsonl")
+    tiny_model(seed=0).save_pretrained(tmp_path / "mute")
+    with pytest.raises(MemberError, match="has no tokenizer files"):
+        run(tmp_path, "mute", data=data)
+
+    save_member(tiny_model(seed=0), tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MemberError, match="scores that are no finite numbers"):
+        run(tmp_path, "broken", data=data)
+
+    save_member(tiny_model(seed=0, vocab_size=VOCAB_SIZE - 10), tmp_path / "few")
+    with pytest.raises(VocabularyError, match="few knows 36 ids only"):
+        run(tmp_path, "few", data=data)
+
+    tiny_lora(tiny_model(seed=0), tmp_path / "lost", seed=0, base_path=str(tmp_path / "gone"))
+    with pytest.raises(MemberError, match=r"goes on .*gone, which cannot be opened.*correct base_model_name_or_path"):
+        run(tmp_path, "lost", data=data)
+
+
+def test_models_of_the_hub(root: Path, tmp_path: Path) -> None:
+    """From the hub's cache, as a process without a network finds them."""
+    for name in ("arm", "guided", "trajectory"):
+        snapshot = tmp_path / "hub" / f"models--org--{name}" / "snapshots" / "0123abc"
+        shutil.copytree(root / name, snapshot)
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir()
+        for revision in ("main", "v2"):
+            (refs / revision).write_text("0123abc")
+    program = """
+import sys
+from genarm.lab.accuracy.models import open_rewards
+from genarm.errors import UnsupportedError
+for reference in sys.argv[1:]:
+    try:
+        for files in open_rewards(reference, trust_remote_code=False):
+            scores = files.load(dtype="float32", device="cpu").score([[6, 7]], [[8, 1]])
+            print(files.name, files.kind, files.context, len(scores))
+    except UnsupportedError as error:
+        print(error)
+"""
+    references = ["org/arm", "org/arm@v2", "org/trajectory", "org/trajectory@v2", "org/guided"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command_ = [sys.executable, "-c", program, *references]
+    done = subprocess.run(command_, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        *("org/arm arm 128 1", "org/arm@v2 arm 128 1", "org/trajectory trajectory 128 1"),
+        "org/trajectory@v2 is a trajectory reward; of these only the main revision can be loaded",
+        "org/guided is a guided model on the hub; download it (hf download) and give the folder",
+    ]
+
+
+def test_a_folder_is_no_output(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder; name a file in it"):
+        command_line(root / "arm", "--data", root / "pairs.jsonl", "--output", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write --output"):
+        command_line(root / "arm", "--data", root / "pairs.jsonl", "--output", tmp_path / "file" / "result.json")
+
+
+@pytest.mark.skipif(not (SHARED / "models/lm-small").is_dir(), reason="the small models of ../shared are not there")
+def test_untrained_log_probs_of_real_pairs_follow_length() -> None:
+    data = str(SHARED / "data/pku-safer/test.jsonl")
+    (measured,) = run(SHARED / "models", "lm-small", data=data, split="train[:60]", batch_size=20).measured
+    assert measured.figures.length_correlation is not None
+    assert measured.figures.length_correlation.high < -0.9
+    assert measured.figures.lengths["rejected longer"].right.low > measured.figures.lengths["chosen longer"].right.high
+    assert measured.per_token is not None
+    assert measured.per_token.length_correlation is not None
+    assert abs(measured.per_token.length_correlation.value) < 0.5

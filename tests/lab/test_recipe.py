@@ -1,0 +1,98 @@
+"""Recipes: every one of ours reads, and every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from genarm.errors import ConfigError
+from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.evaluation.recipe_file import load_recipe, scales
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
+
+MINIMAL: dict[str, Any] = {
+    "prompts": {"data": "prompts.jsonl", "count": 4},
+    "reference": "base",
+    "methods": [
+        {"kind": "sample", "name": "base", "model": "m"},
+        {"kind": "genarm", "name": "guided", "base": "m", "rewards": {"a": "arm", "b": "arm2"}, "weights": {"b": 0.5}},
+    ],
+    "judges": [{"name": "truth", "kind": "function", "source": "m:f"}],
+}
+
+
+def read(tmp_path: Path, **changes: Any) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps({"title": "T", "tiny": {**MINIMAL, **changes}}))
+    return load_recipe(path, "tiny")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_in_every_scale(path: Path) -> None:
+    assert "paper" in scales(path)
+    for scale in scales(path):
+        recipe = load_recipe(path, scale)
+        trained = {f"@train/{spec.name}" for spec in recipe.train}
+        used = {ref for spec in recipe.methods for ref in (*spec.roles.values(), *spec.named.values())}
+        used |= {judge.source for judge in recipe.judges if judge.kind == "reward"}
+        assert {ref for ref in used if ref.startswith("@train/")} <= trained
+        assert recipe.methods[0].kind == "sample"  # the base comes first
+
+
+def test_a_grid_of_weights_is_a_row_each(tmp_path: Path) -> None:
+    grid = [{"a": 1, "b": 0}, {"a": 0.5}]
+    methods = [MINIMAL["methods"][0], {**MINIMAL["methods"][1], "weights": grid}]
+    _, first, second = read(tmp_path, methods=methods).methods
+    assert (first.name, second.name) == ("guided (a 1, b 0)", "guided (a 0.5, b 1)")
+    assert first.family == second.family == "guided"
+    assert second.weights == {"a": 0.5, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": [{"kind": "magic"}]}, "has the kind 'magic'; it must be one of sample, genarm"),
+        ({"methods": [{"kind": "genarm", "name": "g"}]}, "'g' of kind genarm lacks base, rewards"),
+        ({"methods": [{**MINIMAL["methods"][0], "top_k": 3}]}, "method 'base' has the unknown key 'top_k'"),
+        ({"methods": [*MINIMAL["methods"], MINIMAL["methods"][0]]}, "the method 'base' has no file name of its own"),
+        (
+            {"methods": [MINIMAL["methods"][0], {**MINIMAL["methods"][1], "weights": {"c": 1}}]},
+            "the weights of method 'guided' has the unknown key 'c'; allowed are a, b",
+        ),
+        (
+            {"methods": [*MINIMAL["methods"], {**MINIMAL["methods"][0], "name": "guided)"}]},
+            "the method 'guided' has no file name of its own; give it another name",
+        ),
+        ({"reference": "DPO"}, "there is no method 'DPO'; the recipe has base, guided"),
+        ({"comparisons": [["base", "DPO"]]}, "there is no method 'DPO'"),
+        ({"fronts": ["helpful"]}, "there is no judge 'helpful'; the recipe has truth"),
+        ({"judges": [{"name": "j", "kind": "oracle", "source": "x"}]}, "judges.0.kind is 'oracle'; it must be 'funct"),
+        ({"judges": [{"name": "j", "kind": "llm"}]}, "recipe.judges.0 lacks 'source'; allowed are name, kind, source"),
+        ({"prompts": {"data": "x", "count": 1}}, "prompts.count is 1; it must be greater than or equal to 2"),
+        ({"prompts": {"data": "x", "number": 4}}, "prompts has the unknown key 'number'"),
+        ({"seed": -1}, "seed is -1; it must be greater than or equal to 0"),
+        ({"speed": 1}, "recipe has the unknown key 'speed'; allowed are prompts, methods"),
+        ({"train": [{"kind": "arm"}]}, "train.0.name is None; it must be a string"),
+        ({"sampling": "greedy"}, "sampling is 'greedy'; it must be a table"),
+        ({"claims": [{"what": "better", "first": "base", "second": "guided"}]}, "what is 'better'; it must be 'above'"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'recipe.toml'}, scale tiny: ")
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*nothing\.toml: No such file"):
+        load_recipe(tmp_path / "nothing.toml", "tiny")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("title = ")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_recipe(broken, "tiny")
+    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, paper"):
+        load_recipe(next(path for path in RECIPES if path.stem == "hh-rlhf"), "huge")
