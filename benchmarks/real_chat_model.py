@@ -34,6 +34,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = {"helpful": ("hh-helpful", 224), "safer": ("pku-safer", 112)}
 """{ARM: (pairs, the most tokens of a prompt and its longer response)}."""
 PAIRS = 1024
+HELD_OUT = 250
 SETTINGS = {
     "base": {"helpful": 0.0, "safer": 0.0},
     "helpful": {"helpful": 1.0, "safer": 0.0},
@@ -118,7 +119,7 @@ def accuracy(model: Path, output: Path) -> str:
     for name, (data, _) in SETS.items():
         result = output / f"{name}-accuracy.json"
         if not result.exists():
-            held_out = ["--data", DATA / data / "test.jsonl", "--base", model, "--batch-size", "8"]
+            held_out = ["--data", DATA / data / "test.jsonl", "--split", f"train[:{HELD_OUT}]", "--base", model]
             genarm("accuracy", output / name, model, *held_out, "--dtype", "float32", "--output", result)
         for found in json.loads(result.read_text(encoding="utf-8"))["models"]:
             figures = found["figures"]

@@ -70,10 +70,7 @@ def test_win_rates_without_ties_have_wilsons_interval(n: int):
 
 @pytest.mark.parametrize("n", [5, 12, 20])
 def test_win_rates_cover_the_truth_exactly(n: int):
-    """Every outcome of n prompts, weighed by its chance under many truths: near certain ones, and with many ties, too.
-
-    Percentiles of a bootstrap cover some of these truths in less than 70% of all runs.
-    """
+    """Every outcome of n prompts, weighed by its chance under many truths, near certain ones and many ties too."""
     cases = [(win, lose) for win in range(n + 1) for lose in range(n + 1 - win)]
     rates = [win_rate(["win"] * win + ["lose"] * lose + ["tie"] * (n - win - lose)) for win, lose in cases]  # type: ignore[list-item]
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
