@@ -59,3 +59,17 @@ def test_the_readme_has_two_set_up_commands() -> None:
     commands = [line.split("#")[0].strip() for line in lines[1].splitlines()]
     assert commands == ["./scripts/demo", "./scripts/test"]
     assert all((ROOT / command).stat().st_mode & 0o111 for command in commands)
+
+
+def test_the_page_of_the_architecture_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "genarm"
+    named = set(re.findall(r"`([a-z_/]+(?:/|\.py))`", text))
+    assert len(named) > 40
+    assert not [
+        name for name in named if not (source / name).exists() or name.endswith("/") != (source / name).is_dir()
+    ]
+    top = {path.name + "/" * path.is_dir() for path in source.iterdir() if not path.name.startswith(("__", "py."))}
+    assert top <= named
+    picture = set(re.findall(r"[a-z_]+(?:/|\.py)", text.split("```text")[1].split("```")[0]))
+    assert picture == top
