@@ -206,7 +206,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(job, "SLOW_READER", 0.2)
     with running(timeout=0.2) as server:
-        assert 0.4 <= asyncio.run(main(server)) < 5
+        assert 0.3 <= asyncio.run(main(server)) < 5
         assert server.idle()
 
 

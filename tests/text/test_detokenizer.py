@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from builders.tokenizers import (
+from builders.tokenizer_kinds import (
     LINES,
     kinds,
     make,

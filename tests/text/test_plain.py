@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from builders.tiny import tiny_tokenizer
-from builders.tokenizers import KINDS, kinds, make
+from builders.tokenizer_kinds import KINDS, kinds, make
 from genarm.errors import ConversationError, UnsupportedError
 from genarm.text.plain import plain
 from genarm.text.prompts import Reading, encode_pair, encode_prompt
