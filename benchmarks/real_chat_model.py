@@ -119,7 +119,7 @@ def accuracy(model: Path, output: Path) -> str:
     for name, (data, _) in SETS.items():
         result = output / f"{name}-accuracy.json"
         if not result.exists():
-            held_out = ["--data", DATA / data / "test.jsonl", "--split", f"train[:{HELD_OUT}]"]
+            held_out = ["--data", DATA / data / "test.jsonl", "--split", f"train[:{HELD_OUT}]", "--base", model]
             genarm("accuracy", output / name, model, *held_out, "--dtype", "float32", "--output", result)
         for found in json.loads(result.read_text(encoding="utf-8"))["models"]:
             figures = found["figures"]
