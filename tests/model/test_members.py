@@ -439,6 +439,9 @@ def test_rewards_that_learned_on_other_prompts_are_named(reward: str, members: d
     assert "--template-arg depth=2; give that" in notes("second argument")
     settings.write_text("raw = true\n")
     assert "trained on text without a chat template" in notes("raw")
+    for number, foreign in enumerate((b"lr: 1e-4\n", b"\xff\xfe", b'template_arg = "depth=2"\n')):
+        settings.write_bytes(foreign)
+        assert notes(f"another tool's file {number}") == ""
     settings.unlink()
     tokenizer.chat_template = template + " "
     tokenizer.save_pretrained(members[reward])

@@ -256,13 +256,16 @@ def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub
     templates = [getattr(t, "chat_template", None) for t in (base.tokenizer, tokenizer)]
     if templates[0] != templates[1]:
         notes.append(f"{label} has another chat template than the base; the base's is used for every member")
-    settings = tomllib.loads(_file_of(where, TRAIN_SETTINGS, revision, hub) or "")
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):  # another tool's file of that name
+        settings = tomllib.loads(_file_of(where, TRAIN_SETTINGS, revision, hub) or "")
+    arguments = settings.get("template_arg")
     if settings.get("raw") and templates[0] is not None:
         notes.append(f"{label} was trained on text without a chat template, so conversations are new to it")
     return notes + [
         f"{label} was trained with --template-arg {argument}; give that to generate, chat and serve as well, or it "
         "reads other prompts than it has learned"
-        for argument in settings.get("template_arg") or ()
+        for argument in (arguments if isinstance(arguments, list) else ())
     ]
 
 
