@@ -122,6 +122,8 @@ def shaped_by_transformers(
     scores = log_probs_V.clone()
     for token, bias in sampling.logit_bias.items():
         scores[token] += bias
+    # Without ids that are read and never said, which some versions of transformers cannot look up.
+    prompt = [i for i in prompt if i < len(scores)]
     ids = torch.tensor([[*prompt, *counts.elements()]], dtype=torch.long)
     if sampling.repetition_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores[None])[0]

@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from builders.tiny import DEVICE
+
 FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCABULARY = 96
 MOST_WEIGHTS = 15_000_000
@@ -150,4 +152,4 @@ def tiny_family(name: str, seed: int = 0) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return model.to(DEVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import (
 )
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+DEVICE = os.environ.get("GENARM_TEST_DEVICE", "cpu")
+"""Where the engine's tests put their models: cpu, or cuda."""
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>{% endfor %}"
@@ -86,7 +90,7 @@ def tiny_model(
         **{**_SHAPES[family], **overrides},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def save_member(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:

@@ -29,10 +29,13 @@ from builders.engines import (
     options,
     weights_of,
 )
-from builders.tiny import FAMILIES, VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
+from builders.families import tiny_family
+from builders.tiny import DEVICE, FAMILIES, VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, Request
-from genarm.engine.graphs import DecodeGraphs
+from genarm.engine.attention import Pass
+from genarm.engine.graphs import DecodeGraphs, Waits
+from genarm.engine.trunk import Trunk
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, UnsupportedError, WeightsError
 from genarm.sampling import Sampling
 
@@ -42,8 +45,8 @@ def generated(
 ) -> list[list[int]]:
     """Greedy replies to PROMPTS by transformers, as one left-padded batch."""
     longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in PROMPTS], device=DEVICE)
     if weights is not None:
         assert isinstance(model, GuidedForCausalLM)
         options["reward_weights"] = torch.tensor([[row[name] for name in model.reward_names] for row in weights])
@@ -102,7 +105,7 @@ def test_two_engines_of_one_model() -> None:
 def test_a_copy_of_a_model_that_an_engine_has_used_is_independent() -> None:
     model = make_model("llama", "two loras")
     Engine(model, TOKENIZER, options()).close()
-    ids = torch.tensor([PROMPTS[0]])
+    ids = torch.tensor([PROMPTS[0]], device=DEVICE)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(ids).logits, model(ids).logits)
     for name, parameter in twin.named_parameters():
@@ -147,7 +150,7 @@ def test_a_draft_model_with_a_smaller_vocabulary_is_worth_having() -> None:
     """Ids that it lacks must not look likely to it."""
     base = tiny_model(seed=0, vocab_size=64)
     draft = tiny_model(seed=0, vocab_size=64)
-    head = torch.nn.Linear(32, 56, bias=False)
+    head = torch.nn.Linear(32, 56, bias=False, device=DEVICE)
     head.weight.data = draft.lm_head.weight.data[:56].clone()
     draft.lm_head = head
     with torch.no_grad():
@@ -205,12 +208,12 @@ def gemma(seed: int, **changes: Any) -> PreTrainedModel:
         pad_token_id=0,
         **changes,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(DEVICE)
 
 
 def test_gemma_with_squashed_scores_and_alternating_windows() -> None:
     base, arm = gemma(0), gemma(1)
-    ids = torch.tensor([PROMPTS[1]])
+    ids = torch.tensor([PROMPTS[1]], device=DEVICE)
     loose = gemma(0)
     for layer in loose.model.layers:
         layer.self_attn.attn_logit_softcapping = None
@@ -230,8 +233,8 @@ def test_models_that_the_engine_cannot_run_are_refused_and_left_alone(family: st
     torch.manual_seed(0)
     shape = {"n_head": 4} if family == "bloom" else {}
     config = AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, **shape)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.tensor([PROMPTS[0]])
+    model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
+    ids = torch.tensor([PROMPTS[0]], device=DEVICE)
     before = model(ids).logits
     with pytest.raises(UnsupportedError, match=r"cannot run a \w+ForCausalLM.*use GuidedForCausalLM\.generate"):
         Engine(model, TOKENIZER, options())
@@ -248,11 +251,12 @@ def test_models_that_the_engine_cannot_run_are_refused_and_left_alone(family: st
 
 def test_half_precision() -> None:
     """Against float32 models of the same rounded weights; bfloat16 keeps 8 bits."""
-    rounded = [tiny_model(seed=seed).bfloat16() for seed in (0, 1)]
-    exact = GuidedForCausalLM.from_members(rounded[0].float(), {"r": rounded[1].float()})
-    model = GuidedForCausalLM.from_members(
-        tiny_model(seed=0, dtype=torch.bfloat16), {"r": tiny_model(seed=1, dtype=torch.bfloat16)}
+    base, arm = [tiny_model(seed=seed).bfloat16() for seed in (0, 1)]
+    exact_base = copy.deepcopy(base).float()
+    exact = GuidedForCausalLM.from_members(
+        exact_base, {"r": copy.deepcopy(arm).float(), "one": lora(exact_base, "one", 3)}
     )
+    model = GuidedForCausalLM.from_members(base, {"r": arm, "one": lora(base, "one", 3)})
     for speculate in (0, 2):
         with Engine(model, TOKENIZER, options(speculate=speculate, adapt=False)) as engine:
             completion = engine.generate([greedy(PROMPTS[0])])[0]
@@ -284,11 +288,11 @@ def check_numbers(
     arms: Mapping[str, PreTrainedModel] | None = None,
 ) -> None:
     """Each token's numbers against one uncached forward over prompt and reply."""
-    whole = torch.tensor([[*prompt, *completion.token_ids]])
+    whole = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
     nothing = dict.fromkeys(model.reward_names, 0.0)
 
     def forward(weights: Mapping[str, float]) -> torch.Tensor:
-        return model(whole, reward_weights=weights, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return model(whole, reward_weights=weights, use_cache=False).logits[0, len(prompt) - 1 : -1].cpu()
 
     guided, base = forward(weights), forward(nothing)
     at = torch.tensor(completion.token_ids)[:, None]
@@ -304,7 +308,7 @@ def check_numbers(
         # log π_i is what a weight of one adds to the base, up to a constant
         alone = (forward({**nothing, name: 1.0}) - base).log_softmax(-1)
         if arms is not None:
-            alone = arms[name](whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            alone = arms[name](whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
         same([t.rewards[name] for t in completion.tokens], alone)
     assert all({*t.rewards} == running for t in completion.tokens)
     for place, token in enumerate(completion.tokens):
@@ -444,7 +448,7 @@ def test_a_reward_that_joins_at_a_later_turn(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["full and lora", "loras on a smaller model", "three"])
 @pytest.mark.parametrize("family", ["mistral", "gpt2"])
-@pytest.mark.parametrize("speculate", [0, 2])
+@pytest.mark.parametrize("speculate", [0, 2, 5])
 def test_decode_graphs_give_the_same_tokens(kind: str, family: str, speculate: int) -> None:
     model = make_model(family, kind)
     requests = [
@@ -459,8 +463,43 @@ def test_decode_graphs_give_the_same_tokens(kind: str, family: str, speculate: i
             trunk._graphs = DecodeGraphs(trunk.kv_cache, trunk._logits)
         assert token_ids(engine.generate(requests)) == expected
         used = [trunk._graphs.captured for trunk in trunks if trunk._graphs is not None]
-        assert all(used) or speculate
-        assert any(used)
+        assert all(used)
+        assert (max(queries for _, queries, _ in used[0]) > 1) == (speculate > 0)
+
+
+@torch.inference_mode()
+def test_what_waits_for_the_device_is_seen() -> None:
+    """A graph cannot hold it: experts that are given tokens by their number, a branch on a value, a place asked for."""
+    x = torch.arange(6.0, device=DEVICE)
+    waiting = (
+        lambda: tiny_family("mixtral")(torch.tensor([[7]], device=DEVICE)),
+        lambda: x[x > 2],
+        lambda: 1 if x.max() > 2 else 0,
+        lambda: x.max().item(),
+        lambda: x.nonzero(),
+        lambda: x.unique(),
+        lambda: x.index_put((x > 2,), x.new_zeros(())),
+        lambda: torch.nn.functional.pad(x, (0, int(x[1]))),
+    )
+    for run in waiting:
+        with Waits() as waits:
+            run()
+        assert waits.where
+    seen: list[str | None] = []
+    for family in FAMILIES:
+        with Engine(tiny_model(family), TOKENIZER, options()) as engine:
+            (trunk,) = engine._built.members.trunks
+
+            def logits(plan: Pass, trunk: Trunk = trunk) -> torch.Tensor:
+                with Waits() as waits:
+                    said = trunk._logits(plan)
+                seen.append(waits.where and f"{waits.where} of a {type(trunk.model).__name__}")
+                return said
+
+            trunk._graphs = DecodeGraphs(trunk.kv_cache, logits)
+            engine.generate([greedy(PROMPTS[0], sampling=Sampling(max_new_tokens=4, temperature=0))])
+    assert len(seen) > 3 * len(FAMILIES)
+    assert {*seen} == {None}
 
 
 # --- one request among many -----------------------------------------------------------------------------------------
@@ -594,7 +633,7 @@ def test_penalties_against_a_loop_by_hand(model: GuidedForCausalLM) -> None:
     sampling = Sampling(max_new_tokens=20, temperature=0, presence_penalty=1.0, frequency_penalty=0.5)
     ids = list(PROMPTS[0])
     for _ in range(20):
-        scores = model(torch.tensor([ids]), reward_weights=weights, use_cache=False).logits[0, -1]
+        scores = model(torch.tensor([ids], device=DEVICE), reward_weights=weights, use_cache=False).logits[0, -1].cpu()
         counts = torch.bincount(torch.tensor(ids[len(PROMPTS[0]) :], dtype=torch.long), minlength=len(scores))
         ids.append(int((scores - 0.5 * counts - 1.0 * (counts > 0)).argmax()))
     for changes in VARIANTS.values():
@@ -807,7 +846,7 @@ def test_a_failed_stream_fails_again_when_asked_again(
 def test_statistics_and_description(model: GuidedForCausalLM) -> None:
     with Engine(model, TOKENIZER, options(streams=3, speculate=2)) as engine:
         assert engine.describe().startswith("3 streams of 64 tokens; drafts from full")
-        assert "base, one: cpu, float32, together in one forward" in engine.describe()
+        assert f"base, one: {DEVICE}, float32, together in one forward" in engine.describe()
         engine.generate([greedy([7, 8])])
         statistics = engine.statistics()
         assert statistics.free_rows == (6, 3)

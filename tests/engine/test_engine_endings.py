@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders.engines import PROMPTS, TOKENIZER, VARIANTS, options
-from builders.tiny import VOCAB_SIZE, tiny_model
+from builders.tiny import DEVICE, VOCAB_SIZE, tiny_model
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, Request
 from genarm.errors import ConfigError, UnsupportedError
@@ -41,8 +41,8 @@ def generated(model: GuidedForCausalLM, **settings: Any) -> list[tuple[int, ...]
     return [
         tuple(
             model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor([prompt], device=DEVICE),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=DEVICE),
                 do_sample=False,
                 max_new_tokens=LENGTH,
                 pad_token_id=0,
@@ -149,7 +149,7 @@ def test_what_transformers_does_not_know_is_refused(model: GuidedForCausalLM) ->
 def test_ids_that_the_model_reads_and_never_says() -> None:
     """Its embedding has more rows than its head: such an id is read, and named where it is to be said or to end."""
     model = tiny_model(seed=0, vocab_size=VOCAB_SIZE + 8)
-    model.lm_head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
+    model.lm_head = torch.nn.Linear(32, VOCAB_SIZE, bias=False, device=DEVICE)
     beyond = VOCAB_SIZE + 3
     with Engine(model, TOKENIZER, options()) as engine:
         penalised = Sampling(max_new_tokens=6, repetition_penalty=1.5)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from builders.families import FAMILIES, VOCABULARY, tiny_family
-from builders.tiny import SPECIAL, tiny_tokenizer
+from builders.tiny import DEVICE, SPECIAL, tiny_tokenizer
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
 from genarm.errors import GenarmError, MemberError, UnsupportedError
@@ -60,7 +60,7 @@ def takes_lora(family: str) -> bool:
     """Whether peft can put an adapter on the family, and the family still runs."""
     try:
         with torch.no_grad():
-            with_lora(tiny_family(family))(torch.tensor([PROMPTS[1]]))
+            with_lora(tiny_family(family))(torch.tensor([PROMPTS[1]], device=DEVICE))
     except Exception:
         return False
     return True
@@ -96,7 +96,7 @@ def furthest(family: str, kinds: tuple[str, ...], completions: list[Completion])
     lora = parts.pop("lora", None)
     worst = 0.0
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        ids_1T = torch.tensor([[*prompt, *completion.token_ids]])
+        ids_1T = torch.tensor([[*prompt, *completion.token_ids]], device=DEVICE)
         said: dict[str, torch.Tensor] = {}
         if lora is not None:
             said["lora"] = lora(input_ids=ids_1T, use_cache=False).logits
@@ -104,7 +104,7 @@ def furthest(family: str, kinds: tuple[str, ...], completions: list[Completion])
                 said["base"] = lora(input_ids=ids_1T, use_cache=False).logits
         for name, model in parts.items():
             said.setdefault(name, model(input_ids=ids_1T, use_cache=False).logits)
-        of = {name: torch.log_softmax(x[0, len(prompt) - 1 : -1].float(), dim=-1) for name, x in said.items()}
+        of = {name: torch.log_softmax(x[0, len(prompt) - 1 : -1].cpu().float(), dim=-1) for name, x in said.items()}
         guided_TV = torch.log_softmax(of["base"] + sum(WEIGHTS[kind] * of[kind] for kind in kinds), dim=-1)
         for i, token in enumerate(completion.tokens):
             numbers = {"base": token.base, **token.rewards}
@@ -176,7 +176,7 @@ def test_every_family_is_right_or_refused() -> None:
     wrong = []
     for family in FAMILIES:
         try:
-            tiny_family(family)(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False)
+            tiny_family(family)(input_ids=torch.tensor([PROMPTS[1]], device=DEVICE), use_cache=False)
         except Exception as error:
             print(f"| {family} | cannot be made tiny: {' '.join(str(error).split())[:80]} |", flush=True)
             continue

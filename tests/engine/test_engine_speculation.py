@@ -14,7 +14,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from builders.engines import shaped_by_transformers
-from builders.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from builders.tiny import DEVICE, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
 from genarm.sampling import Sampling
@@ -63,8 +63,8 @@ def _enumerate(model: PreTrainedModel, weights: Mapping[str, float], sampling: S
     complete: dict[Reply, float] = {}
     growing: dict[Reply, float] = {(): 1.0}
     for length in range(1, sampling.max_new_tokens + 1):
-        ids = torch.tensor([[*PROMPT, *reply] for reply in growing])
-        log_probs = model(ids, use_cache=False, **options).logits[:, -1].float().log_softmax(-1)
+        ids = torch.tensor([[*PROMPT, *reply] for reply in growing], device=DEVICE)
+        log_probs = model(ids, use_cache=False, **options).logits[:, -1].cpu().float().log_softmax(-1)
         longer: dict[Reply, float] = {}
         for (reply, probability), row in zip(growing.items(), log_probs, strict=True):
             shaped = shaped_by_transformers(row, sampling, Counter(reply), PROMPT, [END]).double().softmax(-1)
@@ -215,11 +215,11 @@ def test_acceptance_is_the_overlap_of_draft_and_target() -> None:
     several = [{"one": 0.5}, {"one": 2.0}]
     # The prompt's own forward gives the first token, a draft the second, and the last one is never drafted.
     found = draw(model, 1000, Sampling(max_new_tokens=3), several, speculate=1, adapt=False)
-    prompts = torch.tensor([[*PROMPT, first] for first in range(SIZE)])
+    prompts = torch.tensor([[*PROMPT, first] for first in range(SIZE)], device=DEVICE)
     for weights, completions in zip(several, found, strict=True):
         with torch.no_grad():
-            target = model(prompts, reward_weights=weights).logits[:, -1].exp()
-            one = arm(prompts).logits[:, -1].log_softmax(-1)
+            target = model(prompts, reward_weights=weights).logits[:, -1].exp().cpu()
+            one = arm(prompts).logits[:, -1].log_softmax(-1).cpu()
         drafted = [c for c in completions if c.token_ids[0] != END]
         assert all(c.drafted == (c.token_ids[0] != END) for c in completions)
         accepted = sum(c.accepted for c in drafted)

@@ -303,8 +303,8 @@ class Plug:
     """Puts the engine's attention into a model while a pass runs, and what was there before back."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        self._configs = list({id(module.config): module.config for module in modules}.values())
+        self._models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        self._configs = list({id(module.config): module.config for module in self._models}.values())
 
     @contextmanager
     def attending(self, attends: Attends) -> Iterator[None]:
@@ -312,6 +312,8 @@ class Plug:
         before = [config._attn_implementation for config in self._configs]
         _current.attends = attends
         try:
+            for module in self._models:  # looks at the ids for padding, of which there is none, and waits for a GPU
+                vars(module)[_LOOKS_FOR_PADDING] = _say_nothing
             for config in self._configs:
                 # transformers makes no mask for an implementation that it has no mask function for.
                 config._attn_implementation = IMPLEMENTATION
@@ -319,7 +321,16 @@ class Plug:
         finally:
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation = implementation
+            for module in self._models:
+                vars(module).pop(_LOOKS_FOR_PADDING, None)
             _current.attends = None
+
+
+_LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """Instead of a warning."""
 
 
 def _attention(

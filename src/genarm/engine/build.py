@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from genarm.engine.device import cost, settle
+from genarm.engine.device import cost, draft_cost, settle
 from genarm.engine.members import Members
 from genarm.engine.proof import expect, prove
 from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
@@ -31,12 +32,14 @@ class Built:
     Attributes:
         guess_costs: {member: cost of one forward, in forwards of the base} of members that could draft: those with
             a trunk of their own.
+        draft_overhead: of drafting one token besides, likewise.
         notes: how each trunk runs, in words.
         context: positions of each request.
     """
 
     members: Members
     guess_costs: dict[int, float]
+    draft_overhead: float
     notes: Sequence[str]
     context: int
 
@@ -100,7 +103,13 @@ def build(
         reward_names=reward_names,
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
     )
-    return Built(members=placed, guess_costs=guess_costs, notes=notes, context=capacity)
+    return Built(
+        members=placed,
+        guess_costs=guess_costs,
+        draft_overhead=draft_cost(groups[0].model) / costs[0],
+        notes=notes,
+        context=capacity,
+    )
 
 
 def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | None], list[Tensor | None]]:
@@ -127,7 +136,7 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
     except UnsupportedError:
         raise
     except Exception as error:  # whatever a model's own code raises where it is not run as it expects
-        if "memory" in str(error):  # torch.OutOfMemoryError, but a CPU's allocator has none of its own
+        if _out_of_memory(error):
             raise UnsupportedError(
                 f"there is no memory for the keys and values of {streams} streams of {capacity} tokens for {names}; "
                 "ask for fewer streams or a shorter context"
@@ -136,7 +145,13 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
     together = (
         "" if len(group.members) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     )
-    return trunk, f"{names}: {path.why}{together}; KV cache {_size(trunk.kv_cache.bytes)}"
+    replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
+    return trunk, f"{names}: {path.why}{together}{replayed}; KV cache {_size(trunk.kv_cache.bytes)}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of the device, or of a CPU, whose allocator has no error of its own; other errors speak of memory too."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "you tried to allocate" in str(error)
 
 
 def _size(count: int) -> str:

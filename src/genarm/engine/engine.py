@@ -297,6 +297,7 @@ class Engine:
             length=DraftLength(
                 most=self.options.speculate,
                 cost=sum(self._guess_costs[member] for member in guessers),
+                overhead=self._built.draft_overhead,
                 adapt=self.options.adapt,
             ),
             limit=request.sampling.max_new_tokens,

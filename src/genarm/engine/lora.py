@@ -3,7 +3,8 @@
 All adapters of a layer are stacked into two matrices. A pass multiplies all its tokens by the first, keeps for each
 token the columns of its own adapter (none, for the model itself) and multiplies by the second: two small products,
 however many adapters there are. Layers with the same input share the first. On a GPU both are in the model's dtype
-(bf16 enters here), as for any other layer; on a CPU in float32, where products this small take half the time.
+(bf16 enters here), as for any other layer; on a CPU in float32, where products this small take half the time. Where
+the dtype is the model's own, the first matrix rides along in the layers' product and the second ones are one.
 
 Shapes: T tokens, R columns (the ranks of all adapters together), I and O a layer's in- and output features.
 """
@@ -21,7 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from genarm.engine.fused_linears import FusedLinear, same_inputs
+from genarm.engine.fused_linears import FusedLinear, Rider, same_inputs
 from genarm.model.adapters import adapter_layers
 
 _Column = tuple[int, float]
@@ -47,28 +48,68 @@ def can_share(model: nn.Module, adapters: Sequence[str]) -> bool:
 
 @dataclass(eq=False)
 class _Group:
-    """Layers that get the same input (query, key and value, say): one product serves them all.
+    """Layers that get the same input (query, key and value, say): one product serves them all. A `Rider`.
 
     Attributes:
+        layers: what the adapters are added to, as the model's author made it.
+        rows_RI: the adapters' first matrices.
+        stacks: of each layer.
         scaling: of all columns, or of each [R] where adapters differ in it.
-        foreign_TR: for each token of a pass, the columns that are not its own.
+        foreign_TR: for each token of a pass, the columns that are not its own; None outside of one.
+        up_RO: all layers' second matrices as one, with zeros where a column is another layer's; where the rows ride.
     """
 
+    layers: list[nn.Module] = field(default_factory=list)
+    rows_RI: Tensor = field(default_factory=lambda: torch.empty(0))
+    stacks: dict[nn.Module, _Stack] = field(default_factory=dict)
     columns: list[_Column] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
-    down_RI: Tensor = field(default_factory=lambda: torch.empty(0))
     scaling: float | Tensor = 1.0
-    foreign_TR: Tensor = field(default_factory=lambda: torch.empty(0))
+    foreign_TR: Tensor | None = None
+    up_RO: Tensor | None = None
+
+    def board(self, rows_RI: Tensor, layers: Sequence[nn.Module]) -> None:
+        """See `Rider`."""
+        self.rows_RI = rows_RI
+        sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+        self.up_RO = rows_RI.new_zeros(len(rows_RI), sum(sizes))
+        for base, stack in zip(self.layers, self.stacks.values(), strict=True):
+            place = list(layers).index(base)
+            start, size = sum(sizes[:place]), sizes[place]
+            stack.up_RO = self.up_RO[stack.first : stack.last, start : start + size].copy_(stack.up_RO)
+        for layer, stack in self.stacks.items():
+            _make_views(layer, stack)
+
+    def finish(self, output_TO: Tensor, low_TR: Tensor) -> None:
+        """See `Rider`."""
+        if self.foreign_TR is not None and self.up_RO is not None:  # in a pass with adapters
+            # In place: the outputs are fresh, nobody else holds them.
+            own_TR = self.own(low_TR[:, : len(self.columns)], self.foreign_TR)
+            output_TO.addmm_(own_TR, self.up_RO, alpha=self.factor)
+
+    def own(self, low_TR: Tensor, foreign_TR: Tensor) -> Tensor:
+        """`low_TR` with nothing but each token's own columns, in place."""
+        # Filled, not multiplied by 0: another's columns may overflow for this token, and inf · 0 is NaN.
+        low_TR.masked_fill_(foreign_TR, 0.0)
+        return low_TR.mul_(self.scaling) if isinstance(self.scaling, Tensor) else low_TR
+
+    @property
+    def factor(self) -> float:
+        """What is left to multiply by."""
+        return 1.0 if isinstance(self.scaling, Tensor) else self.scaling
 
 
 @dataclass(eq=False)
 class _Stack:
-    """The adapters of one layer: its columns of the group's product, and the matrix that they are multiplied by."""
+    """The adapters of one layer: its columns of the group's product, and the matrix that they are multiplied by.
+
+    `adapters` has the name and the rank of each.
+    """
 
     group: _Group
     first: int
     last: int
     up_RO: Tensor
+    adapters: Sequence[tuple[str, int]]
 
 
 class SharedAdapters:
@@ -93,12 +134,17 @@ class SharedAdapters:
         self._tables: dict[tuple[Any, ...], Tensor] = {}
         self._table_of: list[Tensor] = []
         for group in self._groups:
-            key = (group.down_RI.device, *group.columns)
+            key = (group.rows_RI.device, *group.columns)
             if key not in self._tables:
-                self._tables[key] = _foreign(group.columns, len(adapters)).to(group.down_RI.device)
+                self._tables[key] = _foreign(group.columns, len(adapters)).to(group.rows_RI.device)
             self._table_of.append(self._tables[key])
         self._done: tuple[_Group, Tensor] | None = None
         self._low_TR = torch.empty(0)
+
+    @property
+    def riders(self) -> Sequence[Rider]:
+        """What can go along in the products of the layers themselves."""
+        return self._groups
 
     @contextmanager
     def masked(self, adapters_T: Tensor) -> Iterator[None]:
@@ -111,6 +157,8 @@ class SharedAdapters:
             yield
         finally:
             _current.adapters = self._done = None
+            for group in self._groups:
+                group.foreign_TR = None
 
     def add(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """`output` of the layer's base for `x`, plus the low-rank parts."""
@@ -118,16 +166,17 @@ class SharedAdapters:
         if stack is None:  # it carries adapters of another engine only
             return output
         group = stack.group
+        if group.up_RO is not None or group.foreign_TR is None:  # `finish` has added it
+            return output
         if self._done is None or self._done[0] is not group or self._done[1] is not x:  # see FusedLinears.output
             self._done = group, x  # held, so that no other tensor can be taken for it
-            self._low_TR = x.reshape(-1, x.shape[-1]).to(group.down_RI.dtype) @ group.down_RI.t()
-            # Filled, not multiplied by 0: another's columns may overflow for this token, and inf · 0 is NaN.
-            self._low_TR.masked_fill_(group.foreign_TR, 0.0)
-            if isinstance(group.scaling, Tensor):
-                self._low_TR.mul_(group.scaling)
-        scaling = 1.0 if isinstance(group.scaling, Tensor) else group.scaling
+            self._low_TR = group.own(_product(x, group.rows_RI), group.foreign_TR)
         # In place: the layer's output is fresh, nobody else holds it. [T, O] fits [1, T, O].
-        return output.add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO, alpha=scaling)
+        return output.add_(self._low_TR[:, stack.first : stack.last] @ stack.up_RO, alpha=group.factor)
+
+
+def _product(x: Tensor, rows_RI: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(rows_RI.dtype) @ rows_RI.t()
 
 
 _current = threading.local()
@@ -179,29 +228,31 @@ def _members_of(layer: Any, adapters: Sequence[str | None]) -> list[tuple[int, s
 def _stack(layers: Sequence[Any], adapters: Sequence[str | None], dtype: torch.dtype) -> dict[nn.Module, _Stack]:
     """Stack the adapters of layers with the same input, and let their forwards use them."""
     group = _Group()
-    stacks: dict[nn.Module, _Stack] = {}
+    parts: list[Tensor] = []
     for layer in layers:
         first = len(group.columns)
         here = _members_of(layer, adapters)
         for member, name in here:
-            group.parts.append(layer.lora_A[name].weight.detach().to(dtype))
-            group.columns += [(member, float(layer.scaling[name]))] * len(group.parts[-1])
+            parts.append(layer.lora_A[name].weight.detach().to(dtype))
+            group.columns += [(member, float(layer.scaling[name]))] * len(parts[-1])
         up_RO = torch.cat([layer.lora_B[name].weight.detach().to(dtype).t() for _, name in here]).contiguous()
-        stacks[layer] = _Stack(group=group, first=first, last=len(group.columns), up_RO=up_RO)
+        ranks = [(name, int(layer.lora_A[name].weight.shape[0])) for _, name in here]
+        group.stacks[layer] = _Stack(group=group, first=first, last=len(group.columns), up_RO=up_RO, adapters=ranks)
+        group.layers.append(layer.get_base_layer())
         kind: Any = type(layer)
         layer.__class__ = _sharing(kind)
-    group.down_RI = torch.cat(group.parts)
-    group.scaling = _scaling(group.columns, group.down_RI)
-    group.parts.clear()
-    for layer, stack in stacks.items():
-        _make_views(layer, _members_of(layer, adapters), stack)
-    return stacks
+    group.rows_RI = torch.cat(parts)
+    group.scaling = _scaling(group.columns, group.rows_RI)
+    parts.clear()
+    for layer, stack in group.stacks.items():
+        _make_views(layer, stack)
+    return group.stacks
 
 
-def _make_views(layer: Any, here: Sequence[tuple[int, str]], stack: _Stack) -> None:
+def _make_views(layer: Any, stack: _Stack) -> None:
     start = 0
-    for _, name in here:
-        end = start + layer.lora_A[name].weight.shape[0]
-        layer.lora_A[name].weight.data = stack.group.down_RI[stack.first + start : stack.first + end]
+    for name, rank in stack.adapters:
+        end = start + rank
+        layer.lora_A[name].weight.data = stack.group.rows_RI[stack.first + start : stack.first + end]
         layer.lora_B[name].weight.data = stack.up_RO[start:end].t()
         start = end

@@ -66,16 +66,18 @@ class DraftLength:
     seed gives the same tokens.
     """
 
-    def __init__(self, *, most: int, cost: float, adapt: bool) -> None:
+    def __init__(self, *, most: int, cost: float, overhead: float = 0.0, adapt: bool) -> None:
         """Start with an ordinary guess.
 
         Args:
             most: the most tokens drafted at once.
-            cost: of drafting one token, in forwards of the base.
+            cost: of the drafting members' forward of one token, in forwards of the base.
+            overhead: of drafting one token besides, likewise.
             adapt: False drafts `most` tokens always.
         """
         self.most = most
         self.cost = cost
+        self.overhead = overhead
         self.adapt = adapt
         self.acceptance = _FIRST_GUESS
         self._idle = 0
@@ -109,4 +111,4 @@ def _tokens(acceptance: float, k: int) -> float:
 
 def _price(k: int, length: DraftLength) -> float:
     """Forwards of the base that a step costs; after k acceptances the drafting members run once more."""
-    return 1 + _VERIFY * k + length.cost * (k + length.acceptance**k if k else 1)
+    return 1 + (_VERIFY + length.overhead) * k + length.cost * (k + length.acceptance**k if k else 1)

@@ -23,6 +23,7 @@ from genarm.engine.fused_linears import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.kv_cache import KVCache, LayerShape
 from genarm.engine.lora import SharedAdapters, can_share
+from genarm.engine.norms import fuse_norms, one_kernel_norms
 from genarm.errors import UnsupportedError
 from genarm.model.adapters import adapter_layers, running
 from genarm.model.combine import log_probs
@@ -67,7 +68,7 @@ class Trunk:
             alignment: of the model's vocabulary with the base's; None for the base itself.
             rows: requests times members that may run at once.
             capacity: positions of each row.
-            graphs: capture decode steps as CUDA graphs.
+            graphs: capture decode steps as CUDA graphs, if the model can be captured.
 
         Raises:
             UnsupportedError: an attention that the engine cannot reproduce.
@@ -90,7 +91,9 @@ class Trunk:
         self._adapters = (
             SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
         )
-        self._fused = FusedLinears(model, self._run_once)
+        self._fused = FusedLinears(model, self._run_once, self._adapters.riders if self._adapters else ())
+        if self.device.type != "cpu":
+            fuse_norms(model)
         self._graphs = DecodeGraphs(self.kv_cache, self._logits) if graphs and self.shared else None
         self._adapted = frozenset(i for i, adapter in enumerate(adapters) if adapter is not None)
         self.passes = 0
@@ -124,6 +127,11 @@ class Trunk:
             feed.row.ids.extend(feed.ids)
         return [wanted[id(feed)] for feed in feeds]
 
+    @property
+    def replays(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        return self._graphs is not None and self._graphs.refused is None
+
     def _run_once(self) -> None:
         """One token, whose keys and values go nowhere."""
         _probe(self.model, self._plug, self._arguments, self.device)
@@ -136,7 +144,7 @@ class Trunk:
         inputs: dict[str, Any] = {"input_ids": plan.ids_T[None], "position_ids": plan.positions_T[None]}
         if self._keeps:
             inputs["logits_to_keep"] = plan.outputs_W
-        with self._plug.attending(plan), self._fused.active():
+        with self._plug.attending(plan), self._fused.active(), one_kernel_norms():
             if self._adapters is None or not plan.adapted:
                 output = self.model(**inputs, use_cache=False, return_dict=True)
             else:
