@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -54,7 +54,10 @@ def _processor() -> str:
 def code_version() -> str:
     """The commit, "-dirty" after it where files have been changed; the package's version outside of a checkout."""
     here = Path(__file__).resolve()
-    genarm = f"genarm {version('genarm')}"
+    try:
+        genarm = f"genarm {version('genarm')}"
+    except PackageNotFoundError:  # run from its sources
+        genarm = "genarm"
     try:
         tracked = ["git", "ls-files", "--error-unmatch", here.name]  # an environment may lie inside another checkout
         subprocess.run(tracked, cwd=here.parent, check=True, capture_output=True)
