@@ -19,8 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from builders.tiny import save_member, tiny_model, tiny_tokenizer
+from genarm.cli.console import say, say_json
 from genarm.cli.main import main
-from genarm.cli.options import say, say_json
 from genarm.terminal import Bar, PlainConsole
 
 EVIL = "a\x1b]0;title\x07b\x9b31mc\rd\x7f"

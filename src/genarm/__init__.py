@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from genarm.model.auto import register as _register
 
 if TYPE_CHECKING:
-    from genarm.engine.engine import Engine, EngineOptions
+    from genarm.engine.engine import Engine
+    from genarm.engine.options import EngineOptions
     from genarm.engine.request import Completion, Request, Token
     from genarm.errors import GenarmError
     from genarm.model.compose import compose
@@ -30,7 +31,7 @@ _HOMES = {
     "ArmTrainer": "genarm.training.trainer",
     "Completion": "genarm.engine.request",
     "Engine": "genarm.engine.engine",
-    "EngineOptions": "genarm.engine.engine",
+    "EngineOptions": "genarm.engine.options",
     "GenarmError": "genarm.errors",
     "GuidedConfig": "genarm.model.config",
     "GuidedForCausalLM": "genarm.model.modeling",

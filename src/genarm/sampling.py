@@ -17,18 +17,11 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
-
 from genarm.errors import ConfigError, UnsupportedError
-from genarm.text.detokenizer import decode
-from genarm.text.prompts import end_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,10 +44,12 @@ class Sampling:
         min_new_tokens: up to so many tokens, ids that end the reply are not drawn and stop texts do not end it.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
+    max_new_tokens: int = field(default=128, metadata={"help": "the most tokens of a reply"})
+    temperature: float = field(default=1.0, metadata={"metavar": "T", "help": "0 is greedy"})
     top_k: int = 0
-    top_p: float = 1.0
+    top_p: float = field(
+        default=1.0, metadata={"metavar": "P", "help": "sample from the likeliest tokens of this probability"}
+    )
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -119,6 +114,8 @@ class Sampling:
         Raises:
             UnsupportedError: presence and frequency penalties, which transformers does not have.
         """
+        from transformers import GenerationConfig
+
         if self.presence_penalty or self.frequency_penalty:
             raise UnsupportedError(
                 "presence_penalty and frequency_penalty are unknown to transformers' generate; leave them out, use "
@@ -175,6 +172,9 @@ def sample_replies(
     Raises:
         UnsupportedError: the batch does not fit the device's memory.
     """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     stops = stop_ids(model, tokenizer)
     pad_id = _pad_id(model, tokenizer, stops)
     rows = [torch.tensor(ids) for ids in prompts]
@@ -202,6 +202,8 @@ def sample_replies(
 
 def derive_seed(seed: int, index: int) -> int:
     """A 32-bit seed for the `index`-th part of a run with the seed `seed`, unlike those of other parts and runs."""
+    import numpy as np
+
     return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
 
 
@@ -219,6 +221,8 @@ _SEED_BITS = 1000
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a reply, by the model's files, its tokenizer or its chat template."""
+    from genarm.text.prompts import end_ids
+
     return end_ids(model.generation_config, tokenizer)
 
 
@@ -230,6 +234,8 @@ def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: S
 @contextmanager
 def _no_other_settings(model: PreTrainedModel) -> Iterator[None]:
     """Empty the model's own generation config, from which `generate` fills what a call leaves open."""
+    from transformers import GenerationConfig
+
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -239,6 +245,8 @@ def _no_other_settings(model: PreTrainedModel) -> Iterator[None]:
 
 def make_reply(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Sequence[int]) -> SampledReply:
     """A reply of drawn ids; what comes after the first of `stops` is cut off."""
+    from genarm.text.detokenizer import decode
+
     ends = [i for i, token in enumerate(ids) if token in stops]
     kept = list(ids[: ends[0] + 1] if ends else ids)
     text = decode(tokenizer, kept[:-1] if ends else kept, special=False)

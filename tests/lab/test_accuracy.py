@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from builders.tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny_lora, tiny_model, tiny_tokenizer
 from builders.toy_training import write_toy
 from genarm.cli import accuracy
+from genarm.cli.arguments import settings_from
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, VocabularyError
 from genarm.lab.accuracy.figures import Scores, correlation, difference, figures, mean_of
 from genarm.lab.accuracy.report import command, print_result
@@ -534,9 +535,9 @@ def test_the_command_written_down_measures_the_same(root: Path) -> None:
     accuracy.add_arguments(parser)
     program, verb, *words = shlex.split(command(settings))
     assert (program, verb) == ("genarm", "accuracy")
-    parsed = vars(parser.parse_args(words))
-    assert parsed.pop("output") is None
-    assert AccuracySettings(**{**parsed, "models": tuple(parsed["models"])}) == settings
+    parsed = parser.parse_args(words)
+    assert parsed.output is None
+    assert settings_from(parsed, AccuracySettings) == settings
 
 
 def test_names_from_the_data_cannot_steer_the_terminal(root: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from builders.tiny import save_member, tiny_model
 from genarm.cli.main import main
 from genarm.errors import ConfigError
-from genarm.lab.bench.serve import Reply, Round, ServeSettings, percentile
+from genarm.lab.bench.serve import Reply, Round, percentile
+from genarm.lab.bench.settings import ServeSettings
 
 
 def test_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

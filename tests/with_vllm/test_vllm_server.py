@@ -26,7 +26,9 @@ import uvicorn
 from builders.tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM, compose
 from genarm.cli import serve
+from genarm.cli.arguments import settings_from
 from genarm.cli.main import build_parser
+from genarm.cli.session import open_session
 from genarm.engine import Request
 from genarm.errors import ConfigError, DataError, EngineFailure, UnsupportedError, WeightsError
 from genarm.model.references import open_files
@@ -105,11 +107,11 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
     """What `genarm serve` makes of its options, on a free port."""
     more = ("--engine", "vllm", "--dtype", "float32", "--vllm-options", json.dumps(OPTIONS))
     arguments = build_parser().parse_args(["serve", str(folder), *more, *options])
-    files = open_files(arguments.folder)
-    names = serve._names(arguments, files)
-    backend = serve._backend(arguments, files, None)()
+    session, options = open_session(arguments), settings_from(arguments, serve.ServeOptions)
+    names = serve._names(options, session.files)
+    backend = serve._backend(arguments, session)()
     assert isinstance(backend, VllmBackend)
-    service = serve._service(arguments, files, names, backend)
+    service = serve._service(options, session.files, names, backend)
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(build_app(service), log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

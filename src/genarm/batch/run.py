@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from genarm.batch.plan import Plan
 from genarm.batch.requests import BatchRequest
 from genarm.engine import Completion, Engine, Stream
 from genarm.engine import Request as EngineRequest
-from genarm.errors import ConfigError, GenarmError
+from genarm.errors import GenarmError
 from genarm.model.references import ModelFiles, check_length
-from genarm.sampling import Sampling, check_seed, derive_seed
+from genarm.sampling import derive_seed
 
 Row = dict[str, Any]
 
@@ -32,35 +33,6 @@ class BatchJob:
     request: BatchRequest
     prompt_ids: tuple[int, ...]
     weights: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How the jobs are decoded.
-
-    Attributes:
-        sampling: how each reply is drawn.
-        seed: of the run.
-        batch_size: replies decoded at once.
-        num_samples: replies to each request.
-    """
-
-    sampling: Sampling
-    seed: int = 0
-    batch_size: int = 8
-    num_samples: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_samples"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        check_seed(self.seed)
-        if self.num_samples > 1 and self.sampling.temperature == 0:
-            raise ConfigError(
-                f"--num-samples is {self.num_samples} and --temperature 0, which would give the same reply "
-                f"{self.num_samples} times; use a temperature above 0"
-            )
 
 
 def make_jobs(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from genarm.cli.options import (
-    add_engine_options,
-    add_model_options,
-    open_console,
-    quiet_libraries,
-    say,
-)
-from genarm.lab.bench.shapes import SHAPES
+from genarm.cli.arguments import add_options, settings_from
+from genarm.cli.console import open_console, quiet_libraries, say
+from genarm.cli.options import DraftOptions, ModelOptions
+from genarm.engine import EngineOptions
+from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genarm.lab.bench.report import Circumstances
 
 SUMMARY = "measure decoding speed on this machine"
 
@@ -41,198 +47,78 @@ results are printed as Markdown; progress goes to standard error."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be measured, each with its options."""
     subjects = parser.add_subparsers(dest="subject", metavar="WHAT", required=True)
-    decode = subjects.add_parser("decode", help="the decoding engine, in this process", description=_DECODE)
-    decode.formatter_class = parser.formatter_class
-    _add_decode_arguments(decode)
-    decode.set_defaults(measure=_decode)
-    vllm = subjects.add_parser("vllm", help="guided folders inside vLLM, over plain vLLM", description=_VLLM)
-    vllm.formatter_class = parser.formatter_class
-    _add_vllm_arguments(vllm)
-    vllm.set_defaults(measure=_vllm)
-    serve = subjects.add_parser("serve", help="a model's server, as its clients see it", description=_SERVE)
-    serve.formatter_class = parser.formatter_class
-    _add_serve_arguments(serve)
-    serve.set_defaults(measure=_serve)
+    decode_streams = {"help": "replies at once, with one LoRA ARM; 1 is always measured"}
+
+    def add(name: str, title: str, text: str, bench: Callable[..., _Bench], *settings: type, **changes: Any) -> None:
+        verb = subjects.add_parser(name, help=title, description=text)
+        verb.formatter_class = parser.formatter_class
+        verb.set_defaults(bench=bench)
+        add_options(verb, *settings, **changes)
+        folder = f"the folder to write {name}.json and {name}.md into"
+        verb.add_argument("--output", type=Path, metavar="DIR", help=folder)
+
+    add("decode", "the decoding engine, in this process", _DECODE, _decode, DecodeSettings, streams=decode_streams)
+    add("vllm", "guided folders inside vLLM, over plain vLLM", _VLLM, _vllm, VllmSettings)
+    served = (ModelOptions, ServeSettings, EngineOptions, DraftOptions)
+    add("serve", "a model's server, as its clients see it", _SERVE, _serve, *served)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """How one subject is measured, and what becomes of its result."""
+
+    measure: Callable[[Console], Any]
+    device: Callable[[Any], str]
+    markdown: Callable[[Any, Circumstances], str]
+    write: Callable[[Path, Any, Circumstances], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure what was asked for."""
-    code: int = arguments.measure(arguments)
-    return code
-
-
-def _add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base-shape",
-        choices=tuple(SHAPES),
-        default="200m",
-        help="of the base; its full ARM has an eighth of the parameters",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; by default bfloat16 where the device has it, and float32 elsewhere",
-    )
-
-
-def _add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_shape_arguments(parser)
-    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
-    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="in which every contestant runs once")
-    parser.add_argument("--streams", type=int, nargs="+", metavar="N", default=[1, 4, 16], help="replies at once")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write vllm.json and vllm.md into")
-    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
-
-
-def _add_decode_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_shape_arguments(parser)
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, …; by default the first GPU, if any")
-    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
-    parser.add_argument("--rounds", type=int, metavar="N", default=7, help="in which every contestant runs once")
-    parser.add_argument(
-        "--streams",
-        type=int,
-        nargs="+",
-        metavar="N",
-        default=[1, 4, 16],
-        help="replies at once, with one LoRA ARM; 1 is always measured",
-    )
-    parser.add_argument(
-        "--agreement",
-        type=float,
-        nargs="+",
-        metavar="P",
-        default=[0.8],
-        help="acceptance of drafts that the full ARM is made for",
-    )
-    parser.add_argument(
-        "--real",
-        nargs=2,
-        metavar=("BASE", "ARM"),
-        help="also count the drafts of a real ARM for a real base: folders or hub ids",
-    )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="for the real pair, .txt or .jsonl; by default a few questions"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write decode.json and decode.md into")
-    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
-
-
-def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument(
-        "--concurrency", type=int, nargs="+", metavar="N", default=[1, 4, 16], help="replies at once; each is measured"
-    )
-    parser.add_argument("--tokens", type=int, metavar="N", default=64, help="of each reply, after a prompt of 32")
-    parser.add_argument("--requests", type=int, metavar="N", default=4, help="of each client in a round")
-    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="in which each concurrency is measured once")
-    add_engine_options(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write serve.json and serve.md into")
-    parser.add_argument("--seed", type=int, metavar="S", default=0, help="of everything random")
-
-
-def _serve(arguments: argparse.Namespace) -> int:
+    """Measure what was asked for, print it and write it."""
     with quiet_libraries():
         import datetime
         from contextlib import nullcontext
 
         from genarm.files import new_folder
         from genarm.lab.bench.report import Circumstances
-        from genarm.lab.bench.serve import ServeSettings, run_serve
-        from genarm.lab.bench.serve_report import as_markdown, write_serve_report
         from genarm.lab.machine import code_version, this_machine
 
-        settings = ServeSettings(
-            folder=arguments.folder,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            trust_remote_code=arguments.trust_remote_code,
-            concurrency=tuple(arguments.concurrency),
-            tokens=arguments.tokens,
-            requests=arguments.requests,
-            rounds=arguments.rounds,
-            speculate=arguments.speculate,
-            draft=arguments.draft,
-            seed=arguments.seed,
-        )
+        bench: _Bench = arguments.bench(arguments)
         with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_serve(settings, open_console(stderr=True))
-            machine = this_machine("cpu" if result.device == "auto" else result.device)
+            result = bench.measure(open_console(stderr=True))
+            machine = this_machine(bench.device(result))
             circumstances = Circumstances(machine=machine, date=datetime.date.today(), code=code_version())
             if folder is not None:
-                write_serve_report(folder, result, circumstances)
-    say(as_markdown(result, circumstances), end="")
+                bench.write(folder, result, circumstances)
+    say(bench.markdown(result, circumstances), end="")
     if arguments.output is not None:
         say(f"wrote {arguments.output}", stderr=True)
     return 0
 
 
-def _decode(arguments: argparse.Namespace) -> int:
-    with quiet_libraries():
-        import datetime
-        from contextlib import nullcontext
+def _decode(arguments: argparse.Namespace) -> _Bench:
+    from genarm.lab.bench.decode import run_decode
+    from genarm.lab.bench.report import as_markdown, write_report
 
-        from genarm.files import new_folder
-        from genarm.lab.bench.decode import run_decode
-        from genarm.lab.bench.report import Circumstances, as_markdown, write_report
-        from genarm.lab.bench.settings import DecodeSettings
-        from genarm.lab.machine import code_version, this_machine
-
-        settings = DecodeSettings(
-            base_shape=arguments.base_shape,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            tokens=arguments.tokens,
-            rounds=arguments.rounds,
-            streams=tuple(arguments.streams),
-            agreement=tuple(arguments.agreement),
-            real=None if arguments.real is None else tuple(arguments.real),
-            prompts=arguments.prompts,
-            seed=arguments.seed,
-        )
-        with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_decode(settings, open_console(stderr=True))
-            circumstances = Circumstances(
-                machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
-            )
-            if folder is not None:
-                write_report(folder, result, circumstances)
-    say(as_markdown(result, circumstances), end="")
-    if arguments.output is not None:
-        say(f"wrote {arguments.output}", stderr=True)
-    return 0
+    measure = partial(run_decode, settings_from(arguments, DecodeSettings))
+    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown, write=write_report)
 
 
-def _vllm(arguments: argparse.Namespace) -> int:
-    with quiet_libraries():
-        import datetime
-        from contextlib import nullcontext
+def _vllm(arguments: argparse.Namespace) -> _Bench:
+    from genarm.lab.bench.vllm import run_vllm
+    from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
 
-        from genarm.files import new_folder
-        from genarm.lab.bench.report import Circumstances
-        from genarm.lab.bench.settings import VllmSettings
-        from genarm.lab.bench.vllm import run_vllm
-        from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
-        from genarm.lab.machine import code_version, this_machine
+    measure = partial(run_vllm, settings_from(arguments, VllmSettings))
+    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown, write=write_vllm_report)
 
-        settings = VllmSettings(
-            base_shape=arguments.base_shape,
-            dtype=arguments.dtype,
-            tokens=arguments.tokens,
-            rounds=arguments.rounds,
-            streams=tuple(arguments.streams),
-            eager=arguments.eager,
-            seed=arguments.seed,
-        )
-        with nullcontext() if arguments.output is None else new_folder(arguments.output) as folder:
-            result = run_vllm(settings, open_console(stderr=True))
-            circumstances = Circumstances(
-                machine=this_machine(result.where.device), date=datetime.date.today(), code=code_version()
-            )
-            if folder is not None:
-                write_vllm_report(folder, result, circumstances)
-    say(as_markdown(result, circumstances), end="")
-    if arguments.output is not None:
-        say(f"wrote {arguments.output}", stderr=True)
-    return 0
+
+def _serve(arguments: argparse.Namespace) -> _Bench:
+    from genarm.lab.bench.serve import run_serve
+    from genarm.lab.bench.serve_report import as_markdown, write_serve_report
+
+    return _Bench(
+        measure=partial(run_serve, settings_from(arguments, ServeSettings)),
+        device=lambda r: "cpu" if r.device == "auto" else r.device,
+        markdown=as_markdown,
+        write=write_serve_report,
+    )

@@ -14,21 +14,12 @@ import select
 import sys
 from typing import TYPE_CHECKING
 
-from genarm.cli.options import (
-    add_engine_options,
-    add_model_options,
-    add_prompt_options,
-    add_reading_options,
-    add_sampling_options,
-    draft_files,
-    open_console,
-    open_engine,
-    quiet_libraries,
-    reading_of,
-    sampling_of,
-    say,
-    weights_of,
-)
+from genarm.batch.plan import Plan
+from genarm.cli.arguments import add_options, settings_from
+from genarm.cli.console import open_console, quiet_libraries, say
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions
+from genarm.engine import EngineOptions
+from genarm.sampling import Sampling, check_seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,19 +30,16 @@ if TYPE_CHECKING:
 SUMMARY = "talk to a model in the terminal and steer it as you go"
 
 
+_SAMPLING = Sampling(max_new_tokens=256)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm chat`."""
-    add_model_options(parser)
-    add_prompt_options(parser)
-    add_reading_options(parser)
-    add_sampling_options(parser, max_new_tokens=256)
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="the most tokens of a conversation; by default what the members have, but no more than 2048",
-    )
-    add_engine_options(parser)
+    add_options(parser, ModelOptions, PromptOptions, ReadingOptions, _SAMPLING)
+    add_options(parser, Plan, only=["seed"])
+    context = "the most tokens of a conversation; by default what the members have, but no more than 2048"
+    add_options(parser, EngineOptions, only=["context", "speculate"], context={"help": context})
+    add_options(parser, DraftOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,23 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text must not end the conversation
     with quiet_libraries():
         from genarm.cli.conversation import Chat
-        from genarm.model.references import find_device, open_files
+        from genarm.cli.session import open_session
 
-        sampling = sampling_of(arguments)
-        find_device(arguments.device)
-        files = open_files(
-            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
-        )
-        weights = weights_of(arguments, files)
-        engine = open_engine(arguments, files, draft_files(arguments), streams=3, context=arguments.context)
+        sampling, seed = settings_from(arguments, _SAMPLING), check_seed(arguments.seed)
+        session = open_session(arguments)
         chat = Chat(
-            engine,
-            files,
+            session.engine(streams=3, context=arguments.context),
+            session.files,
             TerminalScreen(open_console()),
             sampling,
-            seed=arguments.seed,
-            weights=weights,
-            system=arguments.system,
+            seed=seed,
+            weights=session.weights,
+            system=session.system,
         )
         _greet(chat)
         while _turn(chat):

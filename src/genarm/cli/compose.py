@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from genarm.cli.options import (
+from genarm.cli.console import (
     quiet_libraries,
     say,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from genarm.cli.options import (
+from genarm.cli.console import (
     open_console,
     quiet_libraries,
 )

@@ -12,7 +12,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from genarm.cli.options import add_device_options, open_console, quiet_libraries
+from genarm.cli.arguments import add_options
+from genarm.cli.console import open_console, quiet_libraries
+from genarm.model.placement import Placement
 
 SUMMARY = "compare methods: quality with intervals, cost and trade-offs, from one recipe"
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run nothing; show models, bytes, forwards, calls of judges and the time that they take at least",
     )
-    add_device_options(parser)
+    add_options(parser, Placement)
 
 
 def run(arguments: argparse.Namespace) -> int:

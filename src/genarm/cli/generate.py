@@ -8,40 +8,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from genarm.cli.options import (
-    add_engine_options,
-    add_model_options,
-    add_prompt_options,
-    add_reading_options,
-    add_sampling_options,
-    draft_files,
-    open_console,
-    open_engine,
-    quiet_libraries,
-    reading_of,
-    sampling_of,
-    say,
-    say_json,
-    settings_of,
-    weights_of,
-)
-
-if TYPE_CHECKING:
-    from genarm.batch.output import Settings
-    from genarm.batch.run import BatchJob, Plan
-    from genarm.model.references import ModelFiles
+from genarm.batch.plan import Plan
+from genarm.cli.arguments import add_options, settings_from
+from genarm.cli.console import goes_on, progress, quiet_libraries, say, say_json
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions
+from genarm.engine import EngineOptions
+from genarm.sampling import Sampling
 
 SUMMARY = "answer prompts from the command line or a file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm generate`."""
-    add_model_options(parser)
+    add_options(parser, ModelOptions)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     prompts.add_argument(
@@ -54,13 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--output", type=Path, metavar="FILE", help="write rows to this JSONL file, resumable")
     form.add_argument("--json", action="store_true", help="print rows as JSONL instead of text")
-    add_prompt_options(parser)
-    add_reading_options(parser)
+    add_options(parser, PromptOptions, ReadingOptions)
     parser.add_argument("--raw", action="store_true", help="send prompts as plain text, without the chat template")
-    add_sampling_options(parser, max_new_tokens=128)
-    parser.add_argument("--num-samples", type=int, metavar="N", default=1, help="how many replies to each prompt")
-    parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many replies to decode at once")
-    add_engine_options(parser)
+    add_options(parser, Sampling, Plan, EngineOptions, DraftOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,66 +48,38 @@ def run(arguments: argparse.Namespace) -> int:
     from genarm.batch.requests import read_requests, requests_of
     from genarm.files import check_output
 
-    if arguments.output is not None:
-        check_output(arguments.output)
+    output: Path | None = arguments.output
+    if output is not None:
+        check_output(output)
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
     with quiet_libraries():
-        from genarm.batch.run import Plan, make_jobs
-        from genarm.model.references import find_device, open_files
+        from genarm.batch.output import begin
+        from genarm.batch.run import context_of, decode
+        from genarm.cli.session import open_session
 
-        plan = Plan(
-            sampling=sampling_of(arguments),
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            num_samples=arguments.num_samples,
-        )
-        find_device(arguments.device)
-        files = open_files(
-            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
-        )
-        draft = draft_files(arguments)
-        weights = weights_of(arguments, files)
-        jobs = make_jobs(files, requests, plan, weights=weights, system=arguments.system, raw=arguments.raw)
-        settings = settings_of(arguments, files, requests, plan, weights, draft=draft, raw=arguments.raw)
-        return _decode(arguments, files, draft, jobs, plan, settings)
-
-
-def _decode(
-    arguments: argparse.Namespace,
-    files: ModelFiles,
-    draft: ModelFiles | None,
-    jobs: list[BatchJob],
-    plan: Plan,
-    settings: Settings,
-) -> int:
-    from genarm.batch.output import begin
-    from genarm.batch.run import context_of, decode
-
-    output: Path | None = arguments.output
-    done = len(begin(output, settings)) if output else 0
-    if done == len(jobs):
-        say(f"{output} is complete: {done} of {done} rows", stderr=True)
-        return 0
-    if done:
-        say(f"resuming {output} at {done} of {len(jobs)} rows", stderr=True)
-    engine = open_engine(
-        arguments, files, draft, streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan)
-    )
-    if output:
-        say(engine.describe(), stderr=True)
-    emit = _writer(output, as_json=arguments.json, alone=len(jobs) == 1)
-    with _progress(len(jobs), done, shown=output is not None or not sys.stdout.isatty()) as advance, engine:
-        try:
-            for row in decode(engine, jobs[done:], plan, settings=settings.digest):
+        plan = settings_from(arguments, Plan, sampling=settings_from(arguments, Sampling))
+        session = open_session(arguments)
+        jobs = session.jobs(requests, plan)
+        settings = session.settings(requests, plan)
+        done = len(begin(output, settings)) if output else 0
+        if done == len(jobs):
+            say(f"{output} is complete: {done} of {done} rows", stderr=True)
+            return 0
+        if done:
+            say(f"resuming {output} at {done} of {len(jobs)} rows", stderr=True)
+        engine = session.engine(streams=min(plan.batch_size, len(jobs) - done), context=context_of(jobs, plan))
+        if output:
+            say(engine.describe(), stderr=True)
+        emit = _writer(output, as_json=arguments.json, alone=len(jobs) == 1)
+        with goes_on(output), progress(shown=output is not None or not sys.stdout.isatty()) as advance, engine:
+            advance("replies", done, len(jobs))
+            tokens, begun = 0, time.monotonic()
+            for number, row in enumerate(decode(engine, jobs[done:], plan, settings=settings.digest), done + 1):
                 emit(row)
-                done += 1
-                advance(row)
-        except KeyboardInterrupt:
-            if output:
-                say(f"stopped; the same command goes on with {output}", stderr=True)
-            raise
+                tokens += row["tokens"]
+                advance("replies", number, len(jobs), f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
     if output:
-        say(f"{output}: {done} rows", stderr=True)
+        say(f"{output}: {len(jobs)} rows", stderr=True)
     return 0
 
 
@@ -151,32 +103,3 @@ def _readable(row: dict[str, Any], *, alone: bool) -> str:
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
     sample = f", reply {row['sample'] + 1}" if row["sample"] else ""
     return f"[{row['index']}{sample}] {prompt}\n{row['response']}\n"
-
-
-@contextmanager
-def _progress(total: int, done: int, *, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar on stderr (in a log, a line a minute); yields what to call with each row."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from genarm.terminal import Bar
-
-    console = open_console(stderr=True)
-    columns = (
-        TextColumn("replies"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, shown=shown) as bar:
-        task = bar.add_task("replies", total=total, completed=done, speed="")
-        tokens = 0
-
-        def advance(row: dict[str, Any]) -> None:
-            nonlocal tokens
-            tokens += row["tokens"]
-            seconds = bar.tasks[0].elapsed or 0
-            speed = f"{tokens / seconds:.0f} tokens/s" if seconds else ""
-            bar.update(task, advance=1, speed=speed)
-
-        yield advance

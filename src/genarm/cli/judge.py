@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genarm.cli.options import open_console, say
+from genarm.cli.console import open_console, say
 
 if TYPE_CHECKING:
     from genarm.lab.judges.answers import Matched

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
-    from genarm.cli.options import say
+    from genarm.cli.console import say
     from genarm.errors import GenarmError
 
     try:

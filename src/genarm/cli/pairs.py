@@ -7,46 +7,35 @@ command goes on where an interrupted run stopped; the pairs are the same either 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genarm.cli.options import (
-    add_device_options,
-    add_engine_options,
-    add_prompt_options,
-    add_sampling_options,
-    add_template_option,
-    draft_files,
-    open_console,
-    open_engine,
-    quiet_libraries,
-    reading_of,
-    sampling_of,
-    say,
-    settings_of,
-    weights_of,
-)
+from genarm.batch.plan import Plan
+from genarm.cli.arguments import add_options, settings_from
+from genarm.cli.console import goes_on, progress, quiet_libraries, say
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, TemplateOptions
+from genarm.engine import EngineOptions
+from genarm.errors import ConfigError
+from genarm.lab.pairs.select import Selection
+from genarm.model.placement import Loading
+from genarm.sampling import Sampling
 
 if TYPE_CHECKING:
     from genarm.batch.requests import BatchRequest
-    from genarm.engine import Engine
-    from genarm.lab.pairs.run import Advance, Counts
+    from genarm.lab.pairs.run import Counts
     from genarm.lab.pairs.scorers import Scorer
 
 SUMMARY = "make preference pairs from anything that can score a response"
 
 
+_PLAN = Plan(sampling=Sampling(), num_samples=8)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm pairs`."""
-    parser.add_argument(
-        "--model",
-        dest="folder",
-        required=True,
-        metavar="FOLDER",
-        help="what responds: a guided folder, another causal LM's folder, or a hub id (ID@REVISION)",
-    )
+    model = "what responds: a guided folder, another causal LM's folder, or a hub id (ID@REVISION)"
+    add_options(parser, ModelOptions, only=["folder"], folder={"positional": False, "option": "--model", "help": model})
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -67,68 +56,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint; OpenAI's own by default, with OPENAI_API_KEY"
     )
     parser.add_argument("--judge-model", metavar="NAME", help="the judge, as the endpoint calls it")
-    parser.add_argument("--samples", type=int, metavar="N", default=8, help="how many responses to each prompt")
-    parser.add_argument(
-        "--select",
-        choices=("extremes", "all"),
-        default="extremes",
-        help="the best response against the worst, or every two that are far enough apart",
-    )
-    parser.add_argument(
-        "--margin", type=float, metavar="M", default=0.0, help="a pair's scores must be more than this apart"
-    )
+    samples = {"option": "--samples", "help": "how many responses to each prompt"}
+    add_options(parser, _PLAN, only=["num_samples"], num_samples=samples)
+    add_options(parser, Selection)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL file for the pairs")
-    add_prompt_options(parser)
-    add_template_option(parser)
-    add_sampling_options(parser, max_new_tokens=128)
-    parser.add_argument("--batch-size", type=int, metavar="B", default=8, help="how many responses to decode at once")
-    add_device_options(parser)
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow models with code of their own")
-    add_engine_options(parser)
+    add_options(parser, PromptOptions, TemplateOptions, Sampling)
+    at_once = {"help": "how many responses to decode at once"}
+    add_options(parser, _PLAN, only=["seed", "batch_size"], batch_size=at_once)
+    add_options(parser, Loading, EngineOptions, DraftOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, then sample, score and select."""
     from genarm.batch.requests import read_requests
-    from genarm.errors import ConfigError
     from genarm.files import check_output
-    from genarm.lab.pairs.select import Selection
 
     check_output(arguments.output)
-    if arguments.samples < 2:
-        raise ConfigError(f"--samples is {arguments.samples}; a pair needs at least 2")
-    selection = Selection(which=arguments.select, margin=arguments.margin)
+    if arguments.num_samples < 2:
+        raise ConfigError(f"--samples is {arguments.num_samples}; a pair needs at least 2")
+    selection = settings_from(arguments, Selection)
     requests = read_requests(arguments.prompts)
     with quiet_libraries():
-        from genarm.batch.run import Plan, make_jobs
+        from genarm.cli.session import open_session
         from genarm.lab.pairs.run import PairSettings, make_pairs
-        from genarm.model.references import open_files
 
-        plan = Plan(
-            sampling=sampling_of(arguments),
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            num_samples=arguments.samples,
-        )
-        files = open_files(
-            arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments)
-        )
-        draft = draft_files(arguments)
-        jobs = make_jobs(files, requests, plan, weights=weights_of(arguments, files), system=arguments.system)
-        conversations = [files.conversation(r.prompt, system=arguments.system, raw=False) for r in requests]
+        plan = settings_from(arguments, _PLAN, sampling=settings_from(arguments, Sampling))
+        session = open_session(arguments)
+        jobs = session.jobs(requests, plan)
+        conversations = [session.files.conversation(r.prompt, system=session.system, raw=False) for r in requests]
         scorer = _scorer(arguments, requests)
-        settings = PairSettings(
-            sampling=settings_of(
-                arguments, files, requests, plan, weights_of(arguments, files), draft=draft, raw=False
-            ),
-            score=scorer.record,
-            selection=selection,
-        )
-
-        def engine(streams: int, context: int) -> Engine:
-            return open_engine(arguments, files, draft, streams=streams, context=context)
-
-        with _progress() as advance, _goes_on(arguments.output):
+        settings = PairSettings(sampling=session.settings(requests, plan), score=scorer.record, selection=selection)
+        with goes_on(arguments.output), progress() as advance:
             counts = make_pairs(
                 arguments.output,
                 jobs,
@@ -136,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
                 plan,
                 settings,
                 scorer,
-                open_engine=engine,
+                open_engine=lambda streams, context: session.engine(streams=streams, context=context),
                 advance=advance,
             )
     say(_summary(arguments.output, counts))
@@ -147,13 +105,7 @@ def _scorer(arguments: argparse.Namespace, requests: Sequence[BatchRequest]) -> 
     """What `--score` means, checked against the rows."""
     from genarm.lab.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
 
-    options = ScorerOptions(
-        replies=Path(f"{arguments.output}.replies"),
-        judge_url=arguments.judge_url,
-        judge_model=arguments.judge_model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-    )
+    options = settings_from(arguments, ScorerOptions, replies=Path(f"{arguments.output}.replies"))
     scorer = make_scorer(arguments.score, options)
     scorer.check([{"prompt": request.prompt, "id": request.id, **request.carried} for request in requests])
     if isinstance(scorer, UnitTestScorer):
@@ -175,36 +127,6 @@ def _warn_of_sandbox() -> None:
             f"{', '.join(open_to)}; use a container or a virtual machine for models you do not trust",
             stderr=True,
         )
-
-
-@contextmanager
-def _goes_on(output: Path) -> Iterator[None]:
-    """Say after Ctrl-C that nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"stopped; the same command goes on with {output}", stderr=True)
-        raise
-
-
-@contextmanager
-def _progress() -> Iterator[Advance]:
-    """A bar for each stage on stderr (in a log, a line a minute)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-
-    from genarm.terminal import Bar
-
-    console = open_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield advance
 
 
 def _summary(output: Path, counts: Counts) -> str:

@@ -11,17 +11,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genarm.cli.options import (
-    add_model_options,
-    add_prompt_options,
-    add_template_option,
-    open_console,
-    quiet_libraries,
-    reading_of,
-    say,
-    say_json,
-    weights_of,
-)
+from genarm.cli.arguments import add_options
+from genarm.cli.console import open_console, quiet_libraries, say, say_json
+from genarm.cli.options import ModelOptions, PromptOptions, TemplateOptions
 
 if TYPE_CHECKING:
     from genarm.model.token_rewards import TokenRewards
@@ -31,11 +23,10 @@ SUMMARY = "show what each reward says about each token of a response"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm score`."""
-    add_model_options(parser)
+    add_options(parser, ModelOptions)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what was asked")
     parser.add_argument("--response", required=True, metavar="TEXT", help="what was answered")
-    add_prompt_options(parser)
-    add_template_option(parser)
+    add_options(parser, PromptOptions, TemplateOptions)
     parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with a heat map")
@@ -59,32 +50,32 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> TokenRewards:
     """Load the model and ask it, once everything else is in order."""
+    from genarm.cli.session import open_session
     from genarm.errors import DataError, UnsupportedError
     from genarm.model.modeling import GuidedForCausalLM
-    from genarm.model.references import check_length, find_device, open_files
+    from genarm.model.references import check_length
 
     if not arguments.response:
         raise DataError("--response is empty; give the text to score")
-    device = find_device(arguments.device)
-    files = open_files(arguments.folder, trust_remote_code=arguments.trust_remote_code, reading=reading_of(arguments))
+    session = open_session(arguments)
+    files = session.files
     if not files.guided:
         raise UnsupportedError(
             f"{arguments.folder} is not a guided folder, so there are no rewards to show; make one with genarm compose"
         )
-    weights = weights_of(arguments, files)
-    prompt = files.conversation(arguments.prompt, system=arguments.system, raw=arguments.raw)
+    prompt = files.conversation(arguments.prompt, system=session.system, raw=session.raw)
     prompt_ids, response_ids = files.encode_pair(prompt, arguments.response)
     check_length(files, len(prompt_ids), len(response_ids), where="--prompt and --response")
     # In bfloat16 a token's log-prob moves by a tenth with what follows it, which would be coloured as if it meant much.
-    exact = arguments.dtype == "auto" and device == "cpu"
-    model = files.load(dtype="float32" if exact else arguments.dtype, device=device)
+    exact = session.dtype == "auto" and session.device == "cpu"
+    model = session.load(dtype="float32" if exact else None)
     assert isinstance(model, GuidedForCausalLM)
     rounding = sorted({str(m.model.dtype).removeprefix("torch.") for m in model.members} - {"float32"})
     if rounding:
         note = f"computed in {', '.join(rounding)}: differences of about 0.1 may be rounding (--dtype float32 is exact)"
         say(note, stderr=True)
     return model.token_rewards(
-        prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=weights, reading=files.reading
+        prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=session.weights, reading=files.reading
     )
 
 

@@ -13,11 +13,10 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
 
-from genarm.cli.options import quiet_libraries
-from genarm.training.config import TrainConfig, make_config, option_name
+from genarm.cli.arguments import add_options
+from genarm.cli.console import quiet_libraries
+from genarm.training.config import TrainConfig, make_config
 
 SUMMARY = "train a reward model on preference pairs"
 
@@ -34,15 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="continue the run in --output from its newest complete checkpoint",
     )
-    hints = get_type_hints(TrainConfig)
-    fields = dataclasses.fields(TrainConfig)
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata["group"] for f in fields)}
-    for field in fields:
-        names = [option_name(name) for name in (field.name, *field.metadata.get("aliases", ()))]
-        # No default here: an option that is not given must not override the file.
-        groups[field.metadata["group"]].add_argument(
-            *names, dest=field.name, default=argparse.SUPPRESS, help=_help(field), **_kind(field, hints[field.name])
-        )
+    add_options(parser, TrainConfig, over_file=True)  # what is not given must not override the file
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,24 +51,3 @@ def run(args: argparse.Namespace) -> int:
 
         train(config, resume=given.get("resume", False))
     return 0
-
-
-def _help(field: dataclasses.Field[Any]) -> str:
-    text = field.metadata["help"].replace("%", "%%")
-    if field.default in (None, ()) or field.default is dataclasses.MISSING or isinstance(field.default, bool):
-        return text
-    return f"{text} (default: {field.default})"
-
-
-def _kind(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """What argparse needs to know about the values of a field."""
-    kind = next((k for k in get_args(hint) if k is not NoneType), hint)
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is tuple:
-        return {"action": "append", "metavar": field.metadata["metavar"]}
-    return {
-        "type": kind,
-        "metavar": field.metadata.get("metavar", {int: "N", float: "X", str: "NAME"}.get(kind)),
-        **({"choices": field.metadata["choices"], "metavar": None} if "choices" in field.metadata else {}),
-    }

@@ -7,8 +7,33 @@ that are adapters on it, over the rows of its `kv_cache` (which is the prefix ca
 `fused_linears` let them share one read of its weights. `proof` compares that with the model's own forward.
 """
 
-from genarm.engine.engine import Engine, EngineOptions, Statistics
-from genarm.engine.request import Completion, Request, ScoredPrompt, Token
-from genarm.engine.stream import Stream
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genarm.engine.engine import Engine, Statistics
+    from genarm.engine.options import EngineOptions
+    from genarm.engine.request import Completion, Request, ScoredPrompt, Token
+    from genarm.engine.stream import Stream
+
+_HOMES = {
+    "Completion": "request",
+    "Engine": "engine",
+    "EngineOptions": "options",
+    "Request": "request",
+    "ScoredPrompt": "request",
+    "Statistics": "engine",
+    "Stream": "stream",
+    "Token": "request",
+}
 
 __all__ = ["Completion", "Engine", "EngineOptions", "Request", "ScoredPrompt", "Statistics", "Stream", "Token"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when first used, so that the options can be read without the engine."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'genarm.engine' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"genarm.engine.{_HOMES[name]}"), name)

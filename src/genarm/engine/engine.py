@@ -16,13 +16,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from genarm.engine.build import build
+from genarm.engine.options import EngineOptions
 from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Asked, Completion, Request, to_requests
 from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
-from genarm.errors import ConfigError, DataError, EngineFailure
+from genarm.errors import DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
@@ -36,32 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genarm.model.vocabulary import Alignment
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """What is fixed when an engine starts.
-
-    Attributes:
-        streams: requests that run at once; others wait.
-        context: the most tokens of a prompt and its reply together; by default what the members have, but no more
-            than 2,048. Memory for `streams` times `context` positions of every member is allotted at the start.
-        speculate: the most tokens drafted at once; 0 never drafts.
-        adapt: draft as many as pay by the acceptance seen; False always drafts `speculate`.
-        chunk: the most prompt tokens run per step, over all members.
-    """
-
-    streams: int = 8
-    context: int | None = None
-    speculate: int = 8
-    adapt: bool = True
-    chunk: int = 256
-
-    def __post_init__(self) -> None:
-        for name, least in (("streams", 1), ("speculate", 0), ("chunk", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 
 class Engine:

@@ -2,51 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from genarm.errors import ConfigError
-from genarm.text.prompts import Reading, read_template_args
+from genarm.model.placement import Loading
+from genarm.training.config import OBJECTIVES
+
+if TYPE_CHECKING:
+    from genarm.text.prompts import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
-class AccuracySettings:
-    """Rewards to measure on preference pairs.
+class AccuracySettings(Loading):
+    """Rewards to measure on preference pairs, each field as its help text says; pairs are read as in training.
 
-    Attributes:
-        models: folders or hub ids: ARMs (causal LMs, or folders of LoRA adapters), guided folders, which stand for all
-            of their rewards, and trajectory reward models.
-        data, split, objective: where the pairs are, as in training.
-        raw: text is taken as it is, without the chat template, as in training with the same setting.
-        category: the column of the data that says which category a pair belongs to.
-        base: a causal LM; every causal LM among `models` is also scored by log π(y|x) − log π_base(y|x).
-        batch_size: responses that are scored in one forward.
-        max_prompt_tokens, max_response_tokens: what is longer is cut; None for the lengths of training.
-        template_arg: arguments of the chat template, each in the form NAME=VALUE.
-        dtype, device, trust_remote_code: how models are loaded.
+    Raises:
+        ConfigError: no model, one twice, a number below 1, or options that do not go together.
     """
 
-    models: tuple[str, ...]
-    data: str
-    split: str = "train"
-    objective: str | None = None
-    raw: bool = False
-    category: str | None = None
-    base: str | None = None
-    batch_size: int = 16
-    max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
+    models: tuple[str, ...] = field(
+        metadata={
+            "positional": True,
+            "nargs": "+",
+            "metavar": "MODEL",
+            "help": "an ARM (a causal LM's folder or hub id, or a LoRA adapter's folder), a guided folder (each of its "
+            "rewards), or a trajectory reward model",
+        }
+    )
+    data: str = field(
+        metadata={
+            "metavar": "DATA",
+            "help": "preference pairs, in any format that genarm train takes: a hub id, a folder, or a file",
+        }
+    )
+    split: str = field(default="train", metadata={"help": "split or slice, such as test[:500]"})
+    objective: str | None = field(
+        default=None,
+        metadata={"choices": OBJECTIVES, "help": "which label of PKU-SafeRLHF says what is chosen"},
+    )
+    raw: bool = field(default=False, metadata={"help": "take text as it is, without the chat template"})
+    category: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "COLUMN",
+            "help": "column of the data with each pair's category, such as subset",
+        },
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "MODEL",
+            "help": "also score each causal LM by log π − log π_base, the implicit reward of DPO, with this model as "
+            "the base",
+        },
+    )
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "longer prompts lose their beginning"})
+    max_response_tokens: int | None = field(default=None, metadata={"help": "longer responses lose their end"})
+    batch_size: int = field(default=16, metadata={"help": "responses scored in one forward"})
     template_arg: tuple[str, ...] = ()
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
 
     @property
     def reading(self) -> Reading:
         """How prompts become token ids (raises ConfigError)."""
+        from genarm.text.prompts import Reading, read_template_args
+
         return Reading(template_args=read_template_args(self.template_arg))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "template_arg", tuple(self.template_arg))
         if self.template_arg and self.raw:
             raise ConfigError(
                 "--raw takes text without the chat template, so --template-arg would do nothing; give one"

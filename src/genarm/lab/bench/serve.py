@@ -24,54 +24,16 @@ from typing import IO, Any
 import httpx2
 from rich.console import Console
 
-from genarm.errors import ConfigError, MemberError
+from genarm.errors import MemberError
+from genarm.lab.bench.settings import LEAST_SERVED_TOKENS, ServeSettings
 from genarm.lab.bench.timing import take_turns
 from genarm.model.references import ModelFiles, find_device, open_files
-from genarm.sampling import check_seed
 
 PROMPT_TOKENS = 32
-_LEAST_TOKENS = 2
 _GRACE = 30.0
 """Seconds for the server to end."""
 _PATIENCE = 600.0
 """Seconds to wait for an answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """All that the figures depend on, but for the machine.
-
-    Attributes:
-        folder: of the model.
-        dtype, device, trust_remote_code, speculate, draft: as `genarm serve` takes them.
-        concurrency: replies at once; the server runs as many streams as the largest.
-        tokens: of each reply.
-        requests: of each client in a round.
-        rounds: in which every concurrency is measured once.
-        seed: of everything random.
-    """
-
-    folder: str
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-    concurrency: Sequence[int] = (1, 4, 16)
-    tokens: int = 64
-    requests: int = 4
-    rounds: int = 5
-    speculate: int = 8
-    draft: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.tokens < _LEAST_TOKENS:
-            raise ConfigError(f"--tokens is {self.tokens}; it must be at least {_LEAST_TOKENS}")
-        for name in ("requests", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if min(self.concurrency) < 1:
-            raise ConfigError(f"--concurrency has {min(self.concurrency)}; each must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +159,7 @@ class _Clients:
                 if event["choices"] and event["choices"][0]["text"]:
                     stamps.append(time.perf_counter())
                 tokens = event["usage"]["completion_tokens"] if event["usage"] else tokens
-        if len(stamps) < _LEAST_TOKENS:
+        if len(stamps) < LEAST_SERVED_TOKENS:
             raise MemberError(
                 f"a reply of {tokens} tokens came in {len(stamps)} pieces of text; there is no rate in it"
             )

@@ -11,7 +11,8 @@ from typing import Any
 
 from genarm.files import write_text
 from genarm.lab.bench.report import Circumstances, spread_of, table
-from genarm.lab.bench.serve import Round, ServeResult, ServeSettings, percentile
+from genarm.lab.bench.serve import Round, ServeResult, percentile
+from genarm.lab.bench.settings import ServeSettings
 
 
 def write_serve_report(folder: Path, result: ServeResult, circumstances: Circumstances) -> None:

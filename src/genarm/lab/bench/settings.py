@@ -1,49 +1,81 @@
-"""What `genarm bench decode` and `genarm bench vllm` measure."""
+"""What `genarm bench` measures; each field is as its help text says. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from genarm.engine import EngineOptions
 from genarm.errors import ConfigError
 from genarm.lab.bench.shapes import SHAPES
+from genarm.model.placement import Loading
 from genarm.sampling import check_seed
 
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 2048
+LEAST_SERVED_TOKENS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeSettings:
-    """All that the figures depend on, but for the machine.
+class ShapeSettings:
+    """All that figures of models with random weights depend on, but for the machine.
 
-    Attributes:
-        base_shape: a name of `SHAPES`.
-        dtype: of the weights; None for bfloat16 where the device has it, and float32 elsewhere.
-        device: None for the first GPU, if any.
-        tokens: of each reply.
-        rounds: in which every contestant runs once.
-        streams: at once, for the throughput; 1 is always among them.
-        agreement: acceptance probabilities of drafts.
-        real: folders or hub ids of a real base and ARM.
-        prompts: a file of prompts for the real pair.
-        seed: of everything random.
+    Raises:
+        ConfigError: a value out of range.
     """
 
-    base_shape: str = "200m"
-    dtype: str | None = None
-    device: str | None = None
-    tokens: int = 64
-    rounds: int = 7
-    streams: Sequence[int] = (1, 4, 16)
-    agreement: Sequence[float] = (0.8,)
-    real: tuple[str, str] | None = None
-    prompts: Path | None = None
-    seed: int = 0
+    base_shape: str = field(
+        default="200m",
+        metadata={"choices": tuple(SHAPES), "help": "of the base; its full ARM has an eighth of the parameters"},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "choices": ("float32", "bfloat16", "float16"),
+            "help": "of the weights; by default bfloat16 where the device has it, and float32 elsewhere",
+        },
+    )
+    tokens: int = field(default=64, metadata={"help": "of each reply, after a prompt of 32"})
+    rounds: int = field(default=7, metadata={"help": "in which every contestant runs once"})
+    streams: Sequence[int] = field(default=(1, 4, 16), metadata={"nargs": "+", "help": "replies at once"})
+    seed: int = field(default=0, metadata={"metavar": "S", "help": "of everything random"})
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        check_seed(self.seed)
+        assert self.base_shape in SHAPES
+        if not _LEAST_TOKENS <= self.tokens <= _MOST_TOKENS:
+            raise ConfigError(f"--tokens is {self.tokens}; it must be from {_LEAST_TOKENS} to {_MOST_TOKENS}")
+        _check_least_one(self, ("rounds", "streams"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSettings(ShapeSettings):
+    """What `genarm bench decode` measures; 1 is always among its streams."""
+
+    device: str | None = field(
+        default=None,
+        metadata={"metavar": "DEVICE", "help": "cpu, cuda, cuda:1, …; by default the first GPU, if any"},
+    )
+    agreement: Sequence[float] = field(
+        default=(0.8,),
+        metadata={"nargs": "+", "metavar": "P", "help": "acceptance of drafts that the full ARM is made for"},
+    )
+    real: tuple[str, str] | None = field(
+        default=None,
+        metadata={
+            "nargs": 2,
+            "metavar": ("BASE", "ARM"),
+            "help": "also count the drafts of a real ARM for a real base: folders or hub ids",
+        },
+    )
+    prompts: Path | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "for the real pair, .txt or .jsonl; by default a few questions"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for value in self.agreement:
             if not 0 < value < 1:
                 raise ConfigError(f"--agreement has {value:g}; each must be above 0 and below 1")
@@ -52,37 +84,42 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VllmSettings:
-    """All that the figures of `genarm bench vllm` depend on, but for the machine.
+class VllmSettings(ShapeSettings):
+    """What `genarm bench vllm` measures."""
 
-    Attributes:
-        base_shape: a name of `SHAPES`.
-        dtype: of the weights; None for bfloat16 where the device has it, and float32 elsewhere.
-        tokens: of each reply.
-        rounds: in which every contestant runs once at each number of streams.
-        streams: at once.
-        eager: without torch.compile and CUDA graphs, which vLLM uses by default.
-        seed: of everything random.
+    eager: bool = field(default=False, metadata={"help": "without torch.compile and CUDA graphs"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Loading):
+    """What `genarm bench serve` measures, of the model in `folder`, with an engine as `genarm serve` makes it.
+
+    Raises:
+        ConfigError: a value out of range.
     """
 
-    base_shape: str = "200m"
-    dtype: str | None = None
-    tokens: int = 64
-    rounds: int = 7
-    streams: Sequence[int] = (1, 4, 16)
-    eager: bool = False
-    seed: int = 0
+    folder: str
+    concurrency: Sequence[int] = field(
+        default=(1, 4, 16), metadata={"nargs": "+", "help": "replies at once; each is measured"}
+    )
+    tokens: int = field(default=64, metadata={"help": "of each reply, after a prompt of 32"})
+    requests: int = field(default=4, metadata={"help": "of each client in a round"})
+    rounds: int = field(default=5, metadata={"help": "in which each concurrency is measured once"})
+    speculate: int = EngineOptions.speculate
+    draft: str | None = None
+    seed: int = field(default=0, metadata={"metavar": "S", "help": "of everything random"})
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        check_seed(self.seed)
+        if self.tokens < LEAST_SERVED_TOKENS:
+            raise ConfigError(f"--tokens is {self.tokens}; it must be at least {LEAST_SERVED_TOKENS}")
+        _check_least_one(self, ("requests", "rounds", "concurrency"))
 
 
-def _check_common(settings: DecodeSettings | VllmSettings) -> None:
-    check_seed(settings.seed)
-    assert settings.base_shape in SHAPES
-    if not _LEAST_TOKENS <= settings.tokens <= _MOST_TOKENS:
-        raise ConfigError(f"--tokens is {settings.tokens}; it must be from {_LEAST_TOKENS} to {_MOST_TOKENS}")
-    if settings.rounds < 1:
-        raise ConfigError(f"--rounds is {settings.rounds}; it must be at least 1")
-    if min(settings.streams) < 1:
-        raise ConfigError(f"--streams has {min(settings.streams)}; each must be at least 1")
+def _check_least_one(settings: ShapeSettings | ServeSettings, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, Sequence) and min(value) < 1:
+            raise ConfigError(f"--{name} has {min(value)}; each must be at least 1")
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")

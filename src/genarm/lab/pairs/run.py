@@ -21,7 +21,8 @@ from typing import Any
 
 from genarm.batch.output import Settings as SampleSettings
 from genarm.batch.output import begin
-from genarm.batch.run import BatchJob, Plan, context_of, decode
+from genarm.batch.plan import Plan
+from genarm.batch.run import BatchJob, context_of, decode
 from genarm.engine import Engine
 from genarm.errors import DataError
 from genarm.files import append_rows, keep_rows, resume_rows, write_text

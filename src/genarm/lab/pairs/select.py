@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -17,8 +17,16 @@ Which = Literal["extremes", "all"]
 class Selection:
     """Best against worst ("extremes") or every two responses ("all"), more than `margin` apart."""
 
-    which: Which = "extremes"
-    margin: float = 0.0
+    which: Which = field(
+        default="extremes",
+        metadata={
+            "option": "--select",
+            "help": "the best response against the worst, or every two that are far enough apart",
+        },
+    )
+    margin: float = field(
+        default=0.0, metadata={"metavar": "M", "help": "a pair's scores must be more than this apart"}
+    )
 
     def __post_init__(self) -> None:
         if self.which not in get_args(Which):

@@ -1,0 +1,40 @@
+"""What is fixed when an engine starts; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from genarm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What is fixed when an engine starts.
+
+    Attributes:
+        streams: requests that run at once; others wait.
+        context: the most tokens of a prompt and its reply together; by default what the members have, but no more
+            than 2,048. Memory for `streams` times `context` positions of every member is allotted at the start.
+        speculate: the most tokens drafted at once; 0 never drafts.
+        adapt: draft as many as pay by the acceptance seen; False always drafts `speculate`.
+        chunk: the most prompt tokens run per step, over all members.
+    """
+
+    streams: int = 8
+    context: int | None = None
+    speculate: int = field(
+        default=8,
+        metadata={
+            "metavar": "K",
+            "help": "the most tokens that small members draft at once, fewer where that pays more; 0 never drafts. "
+            "Drafts change the speed and which random numbers are used, never the distribution",
+        },
+    )
+    adapt: bool = True
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("streams", 1), ("speculate", 0), ("chunk", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
