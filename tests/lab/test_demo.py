@@ -23,6 +23,7 @@ from genarm.lab.demo.sweep import NO_WEIGHTS, measure
 from genarm.lab.demo.world import OBJECTIVES, split_requests, truth
 
 REDUCED = DemoSettings(
+    seed=0,
     base=BaseSettings(layers=2, hidden=96, replies=4500),
     pairs=1200,
     held_out_pairs=60,

@@ -21,10 +21,11 @@ import pytest
 from builders.judge_server import Act, JudgeServer, Seen, completion, says
 from genarm.errors import ConfigError, DataError, GenarmError
 from genarm.lab.judges.cache import ReplyCache, cache_key
-from genarm.lab.judges.client import ChatClient, ClientSettings, Completion, Failure
+from genarm.lab.judges.client import ChatClient, Completion, Failure
 from genarm.lab.judges.llm import Answer, Pair, Verdict, estimate, judge_pairs, score_responses, summarise
 from genarm.lab.judges.parsing import VerdictTag
 from genarm.lab.judges.protocol import load_protocol
+from genarm.lab.judges.settings import ClientSettings
 from genarm.provenance import digest
 
 KEY = "sk-test/0123456789+abcdef"

@@ -27,7 +27,7 @@ from genarm.lab.judges.alpaca_eval import (
     win_rates,
     write_outputs,
 )
-from genarm.lab.judges.client import ClientSettings
+from genarm.lab.judges.settings import ClientSettings
 
 pytestmark = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="needs the extra alpaca")
 KEY = "sk-test-0123456789abcdef"

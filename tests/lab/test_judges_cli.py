@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from builders.judge_server import Act, JudgeServer, Seen, says
+from genarm.cli.arguments import settings_from
 from genarm.cli.main import build_parser, main
 from genarm.lab.judges import protocol
-from genarm.lab.judges.client import ClientSettings
 from genarm.lab.judges.protocol import load_protocol, protocol_names
+from genarm.lab.judges.settings import ClientSettings
 from genarm.statistics import win_rate
 
 KEY = "sk-test-0123456789abcdef"
@@ -222,17 +223,14 @@ def test_several_samples_and_conversations(tmp_path: Path) -> None:
 
 
 def test_what_the_help_says_is_so(capsys: Any) -> None:
-    """The parser repeats names and defaults, so that asking for help loads nothing."""
+    """The parser repeats the protocols' names, so that asking for help loads nothing."""
     with pytest.raises(SystemExit):
         main(["judge", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     pairwise = [name for name in protocol_names() if not load_protocol(name).single]
     assert f"{', '.join(pairwise)}, or a TOML file of your own" in text
     arguments = build_parser().parse_args(["judge", "a", "b", "--protocol", "helpful", "--output", "o"])
-    defaults = ClientSettings(model="m")
-    for option, name in (("rate", "requests_per_minute"), *((n, n) for n in ("base_url", "key_variable", "timeout"))):
-        assert getattr(arguments, option) == getattr(defaults, name)
-    assert (arguments.concurrency, arguments.retries) == (defaults.concurrency, defaults.retries)
+    assert settings_from(arguments, ClientSettings, model="m") == ClientSettings(model="m")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 
-from genarm.cli.console import (
-    quiet_libraries,
-    say,
-)
+from genarm.cli.console import quiet_libraries, say
+from genarm.errors import ConfigError
 
 SUMMARY = "put a frozen base and rewards together into a guided model folder"
 
@@ -34,21 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--describe",
         action="append",
         metavar="NAME=TEXT",
-        default=[],
         help="a line about what a reward prefers",
     )
     parser.add_argument(
         "--adapter-model",
         action="append",
         metavar="NAME=MODEL",
-        default=[],
         help="the model that a reward's adapter goes on, where it has moved since training",
     )
     parser.add_argument(
         "--set",
         action="append",
         metavar="MEMBER.FIELD=VALUE",
-        default=[],
         help="how to load a member: dtype, device_map or quantization_config (JSON) of 'base' or a reward, as in "
         "base.dtype=bfloat16 or base.quantization_config='{\"load_in_4bit\": true, ...}'",
     )
@@ -82,11 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(items: list[str], form: str) -> dict[str, str]:
-    from genarm.errors import ConfigError
-
+def _pairs(items: list[str] | None, form: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    for item in items:
+    for item in items or ():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise ConfigError(f"cannot read {item!r}; write {form}")
@@ -113,11 +107,7 @@ def _rewards(items: list[str]) -> tuple[dict[str, str], dict[str, float]]:
     return rewards, weights
 
 
-def _settings(items: list[str]) -> dict[str, dict[str, object]]:
-    import json
-
-    from genarm.errors import ConfigError
-
+def _settings(items: list[str] | None) -> dict[str, dict[str, object]]:
     allowed = ("dtype", "device_map", "quantization_config")
     settings: dict[str, dict[str, object]] = {}
     for key, text in _pairs(items, "--set MEMBER.FIELD=VALUE").items():

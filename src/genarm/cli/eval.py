@@ -10,48 +10,62 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from genarm.cli.arguments import add_options
+from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import open_console, quiet_libraries
 from genarm.model.placement import Placement
 
 SUMMARY = "compare methods: quality with intervals, cost and trade-offs, from one recipe"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Placement):
+    """Which comparison, where it goes and what it runs on."""
+
+    recipe: Path = field(
+        metadata={"positional": True, "metavar": "RECIPE", "help": "a TOML file, such as recipes/hh-rlhf.toml"}
+    )
+    scale: str = field(default="tiny", metadata={"help": "which part of the recipe: tiny, paper, …"})
+    output: Path | None = field(
+        default=None,
+        metadata={
+            "metavar": "DIR",
+            "help": "folder of the run (default: genarm-eval/RECIPE-SCALE, with the --seed if given)",
+        },
+    )
+    seed: int | None = field(
+        default=None, metadata={"metavar": "S", "help": "of everything random, in place of the recipe's"}
+    )
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "run nothing; show models, bytes, forwards, calls of judges and the time that they take at least"
+        },
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm eval`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file, such as recipes/hh-rlhf.toml")
-    parser.add_argument("--scale", metavar="NAME", default="tiny", help="which part of the recipe: tiny, paper, …")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the run (default: genarm-eval/RECIPE-SCALE, with the --seed if given)",
-    )
-    parser.add_argument("--seed", type=int, metavar="S", help="of everything random, in place of the recipe's")
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="run nothing; show models, bytes, forwards, calls of judges and the time that they take at least",
-    )
-    add_options(parser, Placement)
+    add_options(parser, EvalOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the recipe, then run it or show its plan."""
     from genarm.lab.evaluation.recipe_file import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.scale, seed=arguments.seed)
-    name = f"{arguments.recipe.stem}-{arguments.scale}" + ("" if arguments.seed is None else f"-{arguments.seed}")
-    output = arguments.output or Path("genarm-eval", name)
+    options = settings_from(arguments, EvalOptions)
+    recipe = load_recipe(options.recipe, options.scale, seed=options.seed)
+    name = f"{options.recipe.stem}-{options.scale}" + ("" if options.seed is None else f"-{options.seed}")
+    output = options.output or Path("genarm-eval", name)
     console = open_console()
     with quiet_libraries():
-        if arguments.plan:
+        if options.plan:
             from genarm.lab.evaluation.build import Models
             from genarm.lab.evaluation.plan import make_plan, show
 
-            models = Models(folder=output.resolve(), dtype=arguments.dtype, device=arguments.device)
+            models = Models(folder=output.resolve(), dtype=options.dtype, device=options.device)
             console.print(show(make_plan(recipe, models, console)))
             return 0
         import datasets
@@ -61,15 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         evaluate(
             recipe,
-            RunOptions(output=output, command=_command(arguments), dtype=arguments.dtype, device=arguments.device),
+            RunOptions(output=output, command=_command(options), dtype=options.dtype, device=options.device),
             console,
         )
     return 0
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    words = ["genarm", "eval", str(arguments.recipe), "--scale", arguments.scale]
-    words += ["--seed", str(arguments.seed)] if arguments.seed is not None else []
-    words += ["--dtype", arguments.dtype] if arguments.dtype != "auto" else []
-    words += ["--device", arguments.device] if arguments.device else []
+def _command(options: EvalOptions) -> str:
+    words = ["genarm", "eval", str(options.recipe), "--scale", options.scale]
+    words += ["--seed", str(options.seed)] if options.seed is not None else []
+    words += ["--dtype", options.dtype] if options.dtype != EvalOptions.dtype else []
+    words += ["--device", options.device] if options.device else []
     return shlex.join(words)

@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             for number, row in enumerate(decode(engine, jobs[done:], plan, settings=settings.digest), done + 1):
                 emit(row)
                 tokens += row["tokens"]
-                advance("replies", number, len(jobs), f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
+                seconds = max(time.monotonic() - begun, 0.001)
+                advance("replies", number, len(jobs), f"{tokens / seconds:.0f} tokens/s")
     if output:
         say(f"{output}: {len(jobs)} rows", stderr=True)
     return 0

@@ -8,17 +8,19 @@ and from nowhere else.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genarm.cli.console import open_console, say
+from genarm.cli.arguments import add_options, settings_from
+from genarm.cli.console import goes_on, progress, say
+from genarm.errors import ConfigError
+from genarm.lab.judges.settings import ClientSettings
 
 if TYPE_CHECKING:
     from genarm.lab.judges.answers import Matched
-    from genarm.lab.judges.client import ClientSettings
     from genarm.lab.judges.llm import Estimate, Verdict
     from genarm.lab.judges.protocol import Protocol
 
@@ -37,22 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSONL file for the verdicts")
     parser.add_argument("--model", metavar="NAME", help="the judge, as the endpoint calls it; else the protocol's")
-    parser.add_argument(
-        "--base-url",
-        metavar="URL",
-        default="https://api.openai.com/v1",
-        help="of an OpenAI-compatible endpoint; /chat/completions comes after it",
-    )
-    parser.add_argument(
-        "--key-variable",
-        metavar="NAME",
-        default="OPENAI_API_KEY",
-        help="environment variable with the key; an endpoint of your own may need none",
-    )
-    parser.add_argument("--concurrency", type=int, metavar="N", default=8, help="questions under way at once")
-    parser.add_argument("--rate", type=float, metavar="N", help="the most requests in a minute")
-    parser.add_argument("--timeout", type=float, metavar="S", default=120.0, help="seconds for one try")
-    parser.add_argument("--retries", type=int, metavar="N", default=5, help="tries after a question's first one")
+    add_options(parser, ClientSettings)
     parser.add_argument("--price-in", type=float, metavar="P", help="of a million tokens read")
     parser.add_argument("--price-out", type=float, metavar="P", help="of a million tokens written")
     parser.add_argument("--estimate", action="store_true", help="say what it will take, and ask nothing")
@@ -60,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, say what it will take, then ask."""
-    from genarm.errors import ConfigError
     from genarm.files import check_output, resume_rows
     from genarm.lab.judges.answers import match_answers
     from genarm.lab.judges.cache import ReplyCache
@@ -90,40 +76,26 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     digest = claim(arguments.output, _record(arguments, matched, protocol, settings.model))
     resume_rows(arguments.output, digest)
-    with _progress(2 * len(pairs)) as advance:
-        try:
-            verdicts = judge_pairs(pairs, protocol, settings, cache, advance)
-        except KeyboardInterrupt:
-            say(f"stopped; the same command goes on with {arguments.output}", stderr=True)
-            raise
+    total, asked = 2 * len(pairs), itertools.count(1)
+    with goes_on(arguments.output), progress() as advance:
+        advance("replies", 0, total)
+        verdicts = judge_pairs(pairs, protocol, settings, cache, lambda: advance("replies", next(asked), total))
     _write(arguments.output, matched, verdicts, digest)
     _report(arguments, protocol, settings, verdicts)
     return 0
 
 
 def _settings(arguments: argparse.Namespace, protocol: Protocol) -> ClientSettings:
-    from genarm.errors import ConfigError
-    from genarm.lab.judges.client import ClientSettings
-
     model = arguments.model or protocol.model
     if model is None:
         raise ConfigError(f"the protocol {protocol.name} names no model; name one with --model")
-    settings = ClientSettings(
-        model=model,
-        base_url=arguments.base_url,
-        key_variable=arguments.key_variable,
-        concurrency=arguments.concurrency,
-        requests_per_minute=arguments.rate,
-        timeout=arguments.timeout,
-        retries=arguments.retries,
-    )
+    settings = settings_from(arguments, ClientSettings, model=model)
     if not arguments.estimate:
         settings.find_key()
     return settings
 
 
 def _check_prices(arguments: argparse.Namespace) -> None:
-    from genarm.errors import ConfigError
 
     prices = [arguments.price_in, arguments.price_out]
     if prices.count(None) == 1:
@@ -156,20 +128,6 @@ def _forecast(expected: Estimate, pairs: int) -> str:
         f"{expected.prompt_tokens:,} tokens to read (a token per 4 characters) and at most "
         f"{expected.completion_tokens:,} to write{price}"
     )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr (in a log, a line a minute); yields what to call with each reply."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from genarm.terminal import Bar
-
-    console = open_console(stderr=True)
-    columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("replies", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _write(output: Path, matched: Sequence[Matched], verdicts: Sequence[Verdict], digest: str) -> None:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "make preference pairs from anything that can score a response"
 
-
 _PLAN = Plan(sampling=Sampling(), num_samples=8)
 
 

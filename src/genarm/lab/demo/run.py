@@ -64,7 +64,7 @@ class DemoSettings:
         requests: held-out requests to which every setting of the weights replies.
     """
 
-    seed: int = 0
+    seed: int
     base: BaseSettings = field(default_factory=BaseSettings)
     pairs: int = 2400
     held_out_pairs: int = 300

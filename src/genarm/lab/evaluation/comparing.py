@@ -22,9 +22,9 @@ from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, slug
 from genarm.lab.evaluation.results import Verdicts
 from genarm.lab.judges.alpaca_eval import Annotation, Output, annotate, win_rates
 from genarm.lab.judges.cache import ReplyCache
-from genarm.lab.judges.client import ClientSettings
 from genarm.lab.judges.llm import Pair, Summary, judge_pairs, summarise
 from genarm.lab.judges.protocol import Protocol, load_protocol
+from genarm.lab.judges.settings import ClientSettings
 from genarm.statistics import Outcome
 from genarm.terminal import Bar
 

@@ -45,6 +45,7 @@ from genarm.lab.machine import code_version, one_thread, this_machine
 from genarm.lab.methods.interface import Method
 from genarm.lab.methods.sample import Sample
 from genarm.lab.training.run import train
+from genarm.model.placement import Placement
 from genarm.model.references import find_device
 from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
@@ -56,13 +57,11 @@ RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Placement):
     """Where and on what a comparison runs; a folder keeps to one dtype and device."""
 
     output: Path
     command: str
-    dtype: str = "auto"
-    device: str | None = None
 
 
 def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:

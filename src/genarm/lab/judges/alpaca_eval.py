@@ -19,7 +19,7 @@ from typing import Any
 
 from genarm.errors import ConfigError, DataError, MissingExtraError
 from genarm.files import write_text
-from genarm.lab.judges.client import KEY_VARIABLE, ClientSettings
+from genarm.lab.judges.settings import KEY_VARIABLE, ClientSettings
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 

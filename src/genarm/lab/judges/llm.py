@@ -16,9 +16,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from genarm.errors import ConfigError
 from genarm.lab.judges.cache import ReplyCache, cache_key
-from genarm.lab.judges.client import ChatClient, ClientSettings, Completion, Failure
+from genarm.lab.judges.client import ChatClient, Completion, Failure
 from genarm.lab.judges.parsing import Preference, SingleScore
 from genarm.lab.judges.protocol import Protocol
+from genarm.lab.judges.settings import ClientSettings
 from genarm.statistics import Outcome
 from genarm.text.prompts import Message, Prompt
 

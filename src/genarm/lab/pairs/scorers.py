@@ -22,13 +22,14 @@ from genarm.errors import ConfigError, DataError, MemberError
 from genarm.lab.tasks.code import Problem, passed, problem_of, run_tests
 from genarm.lab.tasks.mathematics import gold_number, last_number
 from genarm.lab.tasks.sandbox import Limits
+from genarm.model.placement import Placement
 from genarm.provenance import code_record, model_record
 from genarm.text.prompts import Prompt, encode_pair, end_ids
 
 if TYPE_CHECKING:
     from genarm.lab.judges.cache import ReplyCache
-    from genarm.lab.judges.client import ClientSettings
     from genarm.lab.judges.protocol import Protocol as JudgeProtocol
+    from genarm.lab.judges.settings import ClientSettings
     from genarm.lab.trajectory import TrajectoryReward
 
 KINDS = {
@@ -83,7 +84,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorerOptions:
+class ScorerOptions(Placement):
     """How scorers reach their models.
 
     Attributes:
@@ -96,8 +97,6 @@ class ScorerOptions:
     replies: Path
     judge_url: str | None = None
     judge_model: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
 
 
 def make_scorer(spec: str, options: ScorerOptions) -> Scorer:
@@ -317,8 +316,8 @@ def _ending_of(text: str) -> str:
 
 
 def _judge_scorer(source: str, options: ScorerOptions) -> JudgeScorer:
-    from genarm.lab.judges.client import OPENAI, ClientSettings
     from genarm.lab.judges.protocol import load_protocol
+    from genarm.lab.judges.settings import OPENAI, ClientSettings
 
     protocol = load_protocol(source)
     if not protocol.single:
