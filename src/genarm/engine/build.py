@@ -73,7 +73,6 @@ def build(
         UnsupportedError: a member that the engine cannot run, or memory that does not suffice.
     """
     members, alignments, unknown = _members(model)
-    reward_names = tuple(member.name for member in members[1:])
     if draft is not None:
         members.append(Member(name=DRAFT, model=draft))
         alignments.append(draft_alignment)
@@ -100,7 +99,8 @@ def build(
     placed = Members(
         trunks=trunks,
         places=places,
-        reward_names=reward_names,
+        reward_names=model.reward_names if isinstance(model, GuidedForCausalLM) else (),
+        references=model.references if isinstance(model, GuidedForCausalLM) else (),
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
     )
     return Built(

@@ -15,7 +15,10 @@ from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+
 from genarm.engine.build import build
+from genarm.engine.members import Members
 from genarm.engine.options import EngineOptions
 from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Asked, Completion, Request, to_requests
@@ -25,6 +28,7 @@ from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
 from genarm.errors import DataError, EngineFailure
 from genarm.model.assembly import output_rows
+from genarm.model.combine import coefficients
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.model.weights import weight_row
@@ -87,7 +91,8 @@ class Engine:
         self.members = len(built.members.places)
         self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
         self._built = built
-        self._guess_costs = _guessers(built.guess_costs, self.options)
+        costs = {m: c for m, c in built.guess_costs.items() if _can_draft(m, built.members)}
+        self._guess_costs = _guessers(costs, self.options)
         self._vocabulary_size = output_rows(model.base if isinstance(model, GuidedForCausalLM) else model)
         self._stops = frozenset(i for i in stop_ids(model, tokenizer) if i < self._vocabulary_size)
         self._stepper = Stepper(built.members, streams=self.streams, chunk=self.options.chunk)
@@ -156,7 +161,8 @@ class Engine:
 
     def describe(self) -> str:
         """What was chosen at the start: devices, dtypes, memory, who drafts."""
-        names = ["base", *self._built.members.reward_names, "draft model"]
+        members = self._built.members
+        names = {**dict(enumerate(members.reward_names, start=1)), members.combined + 1: "draft model"}
         guessers = [names[member] for member in self._guess_costs]
         drafts = f"drafts from {', '.join(guessers)}" if guessers else "no drafts"
         head = f"{self.options.streams} streams of {self.context} tokens; {drafts}"
@@ -248,6 +254,13 @@ class Engine:
             for stream in streams:
                 stream.cancel()
 
+    def _factors(self, weights: Sequence[float]) -> dict[int, float]:
+        """What each member that runs is multiplied by, the base first; references whose parts cancel do not run."""
+        members = self._built.members
+        given = coefficients(torch.tensor([weights]), members.references, members.combined)
+        streams = enumerate(given.streams_BS[0].tolist(), start=1)
+        return {BASE_MEMBER: float(given.base_B[0]), **{member: factor for member, factor in streams if factor}}
+
     def _prepare(self, request: Request) -> tuple[RequestState, Stream]:
         check_seed(request.seed)
         ids = self._encode(request)
@@ -255,17 +268,19 @@ class Engine:
         weights = weight_row(request.weights, self.default_weights)
         request.check_ids(self._vocabulary_size)
         rewards = {i + 1: w for i, w in enumerate(weights) if w != 0}
+        factors = self._factors(weights)
         guessers: dict[int, float] = {}
         drafts = next((m for m in self._guess_costs if members.is_draft_model(m)), None)
-        arms = {m: w for m, w in rewards.items() if m in self._guess_costs}
+        arms = {m: w for m, w in rewards.items() if m in self._guess_costs and m in factors}
         if arms or drafts is not None:
             guessers = exponents(arms, drafts)
-        others = [member for member in guessers if members.is_draft_model(member)]
+        others = [member for member in guessers if member not in factors]
         state = RequestState(
             request=request,
             ids=ids,
-            weights=weights,
-            members=[BASE_MEMBER, *rewards, *others],
+            factors=factors,
+            rewards=frozenset(rewards),
+            members=[*factors, *others],
             guessers=guessers,
             stops=request.ends(self._stops),
             text=TextStream(self.tokenizer, request.stop, ids if request.continues else ()),
@@ -436,6 +451,13 @@ def _make_and_work(make: Callable[[], Engine], made: Future[Engine]) -> None:
         return
     made.set_result(engine)
     engine._work()
+
+
+def _can_draft(member: int, members: Members) -> bool:
+    """Whether it is a draft model or an ARM; a difference, and what it is compared with, is no guess of the whole."""
+    if member > members.combined:
+        return True
+    return member <= len(members.reward_names) and members.references[member - 1] is None
 
 
 def _guessers(costs: Mapping[int, float], options: EngineOptions) -> dict[int, float]:

@@ -29,13 +29,19 @@ class Read(NamedTuple):
 class Members:
     """Which trunk runs each member, and as which of that trunk's own members: `places[member]`.
 
-    Members are the base (0), the rewards (1 … R) and perhaps a draft model (R + 1). `unknown` has for
-    every member but the base a mask [V] of the ids that it does not know, or None.
+    Members are the base (0), the rewards (1 … R), references that are none of these (up to S) and perhaps a draft
+    model (S + 1).
+
+    Attributes:
+        reward_names: of members 1 … R.
+        references: of each reward, the member that it is compared with, if any.
+        unknown: for every member but the base a mask [V] of the ids that it does not know, or None.
     """
 
     trunks: Sequence[Trunk]
     places: Sequence[tuple[int, int]]
     reward_names: Sequence[str]
+    references: Sequence[int | None]
     unknown: Sequence[Tensor | None]
 
     @property
@@ -50,7 +56,12 @@ class Members:
 
     def is_draft_model(self, member: int) -> bool:
         """Whether a member only drafts and has no part in the combination."""
-        return member > len(self.reward_names)
+        return member > self.combined
+
+    @property
+    def combined(self) -> int:
+        """S, how many members beside the base the combination is made of."""
+        return max((len(self.reward_names), *(place or 0 for place in self.references)))
 
     def trunk(self, member: int) -> Trunk:
         """The trunk that runs a member."""

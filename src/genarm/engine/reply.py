@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Completion, Ending, Request, Token
@@ -52,9 +52,7 @@ class GrowingReply:
             elif len(self.tokens) + 1 == self.limit:
                 text, ending = text + self.text.finish(), "length"
                 ending = "stop" if self.text.stopped else ending
-        token = Token(
-            id=token.id, text=text, log_prob=token.log_prob, base=token.base, rewards=token.rewards, top=token.top
-        )
+        token = replace(token, text=text)
         self.tokens.append(token)
         self.pieces.append(text)
         self.deliver(token)

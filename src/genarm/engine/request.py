@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from genarm.errors import ConfigError
+from genarm.model.weights import check_max_kl
 from genarm.sampling import Sampling
 from genarm.text.prompts import USUAL, Prompt, Reading
 
@@ -23,6 +25,8 @@ class Request:
     Attributes:
         prompt: text as it is, a conversation for the chat template, or token ids.
         weights: {reward: w} over the model's defaults. A reward of weight 0 is not run.
+        max_kl: the most nats that a token's distribution may be from the base's; where the weights would lead farther,
+            all of them are scaled down for that token. None sets no bound.
         sampling: how tokens are drawn.
         seed: of everything random in this request; the same request gives the same reply in any company.
         stop: texts that end the reply, which then ends before them.
@@ -38,6 +42,7 @@ class Request:
 
     prompt: Prompt | Sequence[int]
     weights: Mapping[str, float] = field(default_factory=dict)
+    max_kl: float | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop: Sequence[str] = ()
@@ -52,6 +57,7 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
+        check_max_kl(self.max_kl)
         for name in ("top_log_probs", "prompt_log_probs"):
             count = getattr(self, name) or 0
             if not isinstance(count, Integral) or not 0 <= int(count) <= _MOST_TOP:
@@ -121,8 +127,10 @@ class Token:
         text: what became final with it; may be empty, and may hold text of earlier tokens.
         log_prob: log π(token), of the combined distribution before penalties and temperature.
         base: log π_base(token); None where what decodes does not say.
-        rewards: {reward: log π_i(token)} of the rewards that ran; w_i times it is that reward's contribution.
+        rewards: {reward: log π_i(token)} of the rewards that ran, less their reference's log π(token) where they have
+            one; w_i times it is that reward's contribution.
         top: (id, log_prob) of the likeliest tokens, best first, as many as were asked for.
+        kl: KL(π ‖ π_base) of the distribution that `log_prob` is of, in nats; None where what decodes does not say.
     """
 
     id: int
@@ -131,6 +139,7 @@ class Token:
     base: float | None
     rewards: Mapping[str, float]
     top: tuple[tuple[int, float], ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +174,9 @@ class Completion:
     def token_ids(self) -> tuple[int, ...]:
         """Of `tokens`."""
         return tuple(token.id for token in self.tokens)
+
+    @property
+    def kl(self) -> float | None:
+        """How far the reply went from the base: the sum of its tokens' KL in nats; None where one is not known."""
+        said = [token.kl for token in self.tokens if token.kl is not None]
+        return math.fsum(said) if len(said) == len(self.tokens) else None

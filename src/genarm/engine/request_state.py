@@ -37,7 +37,9 @@ class RequestState(GrowingReply):
 
     Attributes:
         ids: the prompt's and the reply's tokens so far.
-        weights: one number per reward.
+        factors: what the log-probs of each member that runs for it are multiplied by, the base's (0) first; members
+            that only draft have none.
+        rewards: those of them that are rewards with a weight.
         members: members that run for it, the base (0) first; rewards count from 1.
         guessers: {member: power} of those that draft for it.
         rows: {member: row} once it is admitted.
@@ -46,7 +48,8 @@ class RequestState(GrowingReply):
     """
 
     ids: list[int]
-    weights: Sequence[float]
+    factors: Mapping[int, float]
+    rewards: frozenset[int]
     members: Sequence[int]
     guessers: Mapping[int, float]
     length: DraftLength
@@ -59,6 +62,11 @@ class RequestState(GrowingReply):
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
         self._prompt = frozenset(self.ids) if self.request.sampling.repetition_penalty != 1 else frozenset()
+
+    @property
+    def guided(self) -> bool:
+        """Whether anything but the base has a part."""
+        return len(self.factors) > 1
 
     @property
     def scores_prompt(self) -> bool:

@@ -112,7 +112,7 @@ class Stepper:
         if spots:
             table = make_table(spots, at, self.members.unknown, self.members.device)
             tops = [state.request.prompt_log_probs or 0 for state, _ in spots]
-            looked_up = table.look_up(spots, tokens, tops, self.members.reward_names)
+            looked_up = table.look_up(spots, tokens, tops, self.members)
             for (state, _), token in zip(spots, looked_up, strict=True):
                 if state.rows and math.isnan(token.log_prob):
                     self.scheduler.end_with(state, _not_a_number(state, token))
@@ -181,7 +181,7 @@ class Stepper:
         spots = [(state, i) for state, tokens in new.items() for i in range(len(tokens))]
         tokens = [token for tokens in new.values() for token in tokens]
         tops = [state.request.top_log_probs for state, _ in spots]
-        looked_up = table.look_up(spots, tokens, tops, self.members.reward_names)
+        looked_up = table.look_up(spots, tokens, tops, self.members)
         for state in new:
             state.keep_rows(len(kept[state]))
             if state in drafts and not drafts[state].sound:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
 from genarm.model.adapter_files import check_settings
-from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
+from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder, reference_name
 from genarm.model.contract import check_finite, refusing
 from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
 from genarm.model.options import LoadOptions
@@ -41,26 +41,41 @@ def load_guided(
         config = read_guided_config(folder if config is None else Path(config))
     config.update(dict(options.config))
     members = load_members(config, folder, hub, options.members)
-    specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
-    base, *rewards = (_vocabulary(m, s, specs[0], folder, hub) for m, s in zip(members, specs, strict=True))
-    return config, members, [align(base, reward) for reward in rewards], folder
+    specs = [*config.member_specs.values()]
+    base, *others = (_vocabulary(m, s, specs[0], folder, hub) for m, s in zip(members, specs, strict=True))
+    return config, members, [align(base, other) for other in others], folder
 
 
 def gather_guided(
     base: PreTrainedModel,
     rewards: Mapping[str, PreTrainedModel | PeftModel],
+    references: Mapping[str, PreTrainedModel | PeftModel],
     weights: Mapping[str, float],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
 ) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
     """Members from memory; see `GuidedForCausalLM.from_members`."""
     members = [Member(name=BASE, model=base), *(_member(name, reward) for name, reward in rewards.items())]
+    places: dict[str, int] = {}
+    for name, reference in references.items():
+        if name not in rewards:
+            raise MemberError(f"there is a reference for {name!r}, which is no reward; the rewards are {[*rewards]}")
+        found = _member(reference_name(name), reference)
+        same = [i for i, m in enumerate(members) if m.model is found.model and m.adapter == found.adapter]
+        places[name] = same[0] if same else len(members)
+        members += [] if same else [found]
     for model in {id(member.model): member.model for member in members}.values():
         check_finite(model.state_dict(), what="a member")
     _refuse_one_adapter_twice(members)
     values = weight_row(weights, dict.fromkeys(rewards, 1.0))
+    where = [THE_BASE, *(_place(member, members) for member in members[1:])]
     specs = [
-        RewardSpec(name=member.name, weight=value, member=_place(member, base))
-        for member, value in zip(members[1:], values, strict=True)
+        RewardSpec(
+            name=name,
+            weight=value,
+            member=member,
+            reference=where[places[name]] if name in places else None,
+        )
+        for name, value, member in zip(rewards, values, where[1:], strict=False)
     ]
     config = GuidedConfig.of(MemberSpec(model=_in_folder(BASE)), specs, [m.model.config for m in members])
     vocabularies = [
@@ -138,9 +153,10 @@ def _in_folder(name: str) -> str:
     return f"./members/{name}"
 
 
-def _place(member: Member, base: PreTrainedModel) -> MemberSpec:
-    """Where `save_pretrained` will put a member that has no files yet."""
+def _place(member: Member, members: Sequence[Member]) -> MemberSpec:
+    """Where `save_pretrained` will put a member that has no files yet; what adapters go on is with the first."""
     if member.adapter is None:
-        return MemberSpec(model=_in_folder(member.name))
-    model = None if member.model is base else _in_folder(host_folder(member.name))
+        on_it = [other for other in members if other.model is member.model and other.adapter is not None]
+        return MemberSpec(model=_in_folder(host_folder(on_it[0].name) if on_it else member.name))
+    model = None if member.model is members[0].model else _in_folder(host_folder(member.name))
     return MemberSpec(model=model, adapter=_in_folder(member.name))

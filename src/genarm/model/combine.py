@@ -1,14 +1,63 @@
-"""Combination of a base's and its rewards' log-probabilities: the formula of GenARM decoding, and nothing else.
+"""Combination of streams' log-probabilities: the formula of guided decoding, and nothing else.
 
-Shapes: B rows, T positions, V ids of the base's vocabulary, R rewards.
+A stream is a model that reads the tokens, with an adapter or without. The base is one; a reward adds its own stream
+and, where it has a reference, takes the reference's away.
+
+Shapes: B rows, T positions, V ids of the base's vocabulary, R rewards, S streams beside the base: the rewards, then
+references that are neither the base nor a reward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_HALVINGS = 20
+"""In which the share of the weights that a budget leaves is found: to a millionth."""
+
+
+class Coefficients(NamedTuple):
+    """What each stream's log-probs are multiplied by, a row for each sequence.
+
+    Attributes:
+        base_B: 1, less the weights of rewards whose reference is the base.
+        streams_BS: of the other streams; a stream whose coefficient is 0 in a row has no part in it.
+        guided_B: whether any weight is not 0; the other rows are the base, bit for bit.
+    """
+
+    base_B: Tensor
+    streams_BS: Tensor
+    guided_B: Tensor
+
+    def take(self, streams: Sequence[int]) -> Coefficients:
+        """Of some streams only."""
+        return self._replace(streams_BS=self.streams_BS[:, list(streams)])
+
+    def to(self, device: torch.device) -> Coefficients:
+        """On another device."""
+        return Coefficients(*(part.to(device, non_blocking=True) for part in self))
+
+
+def coefficients(weights_BR: Tensor, references: Sequence[int | None] = (), streams: int | None = None) -> Coefficients:
+    """What weights mean for the streams.
+
+    Args:
+        weights_BR: w_i = α_i / β for each row, any finite float32.
+        references: of each reward: 0 for the base, s + 1 for stream s, None for no reference.
+        streams: S; by default R.
+    """
+    rows, rewards = weights_BR.shape
+    streams_BS = torch.nn.functional.pad(weights_BR, (0, (streams or rewards) - rewards))
+    base_B = weights_BR.new_ones(rows)
+    for reward, reference in enumerate(references):
+        if reference == 0:
+            base_B = base_B - weights_BR[:, reward]
+        elif reference is not None:
+            streams_BS[:, reference - 1] -= weights_BR[:, reward]
+    return Coefficients(base_B, streams_BS, (weights_BR != 0).any(dim=1))
 
 
 def log_probs(logits_BTV: Tensor) -> Tensor:
@@ -18,36 +67,36 @@ def log_probs(logits_BTV: Tensor) -> Tensor:
 
 def combine(
     base_BTV: Tensor,
-    rewards: Sequence[Tensor],
-    weights_BR: Tensor,
+    streams: Sequence[Tensor],
+    given: Coefficients,
     unknown: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """log π(v|·) = log π_base(v|·) + Σ_i w_i log π_i(v|·) − log Z (GenARM, arXiv 2410.08193).
+    """log π(v|·) = c_0 log π_base(v|·) + Σ_s c_s log π_s(v|·) − log Z.
+
+    For rewards without references that is GenARM's log π_base + Σ_i w_i log π_i − log Z (arXiv 2410.08193).
 
     Args:
         base_BTV: float32 log-probs of the base.
-        rewards: float32 log-probs [B, T, V] of each reward, in the order of the columns of `weights_BR`.
-        weights_BR: w_i = α_i / β for each row, any finite float32. A row of zeros gives the base, bit for bit; a
-            reward whose weight is 0 in a row has no part in it, whatever it says.
-        unknown: for each reward, a bool mask [V] of the ids that it cannot judge (`vocabulary.Alignment`), or
-            None. Such an id has probability 0 in the rows where that reward's weight is not 0. So has an id to which
-            the reward itself gives probability 0 (log π = −∞), whatever the weight's sign: one that is negative would
+        streams: float32 log-probs [B, T, V] of each, in the order of the columns of `given`.
+        given: the coefficients c.
+        unknown: for each stream, a bool mask [V] of the ids that it cannot judge (`vocabulary.Alignment`), or
+            None. Such an id has probability 0 in the rows where that stream's coefficient is not 0. So has an id to
+            which a stream itself gives probability 0 (log π = −∞), whatever its sign: one that is negative would
             make it infinitely likely.
 
     Returns:
         Normalised float32 log-probs [B, T, V].
     """
-    if not rewards:
+    if not streams:
         return base_BTV
-    guided_B11 = (weights_BR != 0).any(dim=1)[:, None, None]
-    total_BTV = weighted_sum(base_BTV, rewards, weights_BR, unknown)
-    return torch.where(guided_B11, torch.log_softmax(total_BTV, dim=-1), base_BTV)
+    total_BTV = weighted_sum(base_BTV, streams, given, unknown)
+    return torch.where(given.guided_B[:, None, None], torch.log_softmax(total_BTV, dim=-1), base_BTV)
 
 
 def weighted_sum(
     base_BTV: Tensor,
-    rewards: Sequence[Tensor],
-    weights_BR: Tensor,
+    streams: Sequence[Tensor],
+    given: Coefficients,
     unknown: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """As `combine`, before it is normalised.
@@ -56,15 +105,57 @@ def weighted_sum(
     all ids of a row alike, the last one takes anyway.
     """
     total_BTV = base_BTV.clone()
-    for i, reward_BTV in enumerate(rewards):
-        weight_B11 = weights_BR[:, i, None, None]
-        if reward_BTV.is_cpu and bool(reward_BTV.sum().isfinite()):
-            total_BTV.addcmul_(weight_B11, reward_BTV)  # nearly always; elsewhere looking would cost a wait
-            continue
-        impossible_BTV = reward_BTV == -torch.inf
-        total_BTV.addcmul_(weight_B11, reward_BTV.masked_fill(impossible_BTV | (weight_B11 == 0), 0))
-        total_BTV.masked_fill_(impossible_BTV & (weight_B11 != 0), -torch.inf)
-    for i, mask_V in enumerate(unknown):
+    if bool((given.base_B != 1).any()) if given.base_B.is_cpu else True:
+        total_BTV = _add(torch.zeros_like(base_BTV), base_BTV, given.base_B[:, None, None])
+    for s, stream_BTV in enumerate(streams):
+        total_BTV = _add(total_BTV, stream_BTV, given.streams_BS[:, s, None, None])
+    for s, mask_V in enumerate(unknown):
         if mask_V is not None:
-            total_BTV.masked_fill_(mask_V & (weights_BR[:, i, None, None] != 0), -torch.inf)
+            total_BTV.masked_fill_(mask_V & (given.streams_BS[:, s, None, None] != 0), -torch.inf)
     return total_BTV
+
+
+def _add(total_BTV: Tensor, stream_BTV: Tensor, factor_B11: Tensor) -> Tensor:
+    """`total_BTV` with one more stream, in place."""
+    if stream_BTV.is_cpu and bool(stream_BTV.sum().isfinite()):
+        return total_BTV.addcmul_(factor_B11, stream_BTV)  # nearly always; elsewhere looking would cost a wait
+    impossible_BTV = stream_BTV == -torch.inf
+    total_BTV.addcmul_(factor_B11, stream_BTV.masked_fill(impossible_BTV | (factor_B11 == 0), 0))
+    return total_BTV.masked_fill_(impossible_BTV & (factor_B11 != 0), -torch.inf)
+
+
+def divergence(guided_BTV: Tensor, base_BTV: Tensor) -> Tensor:
+    """KL(π_guided ‖ π_base) in nats, [B, T], of normalised log-probs."""
+    gain_BTV = torch.where(guided_BTV == -torch.inf, 0.0, guided_BTV - base_BTV)
+    return (guided_BTV.exp() * gain_BTV).sum(dim=-1).clamp_min(0.0)
+
+
+def within_budget(base_BTV: Tensor, guided_BTV: Tensor, max_kl_B: Tensor) -> Tensor:
+    """`guided_BTV`, no farther from the base than the budget: all weights of a position scaled down just enough.
+
+    π_s ∝ π_base · (π_guided / π_base)^s with the largest s ≤ 1 for which KL(π_s ‖ π_base) is at most the budget; it
+    grows with s ≥ 0, so that halving finds s. A position within the budget is left as it is, bit for bit.
+
+    Args:
+        base_BTV, guided_BTV: normalised float32 log-probs.
+        max_kl_B: nats per token for each row, inf for no budget. Where leaving out the ids that a stream rules out
+            costs more than the budget already, the position is the base's.
+    """
+    budget_B1 = max_kl_B[:, None]
+    over_BT = divergence(guided_BTV, base_BTV) > budget_B1
+    if over_BT.is_cpu and not bool(over_BT.any()):
+        return guided_BTV
+    ruled_out_BTV = guided_BTV == -torch.inf
+    step_BTV = (guided_BTV - base_BTV).masked_fill(ruled_out_BTV, 0.0)
+    start_BTV = base_BTV.masked_fill(ruled_out_BTV, -torch.inf)
+
+    def scaled(share_BT: Tensor) -> Tensor:
+        return torch.log_softmax(start_BTV + share_BT[..., None] * step_BTV, dim=-1)
+
+    low_BT, high_BT = torch.zeros_like(base_BTV[..., 0]), torch.ones_like(base_BTV[..., 0])
+    for _ in range(_HALVINGS):
+        middle_BT = (low_BT + high_BT) / 2
+        fits_BT = divergence(scaled(middle_BT), base_BTV) <= budget_B1
+        low_BT, high_BT = torch.where(fits_BT, middle_BT, low_BT), torch.where(fits_BT, high_BT, middle_BT)
+    nearer_BTV = torch.where((low_BT > 0)[..., None], scaled(low_BT), base_BTV)
+    return torch.where(over_BT[..., None], nearer_BTV, guided_BTV)

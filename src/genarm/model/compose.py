@@ -21,7 +21,7 @@ from genarm.errors import ConfigError, MemberError
 from genarm.files import check_new_folder, new_folder, no_folder, refuse_file
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
-from genarm.model.config import BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder
+from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder, reference_name
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import (
     HubOptions,
@@ -69,6 +69,8 @@ def compose(
     rewards: Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
+    tuned: Mapping[str, str | os.PathLike[str]] | None = None,
+    references: Mapping[str, str | os.PathLike[str]] | None = None,
     weights: Mapping[str, float] | None = None,
     descriptions: Mapping[str, str] | None = None,
     adapter_models: Mapping[str, str] | None = None,
@@ -83,6 +85,9 @@ def compose(
             for its base and its rewards with their weights, to which `rewards` are added.
         rewards: {name: ARM}, each a full model or a LoRA adapter, written like `base`.
         output: the folder to write; it must not exist or be empty.
+        tuned: {name: tuned model}, written likewise: any result of DPO, SFT or RL. The reward is what it says more
+            than its reference, so that with the base as the reference w = 1 is the tuned model and w = 0 the base.
+        references: {name: untuned model} of tuned ones; by default the base.
         weights: default weight w = α/β of each reward, 1.0 where not named.
         descriptions: {name: a line about what the reward prefers}.
         adapter_models: {name: model} for a reward whose adapter names a model that has since moved.
@@ -104,22 +109,36 @@ def compose(
             f"the base {str(base)!r} is an adapter; merge it into its model first (peft's merge_and_unload)"
         )
     base_spec, present = _flattened(given, hub)
-    _check_names([*present, *rewards], descriptions, settings)
-    _check_names(rewards, adapter_models)
-    if twice := sorted({*present} & {*rewards}):
+    tuned, references = tuned or {}, references or {}
+    new = _one_of_each(rewards, tuned)
+    _check_names([*present, *new], descriptions, settings)
+    _check_names(new, adapter_models)
+    if stray := sorted({*references} - {*tuned}):
+        raise ConfigError(
+            f"{stray[0]!r} is no tuned reward, so it has no reference; give it as --tuned {stray[0]}=PATH"
+        )
+    if twice := sorted({*present} & {*new}):
         raise ConfigError(
             f"the guided folder {str(base)!r} has a reward {twice[0]!r} already; name the new one otherwise"
         )
     settings = settings or {}
     base_spec = replace(base_spec, **settings.get(BASE, {}))
     members = {name: reward.member for name, reward in present.items()}
-    for name, path in rewards.items():
+    against = {name: reward.reference for name, reward in present.items()}
+    for name, path in new.items():
         members[name] = _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub)
+        against[name] = THE_BASE if name in tuned else None
+        if name in references:
+            against[name] = _reference_spec(name, str(references[name]), base_spec, hub)
     values = weight_row(weights or {}, {name: present[name].weight if name in present else 1.0 for name in members})
     texts = {**{name: reward.description for name, reward in present.items()}, **(descriptions or {})}
     specs = [
         RewardSpec(
-            name=name, weight=weight, description=texts.get(name, ""), member=replace(member, **settings.get(name, {}))
+            name=name,
+            weight=weight,
+            description=texts.get(name, ""),
+            member=replace(member, **settings.get(name, {})),
+            reference=against[name],
         )
         for (name, member), weight in zip(members.items(), values, strict=True)
     ]
@@ -127,12 +146,16 @@ def compose(
     if present:  # a folder's own tokenizer and settings are what its users know
         own = load_tokenizer(str(given.model), None, hub, given.revision)
         base_described = replace(base_described, tokenizer=own or base_described.tokenizer)
+    all_specs = GuidedConfig(base=base_spec.to_dict(), rewards=[spec.to_dict() for spec in specs]).member_specs
     described = {
-        spec.name: _describe(spec.member, hub, name=spec.name) for spec in specs if spec.member.model is not None
+        name: _describe(spec, hub, name=name)
+        for name, spec in all_specs.items()
+        if name != BASE and spec.model is not None
     }
     notes = _compare(base_described, described.values())
     for spec in specs:
         notes += _reads_otherwise(spec, base_described, described.get(spec.name, base_described), hub)
+        notes += _unlike_its_reference(spec)
     config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described.values())])
     with new_folder(Path(output)) as folder:
         if bundle:
@@ -141,9 +164,17 @@ def compose(
     return ComposeReport(folder=Path(output), config=config, notes=tuple(notes))
 
 
+def _one_of_each(
+    rewards: Mapping[str, str | os.PathLike[str]], tuned: Mapping[str, str | os.PathLike[str]]
+) -> dict[str, str | os.PathLike[str]]:
+    if twice := sorted({*rewards} & {*tuned}):
+        raise ConfigError(f"two rewards are named {twice[0]!r}; every reward needs a name of its own")
+    return {**rewards, **tuned}
+
+
 def _check_names(rewards: Collection[str], *others: Mapping[str, Any] | None) -> None:
     if not rewards:
-        raise ConfigError("a guided model needs at least one reward; give --reward NAME=PATH")
+        raise ConfigError("a guided model needs at least one reward; give --reward NAME=PATH or --tuned NAME=PATH")
     for mapping in others:
         for name in mapping or {}:
             if name != BASE and name not in rewards:
@@ -161,7 +192,7 @@ def _flattened(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str,
         model, adapter = (reference and locate(reference, folder) for reference in (spec.model, spec.adapter))
         return replace(spec, model=model, adapter=adapter)
 
-    rewards = {reward.name: replace(reward, member=moved(reward.member)) for reward in config.reward_specs}
+    rewards = {reward.name: reward.moved(moved) for reward in config.reward_specs}
     return moved(config.base_spec), rewards
 
 
@@ -202,6 +233,24 @@ def _reward_spec(name: str, reference: str, base: MemberSpec, adapter_model: str
     on_base = host.model == base.model and (host.revision in (None, base.revision))
     adapter = MemberSpec(adapter=where, adapter_revision=found.revision)
     return adapter if on_base else replace(adapter, model=host.model, revision=host.revision)
+
+
+def _reference_spec(name: str, reference: str, base: MemberSpec, hub: HubOptions) -> MemberSpec:
+    """What a tuned reward is compared with."""
+    spec = _reward_spec(name, reference, base, None, hub)
+    is_base = spec.adapter is None and (spec.model, spec.revision) == (base.model, base.revision)
+    return THE_BASE if is_base else spec
+
+
+def _unlike_its_reference(reward: RewardSpec) -> list[str]:
+    """Whether a difference is one of two models that have nothing to do with each other."""
+    member = reward.member
+    if reward.reference != THE_BASE or member.model is None or member.adapter is None:
+        return []
+    return [
+        f"{reward.name} is an adapter on {member.model} and is compared with the base, so at weight 1 that tuned model "
+        f"replies by itself; to carry over what tuning has changed, give --reference {reward.name}={member.model}"
+    ]
 
 
 def _is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
@@ -295,17 +344,21 @@ def _bundled(
         return copied[key]
 
     assert base.model is not None
+
+    def carried(member: MemberSpec, name: str) -> MemberSpec:
+        if member.model is not None:
+            place = name if member.adapter is None else host_folder(name)
+            member = replace(member, model=carry(member.model, member.revision, place), revision=None)
+        if member.adapter is not None:
+            where = carry(member.adapter, member.adapter_revision, name)
+            member = replace(member, adapter=where, adapter_revision=None)
+        return member
+
     base = replace(base, model=carry(base.model, base.revision, BASE), revision=None)
     records: list[dict[str, Any]] = []
     for reward in rewards:
-        member = reward.member
-        if member.model is not None:
-            name = reward.name if member.adapter is None else host_folder(reward.name)
-            member = replace(member, model=carry(member.model, member.revision, name), revision=None)
-        if member.adapter is not None:
-            where = carry(member.adapter, member.adapter_revision, reward.name)
-            member = replace(member, adapter=where, adapter_revision=None)
-        records.append(replace(reward, member=member).to_dict())
+        reference = reward.reference and carried(reward.reference, reference_name(reward.name))
+        records.append(replace(reward, member=carried(reward.member, reward.name), reference=reference).to_dict())
     config.base, config.rewards = base.to_dict(), records
     return config
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from genarm.model.weights import is_finite_number
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 BASE = "base"
 _TAKEN = (BASE, "guided")  # what figures of a reply are listed under, beside the rewards' names
+
+
+def reference_name(reward: str) -> str:
+    """Name of the member that is a reward's reference; no reward can have this name."""
+    return f"{reward}.reference"
 
 
 def host_folder(name: str) -> str:
@@ -87,12 +92,22 @@ class MemberSpec:
         return cls(**_checked(data, {f.name for f in fields(cls)}, what="a member"))
 
 
+THE_BASE = MemberSpec()
+"""The reference that is the base."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec:
-    """A reward: a name to weigh it by, its default weight w = α/β, and the member it is."""
+    """A reward: a name to weigh it by, its default weight w = α/β, and the member it is.
+
+    With a `reference` the reward is a difference, log π_member − log π_reference: what a tuned model has learned over
+    its untuned self, say (method of proxy tuning, arXiv 2401.08565, and of emulated fine-tuning, 2310.12962). The
+    reference `THE_BASE` is the base itself, which costs no forward.
+    """
 
     name: str
     member: MemberSpec
+    reference: MemberSpec | None = None
     weight: float = 1.0
     description: str = ""
 
@@ -108,20 +123,32 @@ class RewardSpec:
             raise ConfigError(f"the description of reward {self.name!r} is {self.description!r:.50}; it must be a text")
         if self.member.model is None and self.member.adapter is None:
             raise ConfigError(f"reward {self.name!r} names neither a model nor an adapter; give one of them")
+        if self.reference == self.member:
+            raise ConfigError(f"the reference of reward {self.name!r} is the reward itself, so it would change nothing")
+
+    def moved(self, move: Callable[[MemberSpec], MemberSpec]) -> RewardSpec:
+        """The same with its member, and its reference if there is one, as `move` puts them."""
+        reference = None if self.reference is None else move(self.reference)
+        return replace(self, member=move(self.member), reference=reference)
 
     def to_dict(self) -> dict[str, Any]:
         """The record in config.json."""
         record: dict[str, Any] = {"name": self.name, "weight": self.weight, **self.member.to_dict()}
+        if self.reference is not None:
+            record["reference"] = BASE if self.reference == THE_BASE else self.reference.to_dict()
         return {**record, "description": self.description} if self.description else record
 
     @classmethod
     def parse(cls, data: Any) -> RewardSpec:
         """The reward written as `data` in a config.json (raises ConfigError)."""
-        own = {"name", "weight", "description"}
+        own = {"name", "weight", "description", "reference"}
         record = _checked(data, own | {f.name for f in fields(MemberSpec)}, what="a reward")
         if "name" not in record:
             raise ConfigError("a reward has no name; every reward needs one")
         member = MemberSpec(**{key: value for key, value in record.items() if key not in own})
+        if "reference" in record:
+            given = record["reference"]
+            record["reference"] = THE_BASE if given == BASE else MemberSpec.parse(given)
         return cls(member=member, **{key: value for key, value in record.items() if key in own})
 
 
@@ -255,6 +282,25 @@ class GuidedConfig(PreTrainedConfig):
     def reward_specs(self) -> tuple[RewardSpec, ...]:
         """The rewards, parsed, in the order of the columns of a weights tensor."""
         return tuple(RewardSpec.parse(reward) for reward in self.rewards or [])
+
+    @property
+    def member_specs(self) -> dict[str, MemberSpec]:
+        """Every member by name: the base, the rewards in order, then their references that are none of these."""
+        rewards = self.reward_specs
+        specs = {BASE: self.base_spec, **{reward.name: reward.member for reward in rewards}}
+        for reward in rewards:
+            if reward.reference is not None and reward.reference not in (THE_BASE, *specs.values()):
+                specs[reference_name(reward.name)] = reward.reference
+        return specs
+
+    @property
+    def references(self) -> tuple[int | None, ...]:
+        """The place of each reward's reference among the members: 0 is the base, None where there is none."""
+        members = [*self.member_specs.values()]
+        return tuple(
+            None if reference is None else 0 if reference == THE_BASE else members.index(reference)
+            for reference in (reward.reference for reward in self.reward_specs)
+        )
 
     @property
     def default_weights(self) -> dict[str, float]:

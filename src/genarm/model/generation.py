@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,11 +17,20 @@ from transformers.cache_utils import Cache
 
 from genarm.errors import UnsupportedError, WeightsError
 from genarm.model.cache import GuidedCache
+from genarm.model.combine import Coefficients
 from genarm.model.config import GuidedConfig
 from genarm.model.loading import Member
-from genarm.model.weights import RewardWeights, resolve_weights
+from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
 
-_calls: ContextVar[Mapping[int, Tensor]] = ContextVar("the weights of each model's generate call in this thread")
+
+class _Call(NamedTuple):
+    """What a `generate` call asks of the model, a row for each sequence."""
+
+    weights_BR: Tensor
+    max_kl_B: Tensor | None
+
+
+_calls: ContextVar[Mapping[int, _Call]] = ContextVar("each model's generate call in this thread")
 
 
 class GuidedGeneration(GenerationMixin):
@@ -30,10 +39,14 @@ class GuidedGeneration(GenerationMixin):
     members: tuple[Member, ...]
     config: GuidedConfig
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`, with `reward_weights` beside its own arguments.
+    def coefficients(self, weights_BR: Tensor) -> Coefficients:
+        """See `GuidedForCausalLM`."""
+        raise NotImplementedError
 
-        Every forward that transformers makes within the call uses its weights, the one for `negative_prompt_ids` too.
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with `reward_weights` and `max_kl` beside its own arguments.
+
+        Every forward that transformers makes within the call uses them, the one for `negative_prompt_ids` too.
 
         Raises:
             WeightsError: the weights are not what they may be.
@@ -70,10 +83,17 @@ class GuidedGeneration(GenerationMixin):
 
     def _row_weights(self, given: RewardWeights | None, batch_size: int) -> Tensor:
         """[batch_size, R] for a forward: what it was given, else what the `generate` call around it was."""
-        own = _calls.get({}).get(id(self))
-        if own is None or (given is not None and given is not own):
+        call = _calls.get({}).get(id(self))
+        if call is None or (given is not None and given is not call.weights_BR):
             return resolve_weights(given, self.config.default_weights, batch_size)
-        return _fit(own, batch_size)
+        return _fit(call.weights_BR, batch_size)
+
+    def _row_budgets(self, given: float | Tensor | None, batch_size: int) -> Tensor | None:
+        """[batch_size] for a forward, likewise; None where nothing is bounded."""
+        call = _calls.get({}).get(id(self))
+        if call is None or (given is not None and given is not call.max_kl_B):
+            return resolve_max_kl(given, batch_size)
+        return None if call.max_kl_B is None else _fit(call.max_kl_B[:, None], batch_size)[:, 0]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         parent: Any = super()
@@ -91,14 +111,18 @@ class GuidedGeneration(GenerationMixin):
         # `generate` calls this once, before anything is run: here the weights become a row per sequence, so that
         # they are repeated with the rows for beams and for several returned sequences.
         assert input_ids is not None
-        weights = resolve_weights(model_kwargs.get("reward_weights"), self.config.default_weights, input_ids.shape[0])
+        rows = input_ids.shape[0]
+        model_kwargs["reward_weights"] = resolve_weights(
+            model_kwargs.get("reward_weights"), self.config.default_weights, rows
+        )
+        model_kwargs["max_kl"] = resolve_max_kl(model_kwargs.get("max_kl"), rows)
         parent: Any = super()  # transformers types `self` there as a protocol of its own
         input_ids, model_kwargs = parent._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **{**model_kwargs, "reward_weights": weights}
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         calls = _calls.get(None)
         if isinstance(calls, dict):
-            calls[id(self)] = model_kwargs["reward_weights"]
+            calls[id(self)] = _Call(model_kwargs["reward_weights"], model_kwargs["max_kl"])
         assert input_ids is not None
         return input_ids, model_kwargs
 
@@ -110,10 +134,10 @@ class GuidedGeneration(GenerationMixin):
             parent: Any = super()
             parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
-        weights_BR = model_kwargs["reward_weights"]
+        needed_BS = self.coefficients(model_kwargs["reward_weights"]).streams_BS != 0
         caches: dict[str, Cache] = {}
         for i, member in enumerate(self.members):
-            if i == 0 or bool((weights_BR[:, i - 1] != 0).any()):
+            if i == 0 or bool(needed_BS[:, i - 1].any()):
                 own: dict[str, Any] = {}
                 model: Any = member.model
                 model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
@@ -124,7 +148,7 @@ class GuidedGeneration(GenerationMixin):
         # An assistant with other rewards, or with none, would refuse the weights.
         assistant = kwargs.get("assistant_model")
         if getattr(assistant, "default_weights", {}).keys() != self.config.default_weights.keys():
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "reward_weights"}
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("reward_weights", "max_kl")}
         parent: Any = super()
         return parent._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 

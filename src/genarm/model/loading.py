@@ -84,7 +84,7 @@ def locate(reference: str, folder: Path | None) -> str:
 def load_members(
     config: GuidedConfig, folder: Path | None, hub: HubOptions, model_options: Mapping[str, Any]
 ) -> list[Member]:
-    """The base first, then the rewards in order.
+    """The base first, then the rewards in order, then references that are none of them.
 
     Args:
         config: names the members.
@@ -107,15 +107,14 @@ def load_members(
         return models[key]
 
     members = [Member(name=BASE, model=model_of(base_spec, BASE))]
-    for reward in config.reward_specs:
-        spec = reward.member
-        model = members[0].model if spec.model is None else model_of(spec, reward.name)
+    for name, spec in [*config.member_specs.items()][1:]:
+        model = members[0].model if spec.model is None else model_of(spec, name)
         adapter = None
         if spec.adapter is not None:
             own = adapters.setdefault(id(model), {})
             adapter = adapter_name(len(own))
-            own[reward.name] = spec
-        members.append(Member(name=reward.name, model=model, adapter=adapter))
+            own[name] = spec
+        members.append(Member(name=name, model=model, adapter=adapter))
     pefts = {
         key: add_adapters(model, adapters[key], folder, hub)
         for key, model in {id(model): model for model in models.values()}.items()

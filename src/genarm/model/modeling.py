@@ -27,8 +27,8 @@ from genarm.errors import MemberError, UnsupportedError
 from genarm.model.adapters import running, share_adapters
 from genarm.model.assembly import gather_guided, load_guided
 from genarm.model.cache import GuidedCache
-from genarm.model.combine import combine, log_probs
-from genarm.model.config import BASE, GuidedConfig
+from genarm.model.combine import Coefficients, coefficients, combine, log_probs, within_budget
+from genarm.model.config import GuidedConfig
 from genarm.model.generation import GuidedGeneration, forward_arguments, last_positions
 from genarm.model.loading import HubOptions, Member, load_generation_config, load_tokenizer
 from genarm.model.options import sort_options
@@ -49,6 +49,8 @@ _PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "c
 
 class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # by this name transformers knows it
     """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193).
+
+    A reward with a reference is a difference: π_i / π_reference takes the place of π_i.
 
     Make one with `from_pretrained(folder)`, a folder written by `compose`, or from models in memory with
     `from_members`. Members are frozen and in evaluation mode. Threads may share one instance, and instances may
@@ -75,8 +77,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
 
         Args:
             config: names the members.
-            members: the base, then the rewards in the order of the configuration.
-            alignments: one per reward.
+            members: as the configuration's `member_specs` has them: the base, the rewards, further references.
+            alignments: one per member but the base.
             folder: where relative references of the configuration start; None for members from memory.
 
         Raises:
@@ -89,13 +91,14 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
                 "a guided model is made of trained members, not from a configuration alone; use "
                 "from_pretrained(folder) or GuidedForCausalLM.from_members(base, rewards)"
             )
-        assert [m.name for m in members] == [BASE, *config.default_weights]
+        assert [m.name for m in members] == [*config.member_specs]
         assert len(alignments) == len(members) - 1
         unique = list({id(member.model): member.model for member in members}.values())
         self.models = nn.ModuleList(unique)
         self.members = tuple(members)
         self.alignments = tuple(alignments)
         self.folder = folder
+        self.references = config.references
         for model in unique:
             share_adapters(model)
         self._arguments = [forward_arguments(member.model) for member in members]
@@ -167,6 +170,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         base: PreTrainedModel,
         rewards: Mapping[str, PreTrainedModel | PeftModel],
         *,
+        references: Mapping[str, PreTrainedModel | PeftModel] | None = None,
         weights: Mapping[str, float] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> GuidedForCausalLM:
@@ -176,6 +180,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             base: any causal LM of transformers.
             rewards: {name: ARM}. A `PeftModel` stands for its active LoRA adapter, on the base object itself or on
                 another model; several may wrap one model.
+            references: {reward name: model} of rewards that are differences, such as a tuned model less its untuned
+                self; the base object, the model under a reward's adapter, or another one.
             weights: default weight of each reward (1.0 where not named).
             tokenizers: {"base" or reward name: tokenizer} to align vocabularies by token; needed where sizes differ.
 
@@ -184,7 +190,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             VocabularyError: two members have different vocabularies.
             WeightsError: a weight for a reward that is not there.
         """
-        return cls(*gather_guided(base, rewards, weights or {}, tokenizers or {}))
+        return cls(*gather_guided(base, rewards, references or {}, weights or {}, tokenizers or {}))
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
@@ -273,6 +279,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         reward_weights: RewardWeights | None = None,
+        max_kl: float | Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -290,6 +297,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             logits_to_keep: number of last positions (0: all), or their indices, to compute logits for.
             reward_weights: {name: number} or a tensor [B, R]; where not given, those of the `generate` call around
                 this forward, or the defaults. A reward whose weight is 0 in every row is not run.
+            max_kl: the most nats, KL(π ‖ π_base), that each position may be from the base, a number or a tensor [B];
+                where the weights lead farther, all of them are scaled down there.
             inputs_embeds, output_attentions, output_hidden_states: refused, as members differ in all three.
             **kwargs: what transformers passes to any model: it reaches the members that take it (token_type_ids,
                 lengths of packed sequences), or the loss (num_items_in_batch, shift_labels).
@@ -305,11 +314,13 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         if input_ids is None:
             raise UnsupportedError("forward needs input_ids, a tensor of token ids [batch, time]")
         weights_BR = self._row_weights(reward_weights, input_ids.shape[0])
+        max_kl_B = self._row_budgets(max_kl, input_ids.shape[0])
         cache = self._cache(past_key_values, use_cache)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
         logits = self._combined(
             weights_BR,
+            max_kl_B,
             cache,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -322,8 +333,11 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _combined(self, weights_BR: Tensor, cache: GuidedCache | None, **inputs: Any) -> Tensor:
-        active = [i for i in range(weights_BR.shape[1]) if bool((weights_BR[:, i] != 0).any())]
+    def _combined(
+        self, weights_BR: Tensor, max_kl_B: Tensor | None, cache: GuidedCache | None, **inputs: Any
+    ) -> Tensor:
+        given = self.coefficients(weights_BR)
+        active = [i for i in range(len(self.members) - 1) if bool((given.streams_BS[:, i] != 0).any())]
         running_members = [self.members[0], *(self.members[i + 1] for i in active)]
         # All caches are opened before anything runs: they must agree on the tokens seen so far.
         caches = [None if cache is None else cache.member(m.name, m.model) for m in running_members]
@@ -333,8 +347,12 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             for i, own in zip(active, caches[1:], strict=True)
         ]
         unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, active)]
-        columns_BR = weights_BR[:, active].to(base_BTV.device, non_blocking=True)
-        return combine(base_BTV, rewards, columns_BR, unknown)
+        guided_BTV = combine(base_BTV, rewards, given.take(active).to(base_BTV.device), unknown)
+        return guided_BTV if max_kl_B is None else within_budget(base_BTV, guided_BTV, max_kl_B.to(base_BTV.device))
+
+    def coefficients(self, weights_BR: Tensor) -> Coefficients:
+        """What weights [B, R] mean for the base and the other members."""
+        return coefficients(weights_BR, self.references, len(self.members) - 1)
 
     def _others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Further arguments for members, without those that plain models ignore (raises UnsupportedError)."""
@@ -348,8 +366,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
                 raise UnsupportedError(f"neither a guided model's forward nor its members' take {name!r}; leave it out")
         return others
 
-    def _unknown(self, reward: int) -> Tensor | None:
-        mask: Tensor | None = getattr(self, f"unknown_{reward}")
+    def _unknown(self, stream: int) -> Tensor | None:
+        mask: Tensor | None = getattr(self, f"unknown_{stream}")
         return mask
 
     def _member_log_probs(
@@ -438,9 +456,14 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             for i in range(len(self.members))
         ]
         unknown = [self._unknown(i) for i in range(len(self.alignments))]
-        guided = combine(members[0], members[1:], weights_1R.to(self.device), unknown)
+        guided = combine(members[0], members[1:], self.coefficients(weights_1R).to(self.device), unknown)
         targets = ids_1T[:, -len(response_ids) :, None]
-        base, *rewards, total = (tuple(m.gather(-1, targets)[0, :, 0].tolist()) for m in (*members, guided))
+        said = [m.gather(-1, targets)[0, :, 0] for m in (*members, guided)]
+        for i, reference in enumerate(self.references, start=1):
+            said.append(said[i] if reference is None else said[i] - said[reference])
+        base, total, *rewards = (
+            tuple(values.tolist()) for values in (said[0], said[len(members)], *said[len(members) + 1 :])
+        )
         return TokenRewards(
             tokens=token_texts(tokenizer, response_ids),
             token_ids=tuple(response_ids),

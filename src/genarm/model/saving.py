@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from genarm.errors import UnsupportedError
-from genarm.model.config import BASE, GuidedConfig, MemberSpec
+from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.contract import named_tensors
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def save_guided(
         )
     if not is_main_process:
         return
-    specs = {BASE: model.config.base_spec, **{r.name: r.member for r in model.config.reward_specs}}
+    specs = model.config.member_specs
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     for member in model.members:
         _write_member(member, specs[member.name], model.folder, folder, sharding)
@@ -64,7 +64,7 @@ def push_guided(
 ) -> str:
     """`GuidedForCausalLM.push_to_hub`; see there."""
     config = _portable(model.config, model.folder)
-    specs = [config.base_spec, *(reward.member for reward in config.reward_specs)]
+    specs = config.member_specs.values()
     local = [r for spec in specs for r in (spec.model, spec.adapter) if r is not None and os.path.isabs(r)]
     if local:
         raise UnsupportedError(
@@ -128,7 +128,7 @@ def _portable(config: GuidedConfig, source: Path | None) -> GuidedConfig:
 
     twin = copy.deepcopy(config)
     twin.base = moved(config.base_spec).to_dict()
-    twin.rewards = [replace(reward, member=moved(reward.member)).to_dict() for reward in config.reward_specs]
+    twin.rewards = [reward.moved(moved).to_dict() for reward in config.reward_specs]
     return twin
 
 

@@ -78,6 +78,28 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
     return torch.tensor(row, dtype=torch.float32).repeat(batch_size, 1)
 
 
+def check_max_kl(value: Any) -> None:
+    """Raise WeightsError where `value` is no budget: nats per token, a finite number of at least 0, or None."""
+    if value is not None and not (is_finite_number(value) and value >= 0):
+        raise WeightsError(f"max_kl is {value!r:.50}; it must be a number of nats per token, 0 or more")
+
+
+def resolve_max_kl(max_kl: float | Tensor | None, batch_size: int) -> Tensor | None:
+    """A float32 budget per sequence, [batch_size], of one for all, of a tensor of as many, or of None.
+
+    Raises:
+        WeightsError: a value below 0 or not finite, or as many as there are not sequences.
+    """
+    if not isinstance(max_kl, Tensor):
+        check_max_kl(max_kl)
+        return None if max_kl is None else torch.full((batch_size,), float(max_kl))
+    if tuple(max_kl.shape) != (batch_size,):
+        raise WeightsError(f"max_kl has shape {tuple(max_kl.shape)}; expected one number for each of {batch_size} rows")
+    for value in max_kl.tolist():
+        check_max_kl(value)
+    return max_kl.detach().to(device="cpu", dtype=torch.float32)
+
+
 def is_finite_number(value: Any) -> bool:
     """Whether `value` is a number, no truth value, and neither NaN nor infinite."""
     try:

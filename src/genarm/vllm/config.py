@@ -111,9 +111,8 @@ class ServedConfig(GuidedConfig):
     def trunks(self) -> tuple[TrunkSpec, ...]:
         """The models to hold, the base's first; members that name the same one share it."""
         folder = self._place
-        specs = {BASE: self.base_spec, **{reward.name: reward.member for reward in self.reward_specs}}
         streams: dict[tuple[str, str | None], list[MemberStream]] = {}
-        for member, (name, spec) in enumerate(specs.items()):
+        for member, (name, spec) in enumerate(self.member_specs.items()):
             host = spec if spec.model is not None else self.base_spec
             adapter = None if spec.adapter is None else locate(spec.adapter, folder)
             stream = MemberStream(member=member, name=name, adapter=adapter, adapter_revision=spec.adapter_revision)
@@ -124,16 +123,13 @@ class ServedConfig(GuidedConfig):
         )
 
     def alignments(self) -> list[Alignment]:
-        """How each reward's vocabulary relates to the base's (reads the members' tokenizers).
+        """How every other member's vocabulary relates to the base's (reads their tokenizers).
 
         Raises:
             MemberError, VocabularyError.
         """
-        base, *rewards = (
-            self._vocabulary(name, spec)
-            for name, spec in ((BASE, self.base_spec), *((r.name, r.member) for r in self.reward_specs))
-        )
-        return [align(base, reward) for reward in rewards]
+        base, *others = (self._vocabulary(name, spec) for name, spec in self.member_specs.items())
+        return [align(base, other) for other in others]
 
     def check_members(self) -> None:
         """Whether vLLM can run these members as they are described.
@@ -142,7 +138,7 @@ class ServedConfig(GuidedConfig):
             UnsupportedError: a setting that belongs to transformers.
             MemberError, VocabularyError: a member is not there or does not fit.
         """
-        for name, spec in ((BASE, self.base_spec), *((r.name, r.member) for r in self.reward_specs)):
+        for name, spec in self.member_specs.items():
             if spec.device_map is not None or spec.quantization_config is not None:
                 setting = "device_map" if spec.device_map is not None else "quantization_config"
                 raise UnsupportedError(

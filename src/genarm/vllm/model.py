@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from genarm.errors import UnsupportedError
-from genarm.model.combine import log_probs, weighted_sum
+from genarm.model.combine import coefficients, log_probs, weighted_sum
 from genarm.vllm.config import served_config
 from genarm.vllm.streams import SharedModel, quicker_twice
 from genarm.vllm.weights import weight_table
@@ -73,6 +73,7 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         self.members = AllTrunks(vllm_config=vllm_config, prefix=prefix)
         self._one_stage = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._alignments = config.alignments()
+        self._references = config.references
         for i, alignment in enumerate(self._alignments):
             self.register_buffer(f"unknown_{i}", alignment.mask(), persistent=False)
 
@@ -106,7 +107,8 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Normalised float32 log-probs [N, V] of the combination; None on ranks that do not sample."""
         weights_NR = self._table.take(hidden_states.shape[0])
-        active = (weights_NR != 0).any(dim=0).tolist()
+        given = coefficients(weights_NR, self._references, len(self._alignments))
+        active = (given.streams_BS != 0).any(dim=0).tolist()
         parts: dict[int, Tensor | None] = {}
         start = 0
         for trunk in self._trunks:
@@ -122,8 +124,8 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         columns = sorted(member - 1 for member in parts)
         rewards = [self._alignments[i].fit(parts[i + 1].float()[:, None]) for i in columns]  # type: ignore[union-attr]
         unknown = [getattr(self, f"unknown_{i}") for i in columns]
-        weights = weights_NR[:, columns].to(base.device, non_blocking=True)
-        return log_probs(weighted_sum(base.float()[:, None], rewards, weights, unknown)[:, 0])
+        given = given.take(columns).to(base.device)
+        return log_probs(weighted_sum(base.float()[:, None], rewards, given, unknown)[:, 0])
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
