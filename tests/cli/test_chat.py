@@ -217,8 +217,11 @@ BAD = {
     "/compare": "there is no message to compare",
     "/tokens": "there is no answer to show yet",
     "/tokens 3": "/tokens takes nothing after it, got '3'",
+    "/kl much": "cannot read 'much' as a number of nats; write /kl 0.3, or /kl off",
+    "/kl -1": "max_kl is -1.0; it must be a number of nats per token, 0 or more",
     "/reset all": "/reset takes nothing after it",
-    "/wieghts": "there is no command '/wieghts'; there are /weights, /compare, /tokens, /system, /reset, /help, /quit",
+    "/wieghts": "there is no command '/wieghts'; there are /weights, /kl, /compare, /tokens, /system, /reset, /help, "
+    "/quit",
     "/": "there is no command '/'",
     "w1 "
     * 200: "this message alone has 203 tokens as the model reads it, and there is room for 128, its answer included; "

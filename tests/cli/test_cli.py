@@ -16,7 +16,7 @@ from genarm.cli.main import VERBS, build_parser, main
 from genarm.model.compose import compose
 
 SAMPLING = ("--max-new-tokens", "--temperature", "--top-p", "--seed")
-MODEL = ("folder", "--dtype", "--device", "--trust-remote-code", "--weights", "--system")
+MODEL = ("folder", "--dtype", "--device", "--trust-remote-code", "--weights", "--max-kl", "--system")
 
 ENGINE = {"--speculate", "--draft"}
 READING = {"--template-arg", "--plain-user-text"}
@@ -38,6 +38,7 @@ OPTIONS = {
     "score": {*MODEL, "--prompt", "--response", "--json", "--html", "--raw", "--template-arg"},
     "compose": {
         *("--base", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
+        *("--tuned", "--reference", "--weight"),
         "--trust-remote-code",
     },
     "bench decode": {

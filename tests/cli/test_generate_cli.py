@@ -102,7 +102,7 @@ def test_rows_of_a_batch_equal_prompts_run_alone(folder: Path, model: GuidedForC
     assert [row["prompt"] for row in rows] == ["w1 w2 w3", turns, own_system]
     assert (rows[0]["topic"], rows[0]["level"]) == ("x", {"n": [1, None]})
     assert set(rows[1]) == {
-        *("index", "id", "sample", "prompt", "response", "finish_reason", "tokens", "seed", "weights", "settings")
+        *("index", "id", "sample", "prompt", "response", "finish_reason", "tokens", "kl", "seed", "weights", "settings")
     }
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from builders.tiny import FAMILIES, tiny_model
 from genarm import GuidedForCausalLM
-from genarm.model.combine import combine
+from genarm.model.combine import coefficients, combine
 
 PAD = 0
 
@@ -44,7 +44,7 @@ def test_combination_is_the_written_formula() -> None:
     base, first, second = (torch.randn(4, 3, 11, dtype=torch.float64) for _ in range(3))
     weights = torch.tensor([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.3], [0.0, 0.0]])
     base_BTV, *rewards = (logits.log_softmax(-1).float() for logits in (base, first, second))
-    result = combine(base_BTV, rewards, weights)
+    result = combine(base_BTV, rewards, coefficients(weights))
     for b, t in itertools.product(range(4), range(3)):
         w1, w2 = weights[b].tolist()
         product = base[b, t].softmax(-1) * first[b, t].softmax(-1) ** w1 * second[b, t].softmax(-1) ** w2
@@ -57,8 +57,8 @@ def test_what_a_reward_without_weight_says_is_of_no_account() -> None:
     base, odd, plain = (torch.randn(4, 2, 11).log_softmax(-1) for _ in range(3))
     odd[..., 3], odd[3] = -torch.inf, torch.nan
     weights = torch.tensor([[0.0, 0.7], [1.5, 0.7], [-1.5, 0.7], [0.0, 0.0]])
-    result = combine(base, [odd, plain], weights)
-    assert torch.equal(result[0], combine(base, [plain], weights[:, 1:])[0])
+    result = combine(base, [odd, plain], coefficients(weights))
+    assert torch.equal(result[0], combine(base, [plain], coefficients(weights[:, 1:]))[0])
     assert torch.equal(result[3], base[3])
     for row, weight in ((1, 1.5), (2, -1.5)):
         expected = base[row].exp() * plain[row].exp() ** 0.7 * odd[row].exp() ** weight

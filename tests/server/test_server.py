@@ -279,6 +279,7 @@ def test_echo_with_logprobs(server: Running, max_tokens: int, prompt: Any) -> No
     ):
         assert sorted(top.values(), reverse=True)[:2] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
         assert top[token] == own
+    assert answer["usage"].pop("kl") >= 0
     assert answer["usage"] == {
         "prompt_tokens": 4,
         "completion_tokens": max_tokens,

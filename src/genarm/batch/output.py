@@ -20,6 +20,7 @@ class Settings:
         prompts: how many rows of input, and `prompts_content`, a digest of what they say.
         reading: how prompts become token ids (`genarm.text.prompts.Reading`).
         weights: the run's reward weights, complete.
+        max_kl: the bound on nats per token from the base, if any.
         Others: as the command's options.
     """
 
@@ -29,6 +30,7 @@ class Settings:
     prompts: int
     prompts_content: str
     weights: Mapping[str, float]
+    max_kl: float | None
     max_new_tokens: int
     temperature: float
     top_p: float

@@ -21,6 +21,7 @@ ROW_KEYS = (
     "response",
     "finish_reason",
     "tokens",
+    "kl",
     "seed",
     "weights",
     "settings",

@@ -33,6 +33,7 @@ class BatchJob:
     request: BatchRequest
     prompt_ids: tuple[int, ...]
     weights: Mapping[str, float]
+    max_kl: float | None
 
 
 def make_jobs(
@@ -41,6 +42,7 @@ def make_jobs(
     plan: Plan,
     *,
     weights: Mapping[str, float],
+    max_kl: float | None = None,
     system: str | None = None,
     raw: bool = False,
 ) -> list[BatchJob]:
@@ -51,6 +53,7 @@ def make_jobs(
         requests: what to answer.
         plan: how.
         weights: the run's reward weights, complete; a request's own go over them.
+        max_kl: the most nats per token from the base, if there is a bound.
         system: a system message for prompts that have none.
         raw: send text prompts without the chat template.
 
@@ -74,6 +77,7 @@ def make_jobs(
                 request=request,
                 prompt_ids=tuple(ids),
                 weights=own,
+                max_kl=max_kl,
             )
             for sample in range(plan.num_samples)
         ]
@@ -112,7 +116,11 @@ def decode(engine: Engine, jobs: Sequence[BatchJob], plan: Plan, *, settings: st
 
 def _request(job: BatchJob, plan: Plan) -> EngineRequest:
     return EngineRequest(
-        prompt=job.prompt_ids, weights=job.weights, sampling=plan.sampling, seed=derive_seed(plan.seed, job.number)
+        prompt=job.prompt_ids,
+        weights=job.weights,
+        max_kl=job.max_kl,
+        sampling=plan.sampling,
+        seed=derive_seed(plan.seed, job.number),
     )
 
 
@@ -125,6 +133,8 @@ def _row(job: BatchJob, reply: Completion, plan: Plan, settings: str) -> Row:
         "response": reply.text,
         "finish_reason": reply.ending,
         "tokens": len(reply.tokens),
+        # The last digits depend on the replies that were drawn beside it; a resumed run's file must be the same.
+        "kl": None if reply.kl is None else round(reply.kl, 2),
         "seed": derive_seed(plan.seed, job.number),
         "weights": dict(job.weights),
         "settings": settings,

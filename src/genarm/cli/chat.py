@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             sampling,
             seed=seed,
             weights=session.weights,
+            max_kl=session.max_kl,
             system=session.system,
         )
         _greet(chat)

@@ -1,4 +1,4 @@
-"""Write a guided model folder: a frozen base, one or more rewards and their default weights."""
+"""Write a guided model folder: a frozen base, one or more rewards, trained or tuned, and their default weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reward",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME=PATH[:WEIGHT]",
         help="a reward: path or hub id of a full ARM or a LoRA adapter, and its default weight (1 if not given); "
         "may be repeated",
+    )
+    parser.add_argument(
+        "--tuned",
+        action="append",
+        default=[],
+        metavar="NAME=PATH[:WEIGHT]",
+        help="a reward that needs no training of its own: a tuned model or LoRA adapter (by DPO, SFT, RL, …) less its "
+        "untuned self, the base; weight 0 is the base, 1 the tuned model, 2 beyond it; may be repeated",
+    )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the untuned model of a tuned one where that is not the base: with a small pair, what tuning has taught "
+        "the small model is carried over to the base (proxy tuning)",
+    )
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="a reward's default weight, as :WEIGHT behind its path",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--bundle", action="store_true", help="copy the members in, so that the folder can be moved")
@@ -53,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compose and print what was written."""
-    rewards, weights = _rewards(arguments.reward)
+    rewards, weights = _rewards(arguments.reward, "--reward NAME=PATH[:WEIGHT]")
+    tuned, tuned_weights = _rewards(arguments.tuned, "--tuned NAME=PATH[:WEIGHT]")
+    weights = _all_weights({**weights, **tuned_weights}, arguments.weight)
+    references = _pairs(arguments.reference, "--reference NAME=PATH")
     descriptions = _pairs(arguments.describe, "--describe NAME=TEXT")
     adapter_models = _pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
     settings = _settings(arguments.set)
@@ -64,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.base,
             rewards,
             arguments.output,
+            tuned=tuned,
+            references=references,
             weights=weights,
             descriptions=descriptions,
             adapter_models=adapter_models,
@@ -90,9 +118,20 @@ def _pairs(items: list[str] | None, form: str) -> dict[str, str]:
     return pairs
 
 
-def _rewards(items: list[str]) -> tuple[dict[str, str], dict[str, float]]:
+def _all_weights(behind_paths: dict[str, float], items: list[str]) -> dict[str, float]:
+    """The weights behind paths, and those of --weight."""
+    from genarm.errors import ConfigError
+    from genarm.model.weights import parse_weights
+
+    given = parse_weights(",".join(items)) if items else {}
+    if twice := sorted({*behind_paths} & {*given}):
+        raise ConfigError(f"the weight of {twice[0]!r} is given behind its path and by --weight; give it once")
+    return {**behind_paths, **given}
+
+
+def _rewards(items: list[str], form: str) -> tuple[dict[str, str], dict[str, float]]:
     """{name: path} and {name: weight}; what follows the last colon is a weight if it is a number."""
-    rewards = _pairs(items, "--reward NAME=PATH[:WEIGHT]")
+    rewards = _pairs(items, form)
     weights: dict[str, float] = {}
     for name, value in rewards.items():
         path, colon, tail = value.rpartition(":")

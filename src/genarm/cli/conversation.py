@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from genarm.engine import Engine, Request, Stream
 from genarm.errors import ConfigError, DataError, GenarmError, UnsupportedError
+from genarm.model.config import GuidedConfig
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.references import ModelFiles
-from genarm.model.weights import parse_weights
+from genarm.model.weights import check_max_kl, parse_weights
 from genarm.sampling import Sampling, derive_seed
 from genarm.text.prompts import Message, Prompt
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 HELP = """\
 /weights              show the reward weights
 /weights NAME=W …     change them from the next answer on; those not named stay as they are
+/kl E                 keep every token within E nats of the base from the next answer on; /kl shows the bound and how
+                      far the last answer went, /kl off removes it
 /compare [TEXT]       the base's and the guided model's answer to the last message, or to TEXT, side by side, and
                       the base's at the lower temperature that rewards which learnt nothing would amount to
 /tokens               heat map of the last answer: which tokens each reward likes more than the base does
@@ -38,11 +41,15 @@ and end it with \"\"\". A message may begin with a slash if there is a space bef
 
 @dataclass(frozen=True, kw_only=True)
 class ChatReply:
-    """What the model said, and whether it ended by itself, at the token limit or was stopped by the user."""
+    """What the model said, and whether it ended by itself, at the token limit or was stopped by the user.
+
+    `kl` is how far it went from the base, in nats, of answers that were not stopped.
+    """
 
     text: str
     ended: Literal["stop", "length", "interrupted"]
     weights: Mapping[str, float]
+    kl: float | None = None
 
 
 class Screen(Protocol):
@@ -73,6 +80,7 @@ class Chat:
     Attributes:
         history: the messages so far, without the system message.
         weights: {reward: weight} of the next answer.
+        max_kl: the most nats per token from the base, or None.
         system: the system message, or None.
     """
 
@@ -85,6 +93,7 @@ class Chat:
         *,
         seed: int = 0,
         weights: Mapping[str, float] | None = None,
+        max_kl: float | None = None,
         system: str | None = None,
     ) -> None:
         """Begin a conversation.
@@ -96,6 +105,7 @@ class Chat:
             sampling: how answers are drawn.
             seed: the same lines with the same seed give the same answers.
             weights: reward weights over the folder's own.
+            max_kl: the most nats per token from the base.
             system: a system message.
 
         Raises:
@@ -112,12 +122,14 @@ class Chat:
         self.sampling = sampling
         self.seed = seed
         self.weights = files.weights(weights or {})
+        self.max_kl = max_kl
         self.system = system
         self.history: list[Message] = []
         self._last: tuple[Prompt, ChatReply] | None = None
         self._drawn = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "/weights": self._weights,
+            "/kl": self._kl,
             "/compare": self._compare,
             "/tokens": self._tokens,
             "/system": self._system,
@@ -172,7 +184,9 @@ class Chat:
         room = self._room(prompt, len(ids))
         sampling = sampling or self.sampling
         sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        return self.engine.stream(Request(prompt=ids, weights=weights, sampling=sampling, seed=seed))
+        return self.engine.stream(
+            Request(prompt=ids, weights=weights, max_kl=self.max_kl, sampling=sampling, seed=seed)
+        )
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         return self.files.conversation(messages, system=self.system, raw=False)
@@ -209,6 +223,15 @@ class Chat:
             self.weights = self.files.weights(parse_weights(text), self.weights)
         self.screen.note(describe_weights(self.weights))
 
+    def _kl(self, text: str) -> None:
+        self._need_rewards()
+        if text:
+            self.max_kl = None if text == "off" else _budget(text)
+        bound = "no bound" if self.max_kl is None else f"at most {self.max_kl:g} nats per token from the base"
+        last = None if self._last is None else self._last[1].kl
+        went = "" if last is None else f"; the last answer went {last:.2f} nats from the base"
+        self.screen.note(f"{bound}{went}")
+
     def _compare(self, text: str) -> None:
         self._need_rewards()
         if text:
@@ -220,7 +243,9 @@ class Chat:
         prompt = self._prompt(messages)
         seed = self._next_seed()  # the same for all, so that only what is compared differs
         none = dict.fromkeys(self.weights, 0.0)
-        total, temperature = sum(self.weights.values()), self.sampling.temperature
+        # Differences from a reference do not sharpen.
+        arms = [w for w, reference in zip(self.weights.values(), self._references(), strict=True) if reference is None]
+        total, temperature = sum(arms), self.sampling.temperature
         settings = [(none, self.sampling), (self.weights, self.sampling)]
         if total > 0 and temperature > 0:  # what rewards that learnt nothing would do by themselves
             temperature /= 1 + total
@@ -234,6 +259,11 @@ class Chat:
             return
         base, guided, *sharpened = answers
         self.screen.compared(base, guided, (temperature, sharpened[0]) if sharpened else None)
+
+    def _references(self) -> tuple[int | None, ...]:
+        config = self.files.config
+        assert isinstance(config, GuidedConfig)
+        return config.references
 
     def _tokens(self, text: str) -> None:
         self._need_rewards()
@@ -251,6 +281,7 @@ class Chat:
             answer.text,
             tokenizer=self.files.tokenizer,
             reward_weights=answer.weights,
+            max_kl=self.max_kl,
             reading=self.files.reading,
         )
         if answer.ended != "stop":
@@ -297,8 +328,20 @@ def _read(stream: Stream, weights: Mapping[str, float], *, on_text: Callable[[st
     assert stream.completion is not None
     ended = stream.completion.ending
     return ChatReply(
-        text=stream.completion.text, ended="interrupted" if ended == "cancelled" else ended, weights=dict(weights)
+        text=stream.completion.text,
+        ended="interrupted" if ended == "cancelled" else ended,
+        weights=dict(weights),
+        kl=stream.completion.kl,
     )
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"cannot read {text!r} as a number of nats; write /kl 0.3, or /kl off") from None
+    check_max_kl(value)
+    return value
 
 
 def _unseen(_: str) -> None:

@@ -90,16 +90,7 @@ def quantities(rewards: TokenRewards) -> tuple[Quantity, ...]:
         meaning="log π − log π_base: how much the guidance raised (+) or lowered (−) this token.",
         values=_minus(rewards.guided, rewards.base),
     )
-    each = [
-        Quantity(
-            key=f"reward-{name}",
-            label=f"{name} − base",
-            meaning=f"log π_{name} − log π_base: how much more (+) or less (−) this reward likes the token than the "
-            "base does, whatever its weight.",
-            values=_minus(values, rewards.base),
-        )
-        for name, values in rewards.rewards.items()
-    ]
+    each = [_of_reward(name, rewards) for name in rewards.rewards]
     base = Quantity(
         key="base",
         label="base",
@@ -107,6 +98,22 @@ def quantities(rewards: TokenRewards) -> tuple[Quantity, ...]:
         values=rewards.base,
     )
     return (guided, *each, base)
+
+
+def _of_reward(name: str, rewards: TokenRewards) -> Quantity:
+    """A reward's own distance from the base; of one with a reference, the distance that it is."""
+    values, against = rewards.rewards[name], "base"
+    if name in rewards.differences:
+        against = "reference"
+    else:
+        values = _minus(values, rewards.base)
+    return Quantity(
+        key=f"reward-{name}",
+        label=f"{name} − {against}",
+        meaning=f"log π_{name} − log π_{against}: how much more (+) or less (−) this reward likes the token than the "
+        f"{against} does, whatever its weight.",
+        values=values,
+    )
 
 
 def columns(rewards: TokenRewards) -> tuple[Column, ...]:
@@ -117,7 +124,12 @@ def columns(rewards: TokenRewards) -> tuple[Column, ...]:
     for (name, values), quantity in zip(rewards.rewards.items(), each, strict=True):
         part = parts[name]
         found += [
-            Column(label=f"log π_{name}", values=values, total=totals[name], strengths=quantity.strengths),
+            Column(
+                label=quantity.label if name in rewards.differences else f"log π_{name}",
+                values=values,
+                total=totals[name],
+                strengths=quantity.strengths,
+            ),
             Column(label=f"{rewards.weights[name]:g} × {name}", values=part, total=sum(part)),
         ]
     return (

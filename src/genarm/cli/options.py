@@ -31,6 +31,14 @@ class PromptOptions:
             "help": "reward weights, as in helpful=1,harmless=0.5; the folder's own for those not named",
         },
     )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "E",
+            "help": "the most nats that a token's distribution may be from the base's; where the weights would lead "
+            "farther they are scaled down for that token, so that large ones do not garble; by default no bound",
+        },
+    )
     system: str | None = field(
         default=None, metadata={"metavar": "TEXT", "help": "a system message before the conversation"}
     )

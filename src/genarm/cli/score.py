@@ -75,7 +75,12 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
         note = f"computed in {', '.join(rounding)}: differences of about 0.1 may be rounding (--dtype float32 is exact)"
         say(note, stderr=True)
     return model.token_rewards(
-        prompt, arguments.response, tokenizer=files.tokenizer, reward_weights=session.weights, reading=files.reading
+        prompt,
+        arguments.response,
+        tokenizer=files.tokenizer,
+        reward_weights=session.weights,
+        max_kl=session.max_kl,
+        reading=files.reading,
     )
 
 

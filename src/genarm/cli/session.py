@@ -17,7 +17,7 @@ from genarm.cli.options import ModelOptions
 from genarm.engine import Engine, EngineOptions
 from genarm.errors import ConfigError
 from genarm.model.references import ModelFiles, find_device, open_files
-from genarm.model.weights import parse_weights
+from genarm.model.weights import check_max_kl, parse_weights
 from genarm.provenance import model_record
 from genarm.text.prompts import Reading, read_template_args
 
@@ -30,6 +30,7 @@ class Session:
         files: the model, as its files describe it, and `draft` of the one that drafts, if any.
         dtype, device: of all weights, as they are loaded.
         weights: the reward weights, complete.
+        max_kl: the most nats per token from the base, if there is a bound.
         system: a system message for prompts that have none.
         raw: text goes without the chat template.
         speculate: the most tokens drafted at once.
@@ -40,6 +41,7 @@ class Session:
     dtype: str
     device: str
     weights: dict[str, float]
+    max_kl: float | None
     system: str | None
     raw: bool
     speculate: int
@@ -60,7 +62,15 @@ class Session:
 
     def jobs(self, requests: Sequence[BatchRequest], plan: Plan) -> list[BatchJob]:
         """Every reply that is wanted (raises what `make_jobs` raises)."""
-        return make_jobs(self.files, requests, plan, weights=self.weights, system=self.system, raw=self.raw)
+        return make_jobs(
+            self.files,
+            requests,
+            plan,
+            weights=self.weights,
+            max_kl=self.max_kl,
+            system=self.system,
+            raw=self.raw,
+        )
 
     def settings(self, requests: Sequence[BatchRequest], plan: Plan) -> Settings:
         """All that decides what the rows of an output file are."""
@@ -71,6 +81,7 @@ class Session:
             prompts=len(requests),
             prompts_content=content(requests),
             weights=self.weights,
+            max_kl=self.max_kl,
             max_new_tokens=plan.sampling.max_new_tokens,
             temperature=plan.sampling.temperature,
             top_p=plan.sampling.top_p,
@@ -99,6 +110,8 @@ def open_session(arguments: argparse.Namespace) -> Session:
     EngineOptions(speculate=speculate)
     device = find_device(wanted.device)
     files = open_files(wanted.folder, trust_remote_code=wanted.trust_remote_code, reading=_reading(arguments))
+    max_kl = getattr(arguments, "max_kl", None)
+    check_max_kl(max_kl)
     draft, weights = getattr(arguments, "draft", None), getattr(arguments, "weights", None)
     return Session(
         files=files,
@@ -106,6 +119,7 @@ def open_session(arguments: argparse.Namespace) -> Session:
         dtype=wanted.dtype,
         device=device,
         weights=files.weights({} if weights is None else parse_weights(weights)),
+        max_kl=max_kl,
         system=getattr(arguments, "system", None),
         raw=getattr(arguments, "raw", False),
         speculate=speculate,

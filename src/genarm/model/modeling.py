@@ -35,7 +35,7 @@ from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment
-from genarm.model.weights import RewardWeights, resolve_weights
+from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
 from genarm.text.detokenizer import token_texts
 from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
 
@@ -424,6 +424,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reward_weights: Mapping[str, float] | None = None,
+        max_kl: float | None = None,
         reading: Reading = USUAL,
     ) -> TokenRewards:
         """What each member says about each token of `response`, its end-of-turn token included.
@@ -433,6 +434,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             response: the response's text.
             tokenizer: the base's; read from the guided folder where not given.
             reward_weights: {name: number} over the defaults.
+            max_kl: as in `forward`.
             reading: how the prompt becomes token ids.
 
         Raises:
@@ -457,6 +459,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         ]
         unknown = [self._unknown(i) for i in range(len(self.alignments))]
         guided = combine(members[0], members[1:], self.coefficients(weights_1R).to(self.device), unknown)
+        if (budget := resolve_max_kl(max_kl, 1)) is not None:
+            guided = within_budget(members[0], guided, budget.to(self.device))
         targets = ids_1T[:, -len(response_ids) :, None]
         said = [m.gather(-1, targets)[0, :, 0] for m in (*members, guided)]
         for i, reference in enumerate(self.references, start=1):
@@ -471,6 +475,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             rewards=dict(zip(self.reward_names, rewards, strict=True)),
             guided=total,
             weights=dict(zip(self.reward_names, weights_1R[0].tolist(), strict=True)),
+            differences=tuple(n for n, r in zip(self.reward_names, self.references, strict=True) if r is not None),
         )
 
     def _own_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -13,9 +13,11 @@ class TokenRewards:
     Attributes:
         tokens: text of each token, `token_ids` their ids.
         base: log π_base(y_t | x, y_<t).
-        rewards: for each reward i, log π_i(y_t | x, y_<t), the per-token reward, always ≤ 0.
+        rewards: for each reward i, log π_i(y_t | x, y_<t), the per-token reward, always ≤ 0; of a reward with a
+            reference, less log π_reference, of either sign.
         guided: log π(y_t | x, y_<t) of the guided model, normalised.
         weights: w_i used for `guided` and `contributions`.
+        differences: the rewards that have a reference.
     """
 
     tokens: tuple[str, ...]
@@ -24,6 +26,7 @@ class TokenRewards:
     rewards: dict[str, tuple[float, ...]]
     guided: tuple[float, ...]
     weights: dict[str, float]
+    differences: tuple[str, ...] = ()
 
     @property
     def contributions(self) -> dict[str, tuple[float, ...]]:

@@ -79,6 +79,7 @@ def _listing_routes(service: Service) -> APIRouter:
                 minimum=-names.largest,
                 maximum=names.largest,
                 description=reward.description,
+                difference=reward.difference,
             )
             for reward in names.rewards
         ]

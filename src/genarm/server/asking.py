@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -26,13 +27,21 @@ _log = logging.getLogger("genarm.server")
 
 
 def check_explained(service: Service, asked: ChatRequest | CompletionRequest) -> None:
-    """Refuse `return_rewards` where nobody knows them (raises ApiError)."""
+    """Refuse `return_rewards` and `max_kl` where what decodes knows nothing of the members (raises ApiError)."""
     if asked.return_rewards and not service.backend.explains:
         raise ApiError(
             400,
             "return_rewards is not available: this server decodes with vLLM, which reports the guided log-probability "
             "of a token only. Leave return_rewards out, or start the server with --engine genarm.",
             param="return_rewards",
+            code="unsupported_parameter",
+        )
+    if asked.max_kl is not None and not service.backend.explains:
+        raise ApiError(
+            400,
+            "max_kl is not available: this server decodes with vLLM, where weights are not bounded. Leave max_kl out, "
+            "or start the server with --engine genarm.",
+            param="max_kl",
             code="unsupported_parameter",
         )
 
@@ -113,7 +122,9 @@ def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param
 def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> Usage:
     """`prompt_tokens` counts each prompt once, however many replies it got."""
     drawn = sum(len(completion.tokens) for completion in completions)
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn)
+    distances = [completion.kl for completion in completions if completion.kl is not None]
+    known = {"kl": round(math.fsum(distances), 4)} if distances and len(distances) == len(completions) else {}
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn, **known)
 
 
 async def written(service: Service, write: Callable[[], bytes], completions: Iterable[Completion]) -> bytes:

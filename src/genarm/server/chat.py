@@ -91,6 +91,7 @@ class _Chat:
             Request(
                 prompt=ids,
                 weights=weights,
+                max_kl=asked.max_kl,
                 sampling=sampling,
                 seed=seed,
                 stop=asked.stops,

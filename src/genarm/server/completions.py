@@ -173,6 +173,7 @@ class _Completion:
             Request(
                 prompt=prompt.ids,
                 weights=weights,
+                max_kl=asked.max_kl,
                 sampling=sampling,
                 seed=seed,
                 stop=asked.stops,

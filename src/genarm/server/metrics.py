@@ -27,6 +27,7 @@ class Metrics:
         self.tokens = self._counter("genarm_generated_tokens", "Tokens of replies.")
         self.drafted = self._counter("genarm_drafted_tokens", "Tokens drafted for complete replies.")
         self.accepted = self._counter("genarm_accepted_tokens", "Drafted tokens that stayed.")
+        self.nats = self._counter("genarm_kl_nats", "Nats that complete replies went from the base.")
         self.first = self._histogram(
             "genarm_time_to_first_token_seconds", "From a request's arrival to its first token.", _SECONDS
         )
@@ -40,6 +41,7 @@ class Metrics:
         self.prompt_tokens.inc(completion.prompt_tokens)
         self.drafted.inc(completion.drafted)
         self.accepted.inc(completion.accepted)
+        self.nats.inc(completion.kl or 0.0)
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

@@ -32,6 +32,8 @@ class RewardInfo:
     name: str
     default: float
     description: str
+    difference: bool = False
+    """It is what a model says more than its reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,13 @@ def rewards_of(config: PreTrainedConfig) -> tuple[RewardInfo, ...]:
     if not isinstance(config, GuidedConfig):
         return ()
     return tuple(
-        RewardInfo(name=spec.name, default=spec.weight, description=spec.description) for spec in config.reward_specs
+        RewardInfo(
+            name=spec.name,
+            default=spec.weight,
+            description=spec.description,
+            difference=spec.reference is not None,
+        )
+        for spec in config.reward_specs
     )
 
 

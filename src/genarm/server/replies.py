@@ -30,11 +30,12 @@ class _Whole(_Reply):
 
 
 class Usage(_Reply):
-    """How many tokens were read and drawn."""
+    """How many tokens were read and drawn, and how many nats all replies together went from the base."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    kl: float | None = None
 
 
 class TopLogprob(_Reply):
@@ -178,13 +179,14 @@ class Models(_Reply):
 
 
 class Reward(_Reply):
-    """A reward and the weights it takes."""
+    """A reward and the weights it takes; a `difference` is what a model says more than its reference."""
 
     id: str
     default_weight: float
     minimum: float
     maximum: float
     description: str
+    difference: bool
 
 
 class Preset(_Reply):

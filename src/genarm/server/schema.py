@@ -110,6 +110,12 @@ class _Request(_Strict, NeutralFields):
     reward_weights: Annotated[dict[str, float], _at_most(_MOST_WEIGHTS, "weights")] | None = Field(
         default=None, description="{reward: weight} over the model's defaults; /v1/rewards lists them"
     )
+    max_kl: float | None = Field(
+        default=None,
+        ge=0,
+        description="the most nats that a token's distribution may be from the base's; where the weights would lead "
+        "farther, they are scaled down for that token",
+    )
     return_rewards: bool | None = Field(
         default=None, description="add what the base and each reward say of every token"
     )

@@ -171,6 +171,11 @@ def _open_guided(reference: str, files: ModelFiles, config: GuidedConfig) -> lis
     found = []
     for reward in config.reward_specs:
         spec = reward.member
+        if reward.reference is not None:
+            raise UnsupportedError(
+                f"reward {reward.name!r} of {reference} is a tuned model less its reference; give genarm accuracy the "
+                "tuned model itself, and the reference as --base, which is taken away from it"
+            )
         if spec.model is None:
             spec = replace(base, adapter=spec.adapter, adapter_revision=spec.adapter_revision)
         found.append(_files(f"{_name(reference)}:{reward.name}", reference, spec, files, folder=folder))

@@ -3,7 +3,8 @@
 import { EventParser } from "./sse.js";
 
 /**
- * @typedef {{id: string, default_weight: number, minimum: number, maximum: number, description: string}} Reward
+ * @typedef {{id: string, default_weight: number, minimum: number, maximum: number, description: string,
+ *   difference: boolean}} Reward
  * @typedef {{name: string, weights: Record<string, number>}} Preset
  * @typedef {{model: string, data: Reward[], presets: Preset[], return_rewards: boolean}} Description `return_rewards`:
  *   whether the server can say what the base and each reward make of a token

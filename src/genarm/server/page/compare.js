@@ -23,13 +23,14 @@ export class Compare {
 
   /**
    * @param {HTMLElement} root
-   * @param {string} model
+   * @param {import("./api.js").Description} description
    * @param {Store} store
    * @param {Writer} writer
    */
-  constructor(root, model, store, writer) {
+  constructor(root, description, store, writer) {
     this.root = root;
-    this.model = model;
+    this.description = description;
+    this.model = description.model;
     this.store = store;
     this.writer = writer;
   }
@@ -49,7 +50,7 @@ export class Compare {
     const messages = [...opening(system), { role: "user", content: prompt }];
     const first = makeRequest(this.model, messages, weights.a, sampling);
     const second = makeRequest(this.model, messages, weights.b, { ...sampling, seed: first.seed });
-    const third = control ? sharpened(second) : null;
+    const third = control ? sharpened(second, this.description.data) : null;
     if (control && !third) toast("No sharpened base: that needs a temperature, and weights of B of more than 0 in all");
     /** @type {[Column, Request][]} */
     const asked = [["a", first], ["b", second], ...(third ? [/** @type {[Column, Request]} */ (["control", third])] : [])];
@@ -96,13 +97,15 @@ const NAMES = { a: "Setting A", b: "Setting B", control: "Sharpened base" };
 
 /**
  * The base alone at the temperature that rewards which learnt nothing (the base itself, with these weights) amount to:
- * T / (1 + Σw). Null where that is no temperature below T.
+ * T / (1 + Σw), over those that are no differences, which do not sharpen. Null where that is no temperature below T.
  * @param {Request} request
+ * @param {import("./api.js").Reward[]} rewards
  * @returns {Request | null}
  */
-export function sharpened({ reward_weights, temperature, ...request }) {
+export function sharpened({ reward_weights, temperature, ...request }, rewards) {
   const names = Object.keys(reward_weights);
-  const total = names.reduce((sum, name) => sum + reward_weights[name], 0);
+  const differences = new Set(rewards.filter(({ difference }) => difference).map(({ id }) => id));
+  const total = names.reduce((sum, name) => sum + (differences.has(name) ? 0 : reward_weights[name]), 0);
   if (total <= 0 || temperature === 0) return null;
   const none = Object.fromEntries(names.map((name) => [name, 0]));
   return { ...request, temperature: temperature / (1 + total), reward_weights: none };

@@ -28,20 +28,21 @@ export function quantities(description) {
       meaning: "The rewards’ contributions together, less log Z: what guidance added to the token’s log-probability.",
       value: ({ logprob, base }) => logprob - base,
     },
-    ...description.data.map((reward) => ofReward(reward.id)),
+    ...description.data.map(ofReward),
   ];
 }
 
 /**
- * @param {string} id
+ * @param {import("./api.js").Reward} reward
  * @returns {Quantity}
  */
-function ofReward(id) {
+function ofReward({ id, difference }) {
+  const against = difference ? "its reference" : "the base";
   return {
     key: `reward ${id}`,
     label: id,
-    meaning: `log π of ${id} − log π of the base: how much more this reward likes the token, whatever its weight.`,
-    value: ({ rewards, base }) => (rewards[id]?.logprob ?? NaN) - base,
+    meaning: `log π of ${id} − log π of ${against}: how much more this reward likes the token, whatever its weight.`,
+    value: ({ rewards, base }) => (rewards[id]?.logprob ?? NaN) - (difference ? 0 : base),
   };
 }
 

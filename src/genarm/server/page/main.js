@@ -43,7 +43,7 @@ class Page {
       () => this.again(),
     );
     this.chat = new Chat(byId("turns"), description.model, this.store, writer);
-    this.compare = new Compare(byId("comparisons"), description.model, this.store, writer);
+    this.compare = new Compare(byId("comparisons"), description, this.store, writer);
     byId("model").textContent = description.model;
     document.title = `${description.model} · genarm`;
     byId("steering").hidden = description.data.length === 0; // a base alone is served as well
