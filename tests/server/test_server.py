@@ -466,6 +466,7 @@ def test_rewards(server: Running) -> None:
                 "minimum": -5.0,
                 "maximum": 5.0,
                 "description": f"likes {name} words",
+                "difference": False,
             }
             for name, weight in (("harmless", 1.0), ("helpful", 0.5))
         ],

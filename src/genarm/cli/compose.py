@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reward",
         action="append",
-        default=[],
         metavar="NAME=PATH[:WEIGHT]",
         help="a reward: path or hub id of a full ARM or a LoRA adapter, and its default weight (1 if not given); "
         "may be repeated",
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tuned",
         action="append",
-        default=[],
         metavar="NAME=PATH[:WEIGHT]",
         help="a reward that needs no training of its own: a tuned model or LoRA adapter (by DPO, SFT, RL, …) less its "
         "untuned self, the base; weight 0 is the base, 1 the tuned model, 2 beyond it; may be repeated",
@@ -38,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         action="append",
-        default=[],
         metavar="NAME=PATH",
         help="the untuned model of a tuned one where that is not the base: with a small pair, what tuning has taught "
         "the small model is carried over to the base (proxy tuning)",
@@ -46,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight",
         action="append",
-        default=[],
         metavar="NAME=W",
         help="a reward's default weight, as :WEIGHT behind its path",
     )
@@ -118,9 +114,8 @@ def _pairs(items: list[str] | None, form: str) -> dict[str, str]:
     return pairs
 
 
-def _all_weights(behind_paths: dict[str, float], items: list[str]) -> dict[str, float]:
+def _all_weights(behind_paths: dict[str, float], items: list[str] | None) -> dict[str, float]:
     """The weights behind paths, and those of --weight."""
-    from genarm.errors import ConfigError
     from genarm.model.weights import parse_weights
 
     given = parse_weights(",".join(items)) if items else {}
@@ -129,7 +124,7 @@ def _all_weights(behind_paths: dict[str, float], items: list[str]) -> dict[str, 
     return {**behind_paths, **given}
 
 
-def _rewards(items: list[str], form: str) -> tuple[dict[str, str], dict[str, float]]:
+def _rewards(items: list[str] | None, form: str) -> tuple[dict[str, str], dict[str, float]]:
     """{name: path} and {name: weight}; what follows the last colon is a weight if it is a number."""
     rewards = _pairs(items, form)
     weights: dict[str, float] = {}
