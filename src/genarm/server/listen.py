@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from genarm.errors import ConfigError
+from genarm.server.errors import ApiError
 from genarm.server.job import SLOW_READER
 
 _KEEP_ALIVE = 30
@@ -33,6 +34,7 @@ _AT_ONCE = 16
 _WAITING = 512
 _MOST_CONNECTIONS = 1024
 _FILES = 4096
+_LARGEST_HEAD = 2**15
 _log = logging.getLogger("genarm.server")
 
 
@@ -176,12 +178,44 @@ class _Transport:
         return getattr(self._transport, name)
 
 
+class _Parser(h11.Connection):
+    """h11's, which understands the same bytes in the same way however the network cuts them."""
+
+    def __init__(self) -> None:
+        """For a server, with a limit of its own for heads: h11's would let one pass that comes in one piece."""
+        super().__init__(h11.SERVER, max_incomplete_event_size=sys.maxsize)
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """See `h11.Connection`. Line breaks before a request (RFC 9112, 2.2) and bytes after the last one are skipped.
+
+        Raises:
+            h11.RemoteProtocolError: it is no request, or has too long a head.
+        """
+        arrived = self._receive_buffer
+        if self.their_state is h11.IDLE:
+            start = bytes(arrived)
+            arrived.maybe_extract_at_most(len(start) - len(start.lstrip(b"\r\n")))
+        elif self.their_state in (h11.MUST_CLOSE, h11.CLOSED):
+            arrived.maybe_extract_at_most(len(arrived))
+        before = len(arrived)
+        event = super().next_event()
+        whole = before - len(arrived) if isinstance(event, h11.Request) else 0
+        if max(whole, len(arrived) if event is h11.NEED_DATA else 0) > _LARGEST_HEAD:
+            raise h11.RemoteProtocolError(f"its head, or a line of it, has more than {_LARGEST_HEAD} bytes")
+        return event
+
+
 class _Connection(H11Protocol):
     """A connection that knows since when it has been waiting for its client."""
 
     _counted: _Transport
     since: float
     _taken: int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `H11Protocol`."""
+        super().__init__(*args, **kwargs)
+        self.conn = _Parser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
@@ -200,12 +234,21 @@ class _Connection(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no request; the operator is told why, and a connection amid an answer is cut."""
+        """Answer bytes that are no request; client and operator are told why. A connection amid an answer is cut."""
         _log.warning("a connection sent what is no request: %s (%s)", sys.exception(), self.conn.states)
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
+            return
+        problem = ApiError(400, f"this is no HTTP request: {sys.exception()}", code="invalid_http")
+        answer = problem.response()
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     @property
     def idle(self) -> bool:
