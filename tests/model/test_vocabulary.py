@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from builders.tiny import SHARED, SPECIAL, VOCAB_SIZE, WORDS, save_member, tiny_model, tiny_tokenizer
-from genarm import GuidedForCausalLM, compose
+from genarm import Engine, EngineOptions, GuidedForCausalLM, Request, Sampling, compose
 from genarm.errors import VocabularyError
 from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
 
@@ -36,7 +36,6 @@ def test_a_base_with_an_extra_special_token() -> None:
     base, reward = vocabulary(tiny_tokenizer(extra=("[PAD]",))), vocabulary(tiny_tokenizer())
     alignment = align(base, reward)
     assert alignment.unknown == (VOCAB_SIZE,)
-    assert alignment.inputs(torch.tensor([[VOCAB_SIZE, 3]])).tolist() == [[0, 3]]
 
 
 def test_padding_rows_of_different_sizes() -> None:
@@ -99,7 +98,9 @@ def test_a_token_the_reward_does_not_know_is_never_produced(tmp_path: Path) -> N
     save_member(base, tmp_path / "base", large)
     save_member(reward, tmp_path / "reward")
     report = compose(tmp_path / "base", {"kind": tmp_path / "reward"}, tmp_path / "guided")
-    assert any("'[PAD]'" in note for note in report.notes)
+    (note,) = report.notes
+    assert "does not know 1 of the base's special tokens ('[PAD]')" in note
+    assert "every prompt has" not in note
     model = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
     ids = torch.tensor([[VOCAB_SIZE, 7, 8], [9, 10, 11]])
     for weight in (1.0, -1.0):
@@ -109,6 +110,36 @@ def test_a_token_the_reward_does_not_know_is_never_produced(tmp_path: Path) -> N
         assert torch.equal(rows[1], base(ids).logits.log_softmax(-1)[1])
     shared = base(ids[1:]).logits[..., :-1].log_softmax(-1) + reward(ids[1:]).logits.log_softmax(-1)
     torch.testing.assert_close(model(ids[1:]).logits[..., :-1], shared.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(VOCAB_SIZE, VOCAB_SIZE), (VOCAB_SIZE + 7, VOCAB_SIZE)])
+def test_a_prompt_with_an_id_that_the_reward_lacks_is_read_alike_everywhere(embedding: int, head: int) -> None:
+    """As what the reward's embedding has there, and as 0 past its end: in `forward` and in the engine."""
+    base = tiny_model(seed=0, vocab_size=VOCAB_SIZE + 7)
+    reward = tiny_model(seed=1, vocab_size=embedding)
+    reward.lm_head = torch.nn.Linear(32, head, bias=False).requires_grad_(False)
+    tokenizers = {"base": tiny_tokenizer(), "r": tiny_tokenizer()}
+    model = GuidedForCausalLM.from_members(base, {"r": reward}, weights={"r": 0.7}, tokenizers=tokenizers)
+    prompt = [8, VOCAB_SIZE + 2, 9, VOCAB_SIZE + 6, 10]
+    with Engine(model, tokenizers["base"], EngineOptions(streams=1, context=64)) as engine:
+        reply = engine.generate(Request(prompt=prompt, sampling=Sampling(max_new_tokens=4, temperature=0)))
+    ids = torch.tensor([[*prompt, *(token.id for token in reply.tokens)]])
+    own = reward(torch.where(ids < embedding, ids, 0)).logits.log_softmax(-1)
+    own_BTV = (base(ids).logits.log_softmax(-1)[..., :VOCAB_SIZE] + 0.7 * own).log_softmax(-1)
+    torch.testing.assert_close(model(ids).logits[..., :VOCAB_SIZE], own_BTV, atol=1e-5, rtol=1e-5)
+    for place, token in enumerate(reply.tokens, start=len(prompt) - 1):
+        assert token.rewards["r"] == pytest.approx(own[0, place, token.id].item(), abs=1e-4)
+        assert token.id == own_BTV[0, place].argmax()
+
+
+def test_tokens_of_every_prompt_that_a_reward_does_not_know_are_named(tmp_path: Path) -> None:
+    """Its training has never shown it the base's chat template."""
+    chat = tiny_tokenizer(extra=("<turn>",))
+    chat.chat_template = f"<turn> {chat.chat_template}"
+    save_member(tiny_model(seed=0, vocab_size=VOCAB_SIZE + 1), tmp_path / "base", chat)
+    save_member(tiny_model(seed=1), tmp_path / "reward")
+    notes = compose(tmp_path / "base", {"kind": tmp_path / "reward"}, tmp_path / "guided").notes
+    assert any("every prompt has '<turn>', so train it with the base's tokenizer" in note for note in notes)
 
 
 def test_real_tokenizers() -> None:

@@ -205,7 +205,7 @@ def plan_pass(
     Args:
         kv_cache: whose active rows the feeds extend.
         feeds: at most one per row.
-        embedding_size: ids at or above it (the base's padding, say) are unknown to this model and become 0.
+        embedding_size: ids at or above it are read as 0; see `vocabulary.readable`.
         device: of the model's input.
         adapted: the trunk's members that have an adapter.
     """

@@ -24,10 +24,10 @@ from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.kv_cache import KVCache, LayerShape
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.engine.norms import fuse_norms, one_kernel_norms
-from genarm.errors import UnsupportedError
+from genarm.errors import UnsupportedError, kind_of
 from genarm.model.adapters import adapter_layers, running
 from genarm.model.combine import log_probs
-from genarm.model.vocabulary import Alignment
+from genarm.model.vocabulary import Alignment, embedding_rows
 
 _KNOWN = {"scaling", "sliding_window", "softcap", "dropout", "is_causal", "position_ids", "use_cache", "cache_position"}
 _KNOWN |= {"output_router_logits", "logits_to_keep"}  # no matter of attention, but some models pass on everything
@@ -77,8 +77,7 @@ class Trunk:
         self.members = tuple(members)
         self.alignment = alignment
         self.device = input_device(model)
-        embedding: Any = model.get_input_embeddings()
-        self.embedding_size = int(embedding.weight.shape[0])
+        self.embedding_size = embedding_rows(model)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         # Adapters of the output layer would get the wanted tokens only, and in another order than the others.
         self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, adapter_layers(model))
@@ -163,7 +162,7 @@ def _beyond_the_body(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
 def cannot_run(model: PreTrainedModel, problem: str) -> UnsupportedError:
     """The error that says so, on one line."""
     return UnsupportedError(
-        f"the engine cannot run a {type(model).__name__} ({' '.join(problem.split())}); use "
+        f"the engine cannot run {kind_of(model)} ({' '.join(problem.split())}); use "
         "GuidedForCausalLM.generate, which leaves everything to transformers"
     )
 

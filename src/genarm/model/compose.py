@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from genarm.errors import ConfigError, MemberError
+from genarm.errors import ConfigError, GenarmError, MemberError
 from genarm.files import check_new_folder, new_folder, no_folder, refuse_file
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
@@ -33,7 +33,7 @@ from genarm.model.loading import (
 )
 from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
 from genarm.model.weights import weight_row
-from genarm.text.prompts import end_ids
+from genarm.text.prompts import as_conversation, encode_prompt, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -281,12 +281,27 @@ def _compare(base: _Described, members: Iterable[_Described]) -> list[str]:
         label = member.vocabulary.label
         tokens = unknown_tokens(align(base.vocabulary, member.vocabulary), base.vocabulary)
         if tokens:
-            shown = ", ".join(map(repr, tokens[:5])) + (" …" if len(tokens) > 5 else "")
+            written = [token for token in _written(base.tokenizer) if token in tokens]
             notes.append(
-                f"{label} does not know {len(tokens)} of the base's special tokens ({shown}): they are never produced "
-                "while its weight is not 0"
+                f"{label} does not know {len(tokens)} of the base's special tokens ({_shown(tokens)}): they are never "
+                "produced while its weight is not 0, and in a prompt it reads another token in their place"
+                + (f"; every prompt has {_shown(written)}, so train it with the base's tokenizer" if written else "")
             )
     return notes
+
+
+def _shown(tokens: list[str]) -> str:
+    return ", ".join(map(repr, tokens[:5])) + (" …" if len(tokens) > 5 else "")
+
+
+def _written(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """The tokens of a short prompt as `generate` reads it: what a chat template, or a text's beginning, always has."""
+    if tokenizer is None:
+        return []
+    with contextlib.suppress(GenarmError):  # a template that wants more than one turn, say
+        ids = encode_prompt(tokenizer, as_conversation("Hi") if tokenizer.chat_template else "Hi")
+        return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(ids)))
+    return []
 
 
 def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub: HubOptions) -> list[str]:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
-from genarm.errors import MemberError, UnsupportedError
+from genarm.errors import MemberError, UnsupportedError, kind_of
 from genarm.model.adapters import running, share_adapters
 from genarm.model.assembly import gather_guided, load_guided
 from genarm.model.cache import GuidedCache
@@ -34,7 +34,7 @@ from genarm.model.loading import HubOptions, Member, load_generation_config, loa
 from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
-from genarm.model.vocabulary import Alignment
+from genarm.model.vocabulary import Alignment, embedding_rows, readable
 from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
 from genarm.text.detokenizer import token_texts
 from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
@@ -105,7 +105,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         for member, arguments in zip(members, self._arguments, strict=True):
             if "past_key_values" not in arguments:
                 raise UnsupportedError(
-                    f"{member.name!r} is a {type(member.model).__name__}, which keeps no keys and values of earlier "
+                    f"{member.name!r} is {kind_of(member.model)}, which keeps no keys and values of earlier "
                     "tokens (past_key_values); a guided model's members must, so take a model with attention layers"
                 )
         for i, alignment in enumerate(alignments):
@@ -386,7 +386,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         alignment = self.alignments[index - 1] if index else None
         device = member.model.device
         inputs: dict[str, Any] = {
-            "input_ids": input_ids if alignment is None else alignment.inputs(input_ids),
+            "input_ids": readable(input_ids, embedding_rows(member.model)) if index else input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
         }
@@ -411,7 +411,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             return GuidedCache() if (self.config.use_cache if use_cache is None else use_cache) else None
         if not isinstance(past_key_values, GuidedCache):
             raise UnsupportedError(
-                f"past_key_values is a {type(past_key_values).__name__}; a guided model needs a GuidedCache, a cache "
+                f"past_key_values is {kind_of(past_key_values)}; a guided model needs a GuidedCache, a cache "
                 "per member: pass None for a new one, or the past_key_values an earlier call returned"
             )
         return past_key_values

@@ -3,14 +3,15 @@
 The base decides what an id means. A reward may be combined with it when every token that both know has the same
 id. What may differ: special and added tokens that only one of them has, and rows of an output layer that stand
 for no token (padding to a round size). Those ids are listed as *unknown* to the reward: it cannot judge them, so
-they are never produced while its weight is not 0. Any other difference is refused.
+they are never produced while its weight is not 0. In a prompt it reads such an id as whatever its own embedding has
+there, and as id 0 where that ends before; `compose` says so. Any other difference is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from genarm.errors import VocabularyError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN = 3  # differing tokens named in a message
 
@@ -36,6 +37,17 @@ class Vocabulary:
     tokens: Mapping[int, str] | None
     added: frozenset[int] = frozenset()
     eos: int | None = None
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many ids a model can read, which need not be as many as it can say."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def readable(ids: Tensor, rows: int) -> Tensor:
+    """Ids that an embedding of `rows` rows can look up: those past its end (the base's own tokens, say) become 0."""
+    return ids.masked_fill(ids >= rows, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +71,6 @@ class Alignment:
         if self.reward_size >= self.base_size:
             return log_probs_BTV[..., : self.base_size]
         return torch.nn.functional.pad(log_probs_BTV, (0, self.base_size - self.reward_size))
-
-    def inputs(self, ids_BT: Tensor) -> Tensor:
-        """Input ids the reward's embedding can look up: ids past its end (the base's padding, say) become 0."""
-        if self.reward_size >= self.base_size:
-            return ids_BT
-        return ids_BT.masked_fill(ids_BT >= self.reward_size, 0)
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, *, size: int, label: str) -> Vocabulary:

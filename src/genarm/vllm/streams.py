@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import AttentionType
 from genarm.errors import UnsupportedError
 from genarm.model.config import BASE
 from genarm.model.contract import check_finite
+from genarm.model.vocabulary import readable
 from genarm.vllm.lora import add_adapters
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class SharedModel(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Hidden states [N, S·H], or by name those for the next stage of a pipeline."""
         copies = len(self.streams)
-        if not self._reads_all_ids:  # ids past its end (the base's padding, say) are never produced: any will do
-            input_ids = input_ids.masked_fill(input_ids >= self._vocab_size, 0)
+        if not self._reads_all_ids:
+            input_ids = readable(input_ids, self._vocab_size)
         if copies > 1:
             input_ids = input_ids.repeat_interleave(copies)
             positions = positions.repeat_interleave(copies)
