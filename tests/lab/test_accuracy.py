@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from genarm.cli import accuracy
 from genarm.cli.arguments import settings_from
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, VocabularyError
 from genarm.lab.accuracy.figures import Scores, correlation, difference, figures, mean_of
+from genarm.lab.accuracy.models import LogProbReward
 from genarm.lab.accuracy.report import command, print_result
 from genarm.lab.accuracy.run import AccuracyResult, measure
 from genarm.lab.accuracy.settings import AccuracySettings
@@ -139,6 +141,7 @@ def scorers(root: Path) -> dict[str, Callable[[list[int], list[int]], float]]:
     lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / "lora")
     trajectory = AutoModelForSequenceClassification.from_pretrained(root / "trajectory")
     return {
+        "base": lambda x, y: log_prob(base, x, y),
         "arm": lambda x, y: log_prob(arm, x, y),
         "lora": lambda x, y: log_prob(lora, x, y),
         "guided:full": lambda x, y: log_prob(arm, x, y),
@@ -156,7 +159,7 @@ def test_scores_equal_each_model_asked_by_itself(root: Path, batch_size: int) ->
     models = ("arm", "lora", "guided", "trajectory")
     result = run(root, *models, base=str(root / "base"), batch_size=batch_size)
     expected = scorers(root)
-    assert [measured.name for measured in result.measured] == list(expected)
+    assert [measured.name for measured in result.measured] == [name for name in expected if name != "base"]
     kinds = ["arm"] * 4 + ["trajectory"] + ["implicit"] * 4
     assert [measured.kind for measured in result.measured] == kinds
     for measured in result.measured:
@@ -236,6 +239,38 @@ def test_a_constant_trajectory_reward_ties_and_is_never_right(root: Path, tmp_pa
 def test_the_base_has_no_implicit_reward_over_itself(root: Path) -> None:
     result = run(root, "base", "arm", base=str(root / "base"))
     assert [measured.name for measured in result.measured] == ["base", "arm", "arm − base"]
+
+
+@pytest.mark.parametrize(
+    ("models", "scored"),
+    [
+        (("base", "arm"), {"base": 12, "arm": 12}),
+        (("arm", "lora"), {"arm": 12, "lora": 12, "base": 12}),
+        (("arm", "templated", "base"), {"arm": 12, "templated": 12, "base": 24}),  # pairs in other tokens are others
+    ],
+)
+def test_the_base_scores_the_same_pairs_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: tuple[str, ...], scored: dict[str, int]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"w39 {TEMPLATE}"
+    shutil.copytree(root / "lora", tmp_path / "templated")
+    tokenizer.save_pretrained(tmp_path / "templated")
+    usual, counted = LogProbReward.score, Counter[str]()
+
+    def score(self: LogProbReward, prompts: Any, replies: Any) -> list[float]:
+        counted[self.name] += len(replies)
+        return usual(self, prompts, replies)
+
+    monkeypatch.setattr(LogProbReward, "score", score)
+    where = [str((tmp_path if model == "templated" else root) / model) for model in models]
+    result = run(root, *where, base=str(root / "base"))
+    assert counted == scored
+    by_name = {measured.name: measured.scores for measured in result.measured}
+    base = scorers(root)["base"]
+    for name in {*models} - {"base", "templated"}:
+        of_base = by_name[name].chosen_B - by_name[f"{name} − base"].chosen_B
+        assert of_base.tolist() == pytest.approx(reference(base, 1), abs=1e-4)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

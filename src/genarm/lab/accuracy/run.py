@@ -161,7 +161,22 @@ def _open_base(settings: AccuracySettings, reference: str, rewards: Sequence[Rew
 
 def _is_policy(files: RewardFiles, base: RewardFiles) -> bool:
     """Whether it has an implicit reward over `base`; that of the base itself would be 0."""
-    return files.kind == "arm" and files.spec != base.spec
+    return files.kind == "arm" and (files.spec, files.folder) != (base.spec, base.folder)
+
+
+def _left_to_base(prepared: Sequence[_Prepared], base: RewardFiles) -> list[EncodedPairs]:
+    """What the base has to score for the causal LMs: pairs in the same tokens once, and none that it has as a model."""
+    arms = [item for item in prepared if item.files.kind == "arm"]
+    own = [item.encoded for item in arms if not _is_policy(item.files, base)]
+    left: list[EncodedPairs] = []
+    for item in arms:
+        if not any(_same_pairs(item.encoded, known) for known in (*own, *left)):
+            left.append(item.encoded)
+    return left
+
+
+def _same_pairs(first: EncodedPairs, second: EncodedPairs) -> bool:
+    return (first.rows, first.pairs) == (second.rows, second.pairs)
 
 
 def _implicit(
@@ -173,11 +188,18 @@ def _implicit(
     advance: _Advance,
 ) -> list[Measured]:
     """Every causal LM by log π(y|x) − log π_base(y|x), the reward that DPO trains."""
-    reward = base.load(dtype=settings.dtype, device=settings.device)
+    known = [
+        (item.encoded, own.scores)
+        for item, own in zip(prepared, measured, strict=True)
+        if item.files.kind == "arm" and not _is_policy(item.files, base)
+    ]
+    if left := _left_to_base(prepared, base):
+        reward = base.load(dtype=settings.dtype, device=settings.device)
+        known += [(pairs, _score(reward, base.name, pairs, settings.batch_size, advance)) for pairs in left]
     found = []
     for item, policy in zip(prepared, measured, strict=True):
         if _is_policy(item.files, base):
-            of_base = _score(reward, base.name, item.encoded, settings.batch_size, advance)
+            of_base = next(scores for pairs, scores in known if _same_pairs(pairs, item.encoded))
             scores = policy.scores.minus(of_base)
             found.append(replace(_measured(item, "implicit", scores, data), name=f"{policy.name} − {base.name}"))
     return found
@@ -249,7 +271,7 @@ def _differences(measured: Sequence[Measured]) -> tuple[Difference, ...]:
 def _progress(console: Console, prepared: Sequence[_Prepared], base: RewardFiles | None) -> Iterator[_Advance]:
     """A bar over the responses that all models together have to score."""
     responses = [2 * len(item.encoded.pairs) for item in prepared]
-    of_base = [n for n, item in zip(responses, prepared, strict=True) if base and _is_policy(item.files, base)]
+    of_base = [2 * len(pairs.pairs) for pairs in _left_to_base(prepared, base)] if base else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console) as progress:
         task = progress.add_task("loading", total=sum(responses) + sum(of_base))
