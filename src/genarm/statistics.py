@@ -89,6 +89,15 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(value=value, n=len(array), low=value - half, high=value + half)
 
 
+def finite(value: Any) -> Any:
+    """`value`, and what is in it, with None for what is no finite number, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # --- bootstrap over rows --------------------------------------------------------------------------------------
 
 
@@ -146,16 +155,13 @@ def mean_difference(
 ) -> Estimate:
     """How much the mean of `first` is above that of `second`, row by row; rows with a NaN on a side are left out.
 
-    Where all differ by as much, others may differ by anything `within` bounds: those of verdicts, or as far apart as
-    values were seen on either side. If all values are alike, too, there is no interval.
+    Where all differ by as much, others may differ by anything `within` bounds, as those of verdicts are; where there
+    are no bounds there is no interval, however far apart the values are that were seen.
     """
     import numpy as np
 
     differences_NK = np.subtract(first, second)[:, None]
     known = differences_NK[~np.isnan(differences_NK)].tolist()
-    spread = float(np.ptp([value for value in (*first, *second) if not math.isnan(value)] or [0.0]))
-    if within is None and spread > 0:
-        within = (-spread, spread)
     if within is not None and len(known) > 1 and max(known) - min(known) <= _ALIKE * max(map(abs, within)):
         value, low, high = _unanimous(known[0], len(known), within)
         return Estimate(value=value, low=low, high=high, n=len(known))

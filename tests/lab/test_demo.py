@@ -19,8 +19,9 @@ from genarm.cli.main import main
 from genarm.errors import ConfigError, DataError
 from genarm.lab.demo.base import BaseSettings
 from genarm.lab.demo.run import BALANCED, GRID, HARMLESS, HELPFUL, DemoResult, DemoSettings, _new_output, run_demo
-from genarm.lab.demo.sweep import NO_WEIGHTS, measure
-from genarm.lab.demo.world import OBJECTIVES, split_requests, truth
+from genarm.lab.demo.show import both_line, sweep_table
+from genarm.lab.demo.sweep import NO_WEIGHTS, Measured, measure
+from genarm.lab.demo.world import OBJECTIVES, Truth, split_requests, truth
 
 REDUCED = DemoSettings(
     seed=0,
@@ -153,3 +154,16 @@ def test_the_command_is_quick_and_deterministic(tmp_path):
     points = json.loads(written[0][0])["points"]
     balanced = next(p for p in points if tuple(p["weights"].values()) == BALANCED)
     assert all(gain["low"] > 0 for gain in balanced["gain_over_base"].values())
+
+
+def test_scores_that_are_all_alike_have_no_interval_in_words():
+    points = [
+        Measured(label=name, weights=(0.0, weight), replies=("a", "b"), scores=(Truth(weight, 1.0),) * 2)
+        for name, weight in (("base", 0.0), ("guided", 1.0))
+    ]
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(sweep_table(points, points[0]), both_line(points[1], points[0]))
+    said = console.export_text()
+    assert "+1.00 (all alike)" in said
+    assert "guided is not better than the base in both beyond doubt: helpful +1.00 (all alike)" in said
+    assert "nan" not in said

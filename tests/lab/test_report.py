@@ -23,7 +23,7 @@ from genarm.lab.evaluation.report import SAMPLES, plain, report, samples
 from genarm.lab.evaluation.results import Results, Verdicts
 from genarm.lab.evaluation.sheets import digits, interval, number, sheets
 from genarm.lab.evaluation.table import markdown, table
-from genarm.statistics import Estimate, win_rate
+from genarm.statistics import Estimate, mean, win_rate
 
 EVIL = '</p></svg><script>alert(\'1\')</script><img src=x onerror="alert(2)"> & $x^2$ {{ 7*7 }} | `#111111` id="a"'
 NAME = '<b id="a">&$x$|#111111</b>'
@@ -107,6 +107,7 @@ def test_numbers():
     assert [digits([value]) for value in (0, 250, 1.5, 0.5, 0.0748, 1e-6)] == [2, 2, 2, 3, 4, 4]
     assert interval(Estimate(value=0.5, low=-0.25, high=1, n=3), 2) == "0.50 [−0.25, 1.00]"
     assert interval(win_rate([None]), 3) == "–"
+    assert interval(mean([0.5, 0.5]), 2) == "0.50 (no interval)"
 
 
 def test_the_page_has_every_table_cell_by_cell(made: tuple[Results, Figures, str]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -21,6 +20,7 @@ from genarm.lab.accuracy.run import AccuracyResult, Measured
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.lab.machine import code_version, this_machine
 from genarm.model.references import find_device
+from genarm.statistics import finite
 
 HOW = {
     "arm": "log π(y|x), summed over the tokens of the response",
@@ -81,8 +81,8 @@ def as_json(result: AccuracyResult) -> dict[str, Any]:
         ],
         "differences": [asdict(difference) for difference in result.differences],
     }
-    finite: dict[str, Any] = _finite(record)
-    return finite
+    plain: dict[str, Any] = finite(record)
+    return plain
 
 
 def pair_rows(result: AccuracyResult) -> Iterator[dict[str, Any]]:
@@ -180,12 +180,3 @@ def _interval(found: Interval | None, *, signed: bool = False) -> str:
 def _visible(text: str) -> str:
     """`text` without control characters, which could steer the reader's terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for what is no finite number, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,6 +27,7 @@ from genarm.lab.demo.sweep import NO_WEIGHTS, Measured, Series, Weights, draw_tr
 from genarm.lab.demo.world import OBJECTIVES, Split, split_requests
 from genarm.lab.machine import one_thread
 from genarm.model.compose import compose
+from genarm.statistics import finite
 from genarm.training.config import TrainConfig
 from genarm.training.run import TrainResult, train
 
@@ -266,7 +267,8 @@ def _write(folder: Path, result: DemoResult, split: Split, settings: DemoSetting
         for request, reply, score in zip(split.held_out, point.replies, point.scores, strict=False)
     )
     write_text(folder / "replies.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(folder / RESULTS, json.dumps(_figures(result, settings), indent=2, ensure_ascii=False) + "\n")
+    figures = json.dumps(finite(_figures(result, settings)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / RESULTS, figures + "\n")
 
 
 def _figures(result: DemoResult, settings: DemoSettings) -> dict[str, Any]:

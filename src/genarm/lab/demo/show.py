@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def sweep_table(points: Sequence[Measured], base: Measured) -> Table:
 def _cell(point: Measured, base: Measured, objective: str) -> Text:
     score = point.mean(objective)
     better = point is not base and point.gain(base, objective).low > 0
-    return Text(f"{score.value:+.2f} [{score.low:+.2f}, {score.high:+.2f}]", style="bold green" if better else "")
+    return Text(_figure(score), style="bold green" if better else "")
 
 
 def both_line(point: Measured, base: Measured) -> str:
@@ -98,12 +99,13 @@ def both_line(point: Measured, base: Measured) -> str:
         verdict = "is better than the base in both"
     else:
         verdict = "is not better than the base in both beyond doubt"
-    figures = ", ".join(f"{objective} {_difference(gain)}" for objective, gain in gains.items())
+    figures = ", ".join(f"{objective} {_figure(gain)}" for objective, gain in gains.items())
     return f"{point.label} {verdict}: {figures} (paired, n={len(base.scores)})."
 
 
-def _difference(gain: Mean) -> str:
-    return f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+def _figure(mean: Mean) -> str:
+    interval = "(all alike)" if math.isnan(mean.low) else f"[{mean.low:+.2f}, {mean.high:+.2f}]"
+    return f"{mean.value:+.2f} {interval}"
 
 
 def next_commands(output: Path, request: str, reply: str, weights: Sequence[Weights]) -> list[str]:

@@ -7,7 +7,6 @@ compared is compared on the same prompts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from genarm.lab.evaluation.fronts import Front, make_fronts
 from genarm.lab.evaluation.gaps import Recovered, recovered
 from genarm.lab.evaluation.recipe import Recipe
 from genarm.lab.evaluation.results import Measured, Results, Trained
-from genarm.statistics import Estimate, Mean, WinRate, mean, mean_difference, win_rate
+from genarm.statistics import Estimate, Mean, WinRate, finite, mean, mean_difference, win_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +130,8 @@ def figures(results: Results, recipe: Recipe) -> Figures:
 
 def record(found: Figures) -> dict[str, Any]:
     """The figures as JSON holds them: a number that is undefined is null."""
-    plain: dict[str, Any] = _plain(asdict(found))
+    plain: dict[str, Any] = finite(asdict(found))
     return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(results: Results, measured: Measured) -> Row:

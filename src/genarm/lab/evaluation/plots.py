@@ -326,8 +326,8 @@ def _middle(value: Estimate | Mean | WinRate) -> float:
 
 
 def _text(value: Estimate | Mean | WinRate) -> str:
-    interval = "no interval" if math.isnan(value.low) else f"{value.low:.3g}, {value.high:.3g}"
-    return f"{_middle(value):.3g} [{interval}]"
+    interval = "(no interval)" if math.isnan(value.low) else f"[{value.low:.3g}, {value.high:.3g}]"
+    return f"{_middle(value):.3g} {interval}"
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -71,10 +71,12 @@ def number(value: float, decimals: int) -> str:
 
 
 def interval(estimate: Estimate | Mean | WinRate, decimals: int) -> str:
-    """A figure with its interval."""
+    """A figure with its interval, or in words that there is none: rows that are all alike do not bound others."""
     value = estimate.rate if isinstance(estimate, WinRate) else estimate.value
     if math.isnan(value):
         return UNKNOWN
+    if math.isnan(estimate.low):
+        return f"{number(value, decimals)} (no interval)"
     return f"{number(value, decimals)} [{number(estimate.low, decimals)}, {number(estimate.high, decimals)}]"
 
 
