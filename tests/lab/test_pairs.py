@@ -380,6 +380,7 @@ REFUSED = {
     "--score is 'function='": ["--score", "function="],
     "names no function; expected module:function": ["--score", "function=wish"],
     "No module named 'nowhere'; it must be a .py file in the current folder": ["--score", "function=nowhere:f"],
+    "it is genarm.lab.demo.world:overall now": ["--score", "function=genarm.demo.world:overall"],
     "has no attribute 'absent'": ["--score", "function=wish:absent"],
     "must be a function of (prompt, response)": ["--score", "function=json:loads"],
     "importing broken raised SyntaxError": ["--score", "function=broken:f"],

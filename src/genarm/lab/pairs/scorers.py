@@ -5,6 +5,7 @@ All of it is checked before anything is sampled; models are loaded when the firs
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,6 +174,15 @@ class FunctionScorer(Scorer):
         return value
 
 
+def _moved(module: str) -> str | None:
+    """Where a module of ours is that was beside the others before the laboratory had a place of its own."""
+    ours, _, rest = module.partition(".")
+    new = f"{ours}.lab.{rest}"
+    with contextlib.suppress(ModuleNotFoundError):
+        return new if ours == "genarm" and find_spec(new) else None
+    return None
+
+
 def find_function(name: str) -> Callable[..., Any]:
     """The function that `name`, "module:function", means, from the current folder or an installed package.
 
@@ -180,26 +191,28 @@ def find_function(name: str) -> Callable[..., Any]:
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise ConfigError(f"--score function={name} names no function; expected module:function, such as wish:score")
+        raise ConfigError(f"function={name} names no function; expected module:function, such as wish:score")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--score function={name}: {error}; it must be a .py file in the current folder or an installed package"
-        ) from error
+        moved = _moved(module_name)
+        advice = (
+            f"it is {moved}:{function_name} now"
+            if moved
+            else "it must be a .py file in the current folder or an installed package"
+        )
+        raise ConfigError(f"function={name}: {error}; {advice}") from error
     except AttributeError as error:
-        raise ConfigError(f"--score function={name}: {error}") from error
+        raise ConfigError(f"function={name}: {error}") from error
     except Exception as error:
-        raise ConfigError(
-            f"--score function={name}: importing {module_name} raised {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"function={name}: importing {module_name} raised {type(error).__name__}: {error}") from error
     try:
         _takes_row(function)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"--score function={name}: it must be a function of (prompt, response) or (prompt, response, row): {error}"
+            f"function={name}: it must be a function of (prompt, response) or (prompt, response, row): {error}"
         ) from error
     return function
 
