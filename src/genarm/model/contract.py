@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from genarm.errors import GenarmError, MemberError
+from genarm.errors import GenarmError, MemberError, kind_of
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -100,7 +100,7 @@ def _check_size(auto_class: Any, where: str, what: str, options: Mapping[str, An
     stored = sum(map(_stored, files))
     if needed > 2 * stored + _SMALL:
         raise MemberError(
-            f"{what} at {where!r} is not what its config.json says: that describes a {type(config).__name__} of "
+            f"{what} at {where!r} is not what its config.json says: that describes {kind_of(config)} of "
             f"{needed:,} parameters, and the files hold {stored:,}; copy the folder again"
         )
 
@@ -127,7 +127,7 @@ def _problems(model: Any, found: Mapping[str, Any], new_head: str | None) -> lis
     ]
     return [
         *([f"the tensors {shown(missing)} are missing"] if missing else []),
-        *([f"the tensors {shown(unexpected)} have no place in a {type(model).__name__}"] if unexpected else []),
+        *([f"the tensors {shown(unexpected)} have no place in {kind_of(model)}"] if unexpected else []),
         *([f"shapes differ: {shown(shapes)}"] if shapes else []),
         *([_shortened("; ".join(found["error_msgs"]))] if found["error_msgs"] else []),
     ]

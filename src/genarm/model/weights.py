@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from genarm.errors import WeightsError
+from genarm.errors import WeightsError, kind_of
 
 RewardWeights: TypeAlias = Mapping[str, float] | Tensor
 """{name: number}, where rewards not named keep their default, or a tensor [batch, rewards]."""
@@ -71,8 +71,7 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
         return _check_tensor(weights, tuple(defaults), batch_size)
     if weights is not None and not isinstance(weights, Mapping):
         raise WeightsError(
-            f"reward_weights is a {type(weights).__name__}; give a mapping {{name: number}} or a tensor "
-            "[batch, rewards]"
+            f"reward_weights is {kind_of(weights)}; give a mapping {{name: number}} or a tensor [batch, rewards]"
         )
     row = weight_row(weights or {}, defaults)
     return torch.tensor(row, dtype=torch.float32).repeat(batch_size, 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from genarm.errors import DataError, UnsupportedError
+from genarm.errors import DataError, UnsupportedError, kind_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,7 +77,7 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Plain:
     if tokenizer not in _known:
         if not getattr(tokenizer, "is_fast", False):
             raise UnsupportedError(
-                f"typed text cannot be kept apart from control tokens with a {type(tokenizer).__name__}, only with "
+                f"typed text cannot be kept apart from control tokens with {kind_of(tokenizer)}, only with "
                 "tokenizers that have a tokenizer.json; leave plain user text out"
             )
         _known[tokenizer] = _make(tokenizer)

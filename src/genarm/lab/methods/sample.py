@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genarm.errors import WeightsError
+from genarm.errors import WeightsError, kind_of
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.loop import Choices, check_sampling, decode, shared_ids
 from genarm.lab.prefix import Ids, Prefix, batches, next_logits
@@ -156,9 +156,7 @@ class Sample(Blend):
             options["reward_weights"] = dict(zip(model.reward_names, row, strict=True))
             running = (BASE, *(name for name, weight in options["reward_weights"].items() if weight != 0))
         elif weights:
-            raise WeightsError(
-                f"a {type(model).__name__} has no rewards, and there are weights of {', '.join(weights)}"
-            )
+            raise WeightsError(f"{kind_of(model)} has no rewards, and there are weights of {', '.join(weights)}")
         super().__init__(
             [Term(model=model, members=members or running, options=options)], tokenizer, sampling, name="sampling"
         )
