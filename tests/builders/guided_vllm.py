@@ -71,13 +71,15 @@ class Asked:
     prompt: Sequence[int]
     weights: Mapping[str, float] | None = None
     tokens: int = 12
+    max_kl: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sampling(self) -> SamplingParams:
-        extra = None if self.weights is None else {"reward_weights": dict(self.weights)}
+        extra: dict[str, Any] = {} if self.weights is None else {"reward_weights": dict(self.weights)}
+        extra |= {} if self.max_kl is None else {"max_kl": self.max_kl}
         return SamplingParams(
-            temperature=0, max_tokens=self.tokens, ignore_eos=True, logprobs=3, extra_args=extra, **self.options
+            temperature=0, max_tokens=self.tokens, ignore_eos=True, logprobs=3, extra_args=extra or None, **self.options
         )
 
 
@@ -98,7 +100,8 @@ def agree(model: GuidedForCausalLM, asked: Asked, output: Any) -> None:
     reply = output.outputs[0]
     ids = list(reply.token_ids)
     assert len(ids) == asked.tokens
-    log_probs_TV = model(torch.tensor([[*asked.prompt, *ids]]), reward_weights=asked.weights).logits[0]
+    whole = torch.tensor([[*asked.prompt, *ids]])
+    log_probs_TV = model(whole, reward_weights=asked.weights, max_kl=asked.max_kl).logits[0]
     for t, (token, reported) in enumerate(zip(ids, reply.logprobs, strict=True)):
         expected_V = log_probs_TV[len(asked.prompt) - 1 + t]
         assert expected_V[token] >= expected_V.max() - TOLERANCE, (t, token)

@@ -35,6 +35,7 @@ from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, Request
 from genarm.engine.attention import Pass
 from genarm.engine.graphs import DecodeGraphs, Waits
+from genarm.engine.norms import _FusedNorm
 from genarm.engine.trunk import Trunk
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, UnsupportedError, WeightsError
 from genarm.sampling import Sampling
@@ -89,6 +90,21 @@ def test_greedy_tokens_are_those_of_generate(family: str, kind: str) -> None:
                 assert (shared in engine.describe()) == (kind != "full")
     # and the model is what it was
     assert generated(model, weights) == expected
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "two loras"), ("llama", "three"), ("qwen2", "full and lora")])
+def test_as_few_launches_as_on_a_gpu(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters ride in the layers' own products, with and without biases, and norms are one kernel."""
+    monkeypatch.setattr("genarm.engine.trunk.launches_count", lambda _: True)
+    test_greedy_tokens_are_those_of_generate(family, kind)
+    model = make_model(family, kind)
+    with Engine(model, TOKENIZER, options()) as engine:
+        trunk = next(trunk for trunk in engine._built.members.trunks if trunk._adapters is not None)
+        assert all(group.up_RO is not None for group in trunk._adapters._groups)  # type: ignore[union-attr]
+        assert any(isinstance(module, _FusedNorm) for module in trunk.model.modules())
+        with Engine(model, TOKENIZER, options()) as other:  # of the same model, beside it
+            asked = [greedy(prompt, weights_of(model, i)) for i, prompt in enumerate(PROMPTS)]
+            assert token_ids(other.generate(asked)) == token_ids(engine.generate(asked))
 
 
 def test_two_engines_of_one_model() -> None:

@@ -159,6 +159,38 @@ def test_a_reward_that_lacks_some_of_the_bases_tokens(tmp_path: Path) -> None:
     assert all(token < VOCAB_SIZE for token in outputs[1].outputs[0].token_ids)
 
 
+def test_tuned_rewards_and_budgets(places: Any) -> None:
+    """An ARM, a tuned adapter less the base, and a small tuned model less its untuned self, all in one batch."""
+    root, found = places["llama"]
+    guided = root / "tuned"
+    compose(
+        found["base"],
+        {"arm": found["lora"]},
+        guided,
+        tuned={"t": found["lora2"], "s": found["small_lora"]},
+        references={"s": found["small"]},
+    )
+    rows = [
+        ({"arm": 0.5, "t": 1.5, "s": -0.7}, None),
+        ({"arm": 0.0, "t": 1.0, "s": 0.0}, None),
+        ({"arm": 2.0, "t": 2.0, "s": 2.0}, 0.05),
+        ({"arm": 0.0, "t": 0.0, "s": 3.0}, 0.4),
+        ({"arm": 0.0, "t": 0.0, "s": 0.0}, 0.1),
+    ]
+    asked = [Asked(prompt=[7, 8 + i], weights=weights, max_kl=most) for i, (weights, most) in enumerate(rows)]
+    with engine(guided) as llm:
+        outputs = ask(llm, asked)
+        as_text = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args={"max_kl": "0.05"})
+        llm.generate([{"prompt_token_ids": [7, 8]}], as_text, use_tqdm=False)
+        for wrong in (-1, "much", math.inf):
+            params = SamplingParams(max_tokens=2, extra_args={"max_kl": wrong})
+            with pytest.raises(VLLMValidationError, match="max_kl is"):
+                llm.generate([{"prompt_token_ids": [7, 8]}], params, use_tqdm=False)
+    model = oracle(guided)
+    for request, output in zip(asked, outputs, strict=True):
+        agree(model, request, output)
+
+
 # --- weights of a request ---------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
+def launches_count(device: torch.device) -> bool:
+    """Whether a step's time goes by its launches as much as by what they read: on a GPU, at few rows."""
+    return device.type != "cpu"
+
+
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
     if hasattr(torch.cpu, "get_capabilities"):

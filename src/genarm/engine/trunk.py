@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from genarm.engine.attention import Feed, Pass, Plug, plan_pass
-from genarm.engine.device import input_device
+from genarm.engine.device import input_device, launches_count
 from genarm.engine.fused_linears import FusedLinears
 from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.kv_cache import KVCache, LayerShape
@@ -90,8 +90,9 @@ class Trunk:
         self._adapters = (
             SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
         )
-        self._fused = FusedLinears(model, self._run_once, self._adapters.riders if self._adapters else ())
-        if self.device.type != "cpu":
+        few = launches_count(self.device)  # at the price of some zeros between the adapters' second matrices
+        self._fused = FusedLinears(model, self._run_once, self._adapters.riders if self._adapters and few else ())
+        if few:
             fuse_norms(model)
         self._graphs = DecodeGraphs(self.kv_cache, self._logits) if graphs and self.shared else None
         self._adapted = frozenset(i for i, adapter in enumerate(adapters) if adapter is not None)

@@ -27,21 +27,13 @@ _log = logging.getLogger("genarm.server")
 
 
 def check_explained(service: Service, asked: ChatRequest | CompletionRequest) -> None:
-    """Refuse `return_rewards` and `max_kl` where what decodes knows nothing of the members (raises ApiError)."""
+    """Refuse `return_rewards` where nobody knows them (raises ApiError)."""
     if asked.return_rewards and not service.backend.explains:
         raise ApiError(
             400,
             "return_rewards is not available: this server decodes with vLLM, which reports the guided log-probability "
             "of a token only. Leave return_rewards out, or start the server with --engine genarm.",
             param="return_rewards",
-            code="unsupported_parameter",
-        )
-    if asked.max_kl is not None and not service.backend.explains:
-        raise ApiError(
-            400,
-            "max_kl is not available: this server decodes with vLLM, where weights are not bounded. Leave max_kl out, "
-            "or start the server with --engine genarm.",
-            param="max_kl",
             code="unsupported_parameter",
         )
 

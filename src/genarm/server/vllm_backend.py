@@ -288,7 +288,7 @@ class VllmEngine:
                 stop_token_ids=sorted(ends),
                 logprobs=request.top_log_probs,
                 prompt_logprobs=request.prompt_log_probs,
-                extra_args={"reward_weights": dict(request.weights)} if request.weights else None,
+                extra_args=_steering(request),
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
@@ -397,6 +397,15 @@ class VllmEngine:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+
+def _steering(request: Request) -> dict[str, Any] | None:
+    """What the plug-in is told of a request."""
+    given = {
+        **({"reward_weights": dict(request.weights)} if request.weights else {}),
+        **({} if request.max_kl is None else {"max_kl": float(request.max_kl)}),
+    }
+    return given or None
 
 
 class _Loop:

@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from genarm.errors import UnsupportedError
-from genarm.model.combine import coefficients, log_probs, weighted_sum
+from genarm.model.combine import coefficients, log_probs, weighted_sum, within_budget
 from genarm.vllm.config import served_config
 from genarm.vllm.streams import SharedModel, quicker_twice
 from genarm.vllm.weights import weight_table
@@ -106,7 +106,8 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Normalised float32 log-probs [N, V] of the combination; None on ranks that do not sample."""
-        weights_NR = self._table.take(hidden_states.shape[0])
+        *weights, budget_N = self._table.take(hidden_states.shape[0]).unbind(dim=1)
+        weights_NR = torch.stack(weights, dim=1)
         given = coefficients(weights_NR, self._references, len(self._alignments))
         active = (given.streams_BS != 0).any(dim=0).tolist()
         parts: dict[int, Tensor | None] = {}
@@ -125,7 +126,10 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         rewards = [self._alignments[i].fit(parts[i + 1].float()[:, None]) for i in columns]  # type: ignore[union-attr]
         unknown = [getattr(self, f"unknown_{i}") for i in columns]
         given = given.take(columns).to(base.device)
-        return log_probs(weighted_sum(base.float()[:, None], rewards, given, unknown)[:, 0])
+        total_N1V = log_probs(weighted_sum(base.float()[:, None], rewards, given, unknown))
+        if bool(budget_N.isfinite().any()):
+            total_N1V = within_budget(log_probs(base)[:, None], total_N1V, budget_N.to(base.device))
+        return total_N1V[:, 0]
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device

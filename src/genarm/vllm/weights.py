@@ -1,9 +1,10 @@
 """Each request's reward weights: checked when it arrives, kept by its row in the batch, read by the model.
 
 They come as `reward_weights` in `SamplingParams.extra_args` or, over HTTP, in `vllm_xargs`: a mapping, the same as a
-JSON text, or `helpful=1,harmless=0.5`. vLLM has a place where a plug-in learns which request is in which row of the
-batch, the logits processor, so that is what `RewardWeightsProcessor` is, though it leaves the logits alone: weights
-are applied before, where the members' logits are still apart.
+JSON text, or `helpful=1,harmless=0.5`; and beside them the budget `max_kl`, nats per token from the base. vLLM has a
+place where a plug-in learns which request is in which row of the batch, the logits processor, so that is what
+`RewardWeightsProcessor` is, though it leaves the logits alone: weights are applied before, where the members' logits
+are still apart.
 
 A worker process makes the processor and the model separately; they meet in the `WeightTable` of that worker.
 """
@@ -11,8 +12,9 @@ A worker process makes the processor and the model separately; they meet in the 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -23,7 +25,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from genarm.errors import UnsupportedError, WeightsError
-from genarm.model.weights import parse_weights, weight_row
+from genarm.model.weights import check_max_kl, parse_weights, weight_row
 from genarm.vllm.config import served_config
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 FIELD = "reward_weights"
+BUDGET = "max_kl"
 
 
 class WeightTable:
@@ -41,7 +44,7 @@ class WeightTable:
     """
 
     def __init__(self, defaults: Mapping[str, float]) -> None:
-        self._defaults = list(defaults.values())
+        self._defaults = _row(defaults.values(), None)
         self._rows: dict[int, list[float]] = {}
         self._size: int | None = None
         self._sampling = False
@@ -54,7 +57,7 @@ class WeightTable:
         self._sampling = True
 
     def take(self, rows: int) -> Tensor:
-        """Float32 weights [rows, rewards] for the logits that are being computed, on the CPU.
+        """Float32 [rows, rewards + 1] for the logits that are being computed, on the CPU: weights, then the budget.
 
         Raises:
             RuntimeError: there are not as many rows as requests, so that nobody can say whose they are.
@@ -108,24 +111,39 @@ class RewardWeightsProcessor(LogitsProcessor):
 
 
 def read_weights(sampling_params: SamplingParams, defaults: Mapping[str, float]) -> list[float] | None:
-    """The weights of a request in the order of the rewards, or None where it gives none.
+    """The weights of a request in the order of the rewards, then its budget; None where it gives neither.
 
     Raises:
         WeightsError: they name no reward, are no finite numbers, or cannot be read.
         UnsupportedError: log-probs of the prompt are asked for as well.
     """
-    given = (sampling_params.extra_args or {}).get(FIELD)
-    if given is None:
-        return None
-    row = weight_row(_mapping(given), defaults)
-    if row == list(defaults.values()):
+    extra = sampling_params.extra_args or {}
+    given = extra.get(FIELD)
+    row = _row(weight_row({} if given is None else _mapping(given), defaults), _budget(extra.get(BUDGET)))
+    if row == _row(defaults.values(), None):
         return None
     if sampling_params.prompt_logprobs is not None:
         raise UnsupportedError(
             "log-probs of the prompt (prompt_logprobs, or echo with logprobs) are computed with the model's default "
-            f"weights only; leave {FIELD} out, or ask for them with genarm's own engine"
+            f"weights only; leave {FIELD} and {BUDGET} out, or ask for them with genarm's own engine"
         )
     return row
+
+
+def _row(weights: Iterable[float], max_kl: float | None) -> list[float]:
+    return [*weights, math.inf if max_kl is None else max_kl]
+
+
+def _budget(given: Any) -> float | None:
+    if isinstance(given, str):  # as `vllm_xargs` may have it
+        try:
+            given = float(given)
+        except ValueError as error:
+            raise WeightsError(
+                f"{BUDGET} is {given!r:.50}; it must be a number of nats per token, 0 or more"
+            ) from error
+    check_max_kl(given)
+    return None if given is None else float(given)
 
 
 def _mapping(given: Any) -> Mapping[str, float]:
