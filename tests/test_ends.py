@@ -14,9 +14,10 @@ from genarm.errors import ConversationError
 from genarm.lab.accuracy.models import open_rewards
 from genarm.lab.accuracy.pairs import encode, limits, read_pairs
 from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.lab.replies import sample_replies
 from genarm.model.compose import compose
 from genarm.model.references import open_files
-from genarm.sampling import Sampling, sample_replies, stop_ids
+from genarm.sampling import Sampling, stop_ids
 from genarm.text.prompts import as_conversation, encode_pair, encode_prompt, end_ids
 from genarm.training.config import TrainConfig
 from genarm.training.data import load_pairs

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from builders.tiny import tiny_model, tiny_tokenizer
 from genarm.engine.noise import Purpose, key, log_exponentials
 from genarm.lab.methods.interface import Meter
-from genarm.sampling import SampledReply
+from genarm.lab.replies import SampledReply
 
 EOS = 1
 

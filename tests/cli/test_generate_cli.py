@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 from builders.templates import THINKING
 from builders.tiny import WORDS, save_member, tiny_model, tiny_tokenizer
 from genarm.cli.main import main
+from genarm.lab.replies import sample_replies
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.sampling import Sampling, derive_seed, sample_replies
+from genarm.sampling import Sampling, derive_seed
 from genarm.text.prompts import Reading, as_conversation, encode_prompt
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12", "w3 w3 w3", "w20", "w21 w1 w2"]

@@ -13,7 +13,8 @@ from builders.tiny import DEVICE, VOCAB_SIZE, tiny_model
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, Request
 from genarm.errors import ConfigError, UnsupportedError
-from genarm.sampling import Sampling, sample_replies
+from genarm.lab.replies import sample_replies
+from genarm.sampling import Sampling
 
 END = 1
 WEIGHTS = {"arm": 0.8}

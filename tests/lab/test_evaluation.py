@@ -160,7 +160,7 @@ def test_changed_settings_are_never_mixed(tmp_path: Path) -> None:
 def test_a_method_that_dies_loses_its_batch_alone(tmp_path: Path) -> None:
     from genarm.lab.evaluation.prompts import Question
     from genarm.lab.methods.interface import Meter
-    from genarm.sampling import SampledReply
+    from genarm.lab.replies import SampledReply
 
     class Dying:
         calls = 0

@@ -29,8 +29,9 @@ from genarm.errors import ConfigError, UnsupportedError, VocabularyError, Weight
 from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.sample import Blend, Sample, mod, proxy_tuning
+from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.sampling import SampledReply, Sampling, derive_seed, make_reply
+from genarm.sampling import Sampling, derive_seed
 
 
 def reply_alone(logits: Logits, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:

@@ -27,8 +27,9 @@ from genarm.lab.methods.args import Args
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.sample import Sample
 from genarm.lab.methods.transfer_q import TransferQ
+from genarm.lab.replies import SampledReply
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import SampledReply, Sampling, derive_seed
+from genarm.sampling import Sampling, derive_seed
 
 WEIGHTS = {"one": 1.5, "two": -0.8}
 STOPS = [EOS, *range(20, 32)]

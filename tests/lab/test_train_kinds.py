@@ -16,12 +16,10 @@ from builders.tiny import save_member, tiny_model, tiny_tokenizer
 from builders.toy_training import GOOD, toy_preferences, write_toy
 from genarm.cli.main import main
 from genarm.errors import ConfigError, DataError, GenarmError, MemberError, MissingExtraError, VocabularyError
-from genarm.lab.training.run import train
+from genarm.lab.training.rlhf import parse_rewards
 from genarm.text.prompts import encode_pair
-from genarm.training import run as arm
 from genarm.training.config import TrainConfig, make_config
-from genarm.training.kinds import parse_rewards
-from genarm.training.run import TrainResult
+from genarm.training.run import TrainResult, train
 
 pytest.importorskip("trl")
 
@@ -375,12 +373,10 @@ def test_defaults_depend_on_the_kind() -> None:
     assert [c.resolved_beta for c in kinds] == [0.05, 0.1, 0.05, 0.3]
     assert [c.resolved_lora_dropout for c in kinds] == [0.05, 0.0, 0.0, 0.0]
     assert [config(lora=True).resolved_learning_rate, config(**rlhf).resolved_learning_rate] == [5e-4, 1e-6]
-    with pytest.raises(ConfigError, match="this trains ARMs"):
-        arm.train(kinds[1])
 
 
 def test_trl_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm.lab.training.trainers.find_spec", lambda name: None)
+    monkeypatch.setattr("genarm.lab.training.baseline.find_spec", lambda name: None)
     settings = {**write_toy(tmp_path, n=8)}
     with pytest.raises(MissingExtraError, match=r"trl is not installed; .* 'genarm\[baselines\]'"):
         run(settings, kind="dpo")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with is among the kinds)
 from builders.tiny import save_member, tiny_model
 from builders.toy_training import run, write_toy
 from genarm.errors import ConfigError, GenarmError

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with is among the kinds)
 from genarm.cli.arguments import add_options
 from genarm.cli.console import quiet_libraries
 from genarm.training.config import TrainConfig, make_config
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise as one
-        from genarm.lab.training.run import train
+        from genarm.training.run import train
 
         train(config, resume=given.get("resume", False))
     return 0

@@ -1,1 +1,6 @@
-"""Training on preference pairs: autoregressive reward models (ARMs), and the baselines they are compared with."""
+"""Training of autoregressive reward models, from preference pairs to a finished folder."""
+
+from genarm.training.arm import Arm
+from genarm.training.kinds import register
+
+register(Arm())

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from genarm.errors import ConfigError
-from genarm.training.kinds import BETAS, GENERATIONS, KINDS, LORA_DROPOUT, check_kind
+from genarm.training.kinds import KINDS, check_kind, find_kind
 
 if TYPE_CHECKING:
     from genarm.text.prompts import Reading
@@ -146,7 +146,7 @@ class TrainConfig:
     )
     lora_dropout: float | None = field(
         default=None,
-        metadata=_about(_LORA, f"dropout on the adapter's input (default: {LORA_DROPOUT}; none for dpo and rlhf)"),
+        metadata=_about(_LORA, "dropout on the adapter's input (default: 0.05; none for dpo and rlhf)"),
     )
     lora_targets: str = field(
         default="all-linear",
@@ -161,14 +161,12 @@ class TrainConfig:
         metadata=_about(
             _TRAINING,
             "β_r of the ARM's loss, −log σ(β_r · margin in summed log-probabilities); for dpo the β of its loss, for "
-            f"rlhf the weight of the KL divergence from the model (default: {BETAS['arm']}; for dpo {BETAS['dpo']})",
+            "rlhf the weight of the KL divergence from the model (default: 0.05; for dpo 0.1)",
         ),
     )
     generations: int | None = field(
         default=None,
-        metadata=_about(
-            _TRAINING, f"for --kind rlhf, replies drawn for each prompt of a step (default: {GENERATIONS})"
-        ),
+        metadata=_about(_TRAINING, "for --kind rlhf, replies drawn for each prompt of a step (default: 4)"),
     )
     epochs: float = field(default=1.0, metadata=_about(_TRAINING, "passes over the data"))
     max_steps: int | None = field(
@@ -252,26 +250,22 @@ class TrainConfig:
         """The learning rate, with the default that goes with what is trained."""
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.kind == "rlhf":
-            return 5e-5 if self.lora else 1e-6
-        return 5e-4 if self.lora else 1e-5
+        adapter, whole = find_kind(self.kind).learning_rates
+        return adapter if self.lora else whole
 
     @property
     def resolved_beta(self) -> float:
         """β, with the default that goes with the kind; 1 for a trajectory reward, whose head has its own scale."""
-        return BETAS.get(self.kind, 1.0) if self.beta is None else self.beta
+        return self._resolved("beta", 1.0)
 
     @property
     def resolved_lora_dropout(self) -> float:
         """The adapter's dropout; by default none for a policy, which is compared with its reference."""
-        if self.lora_dropout is not None:
-            return self.lora_dropout
-        return 0.0 if self.kind in ("dpo", "rlhf") else LORA_DROPOUT
+        return self._resolved("lora_dropout", 0.0)
 
-    @property
-    def resolved_generations(self) -> int:
-        """Replies to each prompt of a step."""
-        return GENERATIONS if self.generations is None else self.generations
+    def _resolved(self, name: str, otherwise: float) -> float:
+        given = getattr(self, name)
+        return float(find_kind(self.kind).takes.get(name, otherwise) or 0.0) if given is None else given
 
 
 def option_name(field_name: str) -> str:

@@ -1,71 +1,170 @@
-"""The kinds of training: the ARM, and the baselines that it is compared with.
+"""What a kind of training is, and all kinds that there are: `arm`, and what others have registered.
 
-- `arm`: an autoregressive reward model (GenARM, arXiv 2410.08193, section 4.2).
-- `trajectory`: a classic reward model, a scalar head on the last token, with the Bradley–Terry loss.
-- `dpo`: a policy by direct preference optimisation (arXiv 2305.18290).
-- `rlhf`: a policy by reinforcement learning against trajectory reward models, kept near the model it starts from.
-  With several weighted rewards this is MORL.
+A kind is one class, in a file of its own, with all that differs between kinds: the options that it takes and their
+defaults, how its data are read, its trainer, and what its model card says. The command line reads these classes, so
+whatever is heavy is imported inside their methods.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from genarm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+    from genarm.provenance import Record
     from genarm.training.config import TrainConfig
+    from genarm.training.data import TrainData
 
-ARM = "arm"
-KINDS = (ARM, "trajectory", "dpo", "rlhf")
+Options = Mapping[str, float | int | bool | None]
 
-BETAS = {"arm": 0.05, "dpo": 0.1, "rlhf": 0.05}
-GENERATIONS = 4
-LORA_DROPOUT = 0.05
-
-# Options that only some kinds take.
-_ONLY = {
-    "beta": ("arm", "dpo", "rlhf"),
-    "rewards": ("rlhf",),
-    "generations": ("rlhf",),
-    "early_stopping": ("arm", "trajectory", "dpo"),
-    "load_in_4bit": ("arm", "dpo", "rlhf"),
-    "lora_dropout": ("arm", "trajectory"),
-}
-_WHY = {
-    "beta": "Bradley–Terry on a scalar head has no such scale",
-    "early_stopping": "there is no held-out loss to watch",
-    "load_in_4bit": "the adapter is merged into the weights that are written, which 4 bits would spoil",
-    "lora_dropout": "the policy is compared with its reference, and dropout would blur that",
-}
+# The options that only some kinds take.
+OPTIONAL = ("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightedReward:
-    """A reward to learn from: its name, the folder of a trajectory reward model, and its weight in the sum."""
+class Kind:
+    """A kind of training; what is not overridden is as for a policy that learns from pairs.
 
-    name: str
-    folder: str
-    weight: float = 1.0
+    Attributes:
+        name: as --kind has it.
+        takes: those of `OPTIONAL` that this kind takes, with their defaults.
+        lacks: why it does not take the others, for those where there is something to say.
+        learning_rates: the default with an adapter, and without.
+        split_weights: whether FSDP and DeepSpeed may split the weights over processes.
+        title, tags, task: of the model card.
+        loader: the class of transformers that loads the result.
+        merged: whether an adapter is merged into the weights that are written.
+        plots: a figure for each picture, and what its axis says.
+        score: what says which response of a held-out pair is the better one.
+        unit: of the margin between two responses.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.name}={self.folder}:{self.weight:g}"
+    name: ClassVar[str]
+    takes: ClassVar[Options] = {}
+    lacks: ClassVar[Mapping[str, str]] = {}
+    learning_rates: ClassVar[tuple[float, float]] = (5e-4, 1e-5)
+    split_weights: ClassVar[bool] = False
+    title: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]] = ()
+    task: ClassVar[str] = "text-generation"
+    loader: ClassVar[str] = "AutoModelForCausalLM"
+    merged: ClassVar[bool] = False
+    plots: ClassVar[Mapping[str, str]] = {"loss": "loss", "accuracy": "pair accuracy"}
+    score: ClassVar[str] = ""
+    unit: ClassVar[str] = " nats"
+
+    # --- settings ---------------------------------------------------------------------------------------------
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse options that do not go together for this kind (raises ConfigError)."""
+
+    def require(self) -> None:
+        """Refuse to train where something that it takes is not installed (raises MissingExtraError)."""
+
+    def resolved(self, config: TrainConfig) -> dict[str, Any]:
+        """Settings of this kind alone with their defaults filled in, and with local paths made absolute."""
+        return {}
+
+    def learns_from(self, config: TrainConfig) -> Record:
+        """Models beside the one that is trained, by their content."""
+        return {}
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def load(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[Any]:
+        """What is trained on and held out, in tokens."""
+        from genarm.training.data import load_pairs
+
+        return load_pairs(config, tokenizer)
+
+    def make_trainer(
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: TrainData[Any],
+        options: dict[str, Any],
+        callbacks: list[TrainerCallback],
+    ) -> Trainer:
+        """The trainer; `options` are arguments of `TrainingArguments`. It may give the tokenizer a padding token.
+
+        Raises:
+            GenarmError: the model or the settings do not serve.
+        """
+        raise NotImplementedError
+
+    def save(self, config: TrainConfig, trainer: Trainer, folder: Path) -> None:
+        """Write the trained weights into `folder`; called in every process."""
+        from genarm.training.sharding import save_whole
+
+        save_whole(trainer, folder)
+
+    # --- what is said of it -----------------------------------------------------------------------------------
+
+    def introduction(self, config: TrainConfig) -> str:
+        """The model card's first paragraph."""
+        raise NotImplementedError
+
+    def use(self, config: TrainConfig) -> list[str]:
+        """The model card's lines on how the result is used."""
+        package, loader = "transformers", self.loader
+        if config.lora and not self.merged:
+            package, loader = "peft", "AutoPeftModelForCausalLM"
+        load = f'model = {loader}.from_pretrained("{config.output.name}")'
+        return ["```python", f"from {package} import {loader}", "", load, "```"]
+
+    def leak(self, count: int) -> str:
+        """What is wrong with `count` held-out items whose prompts are trained on too."""
+        return f"{count} held-out pairs have a prompt that is trained on too, which flatters the held-out accuracy"
+
+    def evaluated(self, metrics: Mapping[str, float]) -> str:
+        """The figures of one evaluation, in a line."""
+        from genarm.training.report import pair_text
+
+        return pair_text(metrics)
+
+    def figure(self, metrics: Mapping[str, float]) -> str | None:
+        """The one held-out figure that says most, if any."""
+        from genarm.training.report import accuracies
+
+        found = accuracies(metrics).get("all")
+        return None if found is None else str(found)
+
+    def summary(self, metrics: Mapping[str, float]) -> list[str]:
+        """The held-out figures of a finished run, for a terminal."""
+        from genarm.training.report import accuracies
+
+        return [f"held-out accuracy, {label}: {accuracy}" for label, accuracy in accuracies(metrics).items()]
+
+    def held_out(self, metrics: Mapping[str, float]) -> list[str]:
+        """The model card's section on what was held out, its title first."""
+        from genarm.training.report import accuracy_section
+
+        return accuracy_section(metrics, self.score, self.unit)
 
 
-def parse_rewards(text: str) -> tuple[WeightedReward, ...]:
-    """The rewards of `NAME=FOLDER[:WEIGHT],…`; what follows the last colon is a weight if it is a number.
+KINDS: dict[str, Kind] = {}
+"""By name, in the order in which they are listed."""
+
+
+def register(*kinds: Kind) -> None:
+    """Let --kind be one of these, too."""
+    KINDS.update({kind.name: kind for kind in kinds})
+
+
+def find_kind(name: str) -> Kind:
+    """The kind of this name.
 
     Raises:
-        ConfigError: a part that does not have this form, a name twice, or a weight that is not finite.
+        ConfigError: there is none.
     """
-    specs = tuple(_parse_reward(part.strip()) for part in text.split(","))
-    names = [spec.name for spec in specs]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--rewards {text} gives a name twice; give each reward a name of its own")
-    return specs
+    if name not in KINDS:
+        more = "" if len(KINDS) > 1 else "; what an ARM is compared with comes with `import genarm.lab.training`"
+        raise ConfigError(f"--kind must be one of {', '.join(KINDS)}, got {name!r}{more}")
+    return KINDS[name]
 
 
 def check_kind(config: TrainConfig) -> None:
@@ -74,53 +173,11 @@ def check_kind(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the option, the kinds that take it, and what to do.
     """
-    from genarm.training.config import option_name
-
-    for name, kinds in _ONLY.items():
-        if config.kind not in kinds and getattr(config, name):
-            why = f": {_WHY[name]}" if name in _WHY else ""
-            raise ConfigError(
-                f"{option_name(name)} is for --kind {' and '.join(kinds)}, not {config.kind}{why}; leave it out"
-            )
-    if config.kind == "rlhf":
-        _check_rlhf(config)
-
-
-def _check_rlhf(config: TrainConfig) -> None:
-    if not config.rewards:
-        raise ConfigError("--kind rlhf learns from reward models: give --rewards NAME=FOLDER[:WEIGHT]")
-    parse_rewards(config.rewards)
-    generations, completions = config.resolved_generations, config.batch_size * config.accumulation
-    if generations < 2:
-        raise ConfigError(f"--generations must be at least 2, to compare replies to a prompt; got {generations}")
-    if completions % generations:
-        raise ConfigError(
-            f"a step has --batch-size times --accumulation = {completions} replies, which is no multiple of the "
-            f"{generations} of --generations; change one of them"
-        )
-
-
-def _parse_reward(part: str) -> WeightedReward:
-    name, _, value = part.partition("=")
-    if not (name and value):
-        raise ConfigError(f"cannot read {part!r} in --rewards; write NAME=FOLDER[:WEIGHT], several with commas")
-    folder, _, tail = value.rpartition(":")
-    try:
-        weight = float(tail) if folder else math.nan
-    except ValueError:
-        folder = ""
-    if not folder:
-        return WeightedReward(name=name, folder=value)
-    if not math.isfinite(weight):
-        raise ConfigError(f"the weight of {part!r} in --rewards must be a finite number")
-    return WeightedReward(name=name, folder=folder, weight=weight)
-
-
-def absolute_rewards(text: str) -> str:
-    """`text` of --rewards with the paths of local folders made absolute."""
-    specs = parse_rewards(text)
-    found = (str(Path(s.folder).absolute()) if Path(s.folder).exists() else s.folder for s in specs)
-    return ",".join(
-        str(WeightedReward(name=spec.name, folder=folder, weight=spec.weight))
-        for spec, folder in zip(specs, found, strict=True)
-    )
+    kind = find_kind(config.kind)
+    for name in OPTIONAL:
+        if name not in kind.takes and getattr(config, name):
+            takers = " and ".join(other.name for other in KINDS.values() if name in other.takes) or "others"
+            why = f": {kind.lacks[name]}" if name in kind.lacks else ""
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is for --kind {takers}, not {config.kind}{why}; leave it out")
+    kind.check(config)

@@ -27,7 +27,7 @@ from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
 from genarm.model.loading import HubOptions, load_generation_config
 from genarm.text.prompts import end_ids
 from genarm.training.config import TrainConfig
-from genarm.training.kinds import absolute_rewards
+from genarm.training.kinds import find_kind
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -37,7 +37,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         MemberError: the model's configuration cannot be loaded, or is no causal LM's to train.
         ConfigError: the lengths do not fit into the model's context.
     """
-    model_config = _model_config(config)
+    kind, model_config = find_kind(config.kind), _model_config(config)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     prompt, response = fit_lengths(config.max_prompt_tokens, config.max_response_tokens, context, model=config.model)
     return dataclasses.replace(
@@ -47,13 +47,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
         eval_data=_absolute(config.eval_data) if config.eval_data else None,
         chat_template=Path(os.path.abspath(config.chat_template)) if config.chat_template else None,
         output=Path(os.path.abspath(config.output)),
-        rewards=absolute_rewards(config.rewards) if config.rewards else None,
         learning_rate=config.resolved_learning_rate,
-        beta=None if config.kind == "trajectory" else config.resolved_beta,
+        beta=config.resolved_beta if "beta" in kind.takes else None,
         lora_dropout=config.resolved_lora_dropout,
-        generations=config.resolved_generations if config.kind == "rlhf" else None,
         max_prompt_tokens=prompt,
         max_response_tokens=response,
+        **kind.resolved(config),
     )
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from genarm.terminal import Bar
-from genarm.training.report import reward_text
+from genarm.training.kinds import Kind
 
 # Figures of the training beside the bar, of those that its kind has.
 _FIGURES = {"loss": ".4f", "accuracy": ".3f", "margin": "+.2f", "reward": "+.3f", "kl": ".3f"}
@@ -18,8 +18,9 @@ _FIGURES = {"loss": ".4f", "accuracy": ".3f", "margin": "+.2f", "reward": "+.3f"
 class ProgressDisplay(TrainerCallback):
     """Shows loss, accuracy, margin and tokens/s; the main process alone."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, kind: Kind) -> None:
         self.console = console
+        self.kind = kind
         self.progress: Bar | None = None
         self.evaluated = 0
 
@@ -87,8 +88,7 @@ class ProgressDisplay(TrainerCallback):
         if self.progress is not None:
             self.progress.update(self.task, description="training")
         if state.is_world_process_zero and metrics is not None:
-            text = reward_text(metrics) if "eval_reward" in metrics else _pair_text(metrics)
-            line = f"step {state.global_step:>5}  held-out {text}"
+            line = f"step {state.global_step:>5}  held-out {self.kind.evaluated(metrics)}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(
@@ -102,11 +102,3 @@ class ProgressDisplay(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-def _pair_text(metrics: dict[str, float]) -> str:
-    return (
-        f"loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_accuracy']:.3f} "
-        f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
-        f"margin {metrics['eval_margin']:+.2f}"
-    )

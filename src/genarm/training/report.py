@@ -10,6 +10,7 @@ from pathlib import Path
 from genarm.data.tokens import TokenReport
 from genarm.statistics import Proportion
 from genarm.training.config import TrainConfig, to_toml
+from genarm.training.kinds import Kind, find_kind
 
 LogEntry = Mapping[str, float]
 
@@ -46,45 +47,34 @@ def accuracies(metrics: Mapping[str, float]) -> dict[str, Proportion]:
     }
 
 
-def reward_text(metrics: Mapping[str, float]) -> str:
-    """The mean reward of replies to held-out prompts with its interval, and their divergence from the model."""
-    interval = ""
-    if "eval_reward_low" in metrics:
-        interval = f" [{metrics['eval_reward_low']:.3f}, {metrics['eval_reward_high']:.3f}]"
-    return f"reward {metrics['eval_reward']:+.3f}{interval}  KL {metrics['eval_kl']:.3f} nats per reply"
-
-
 def write_log(path: Path, log: Sequence[LogEntry]) -> None:
     """One JSON object per line, in the order of the steps."""
     path.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
 
 
-def write_plots(folder: Path, kind: str, log: Sequence[LogEntry]) -> None:
-    """Training and held-out figures by optimizer step: `loss.png` and `accuracy.png`, or `reward.png` and `kl.png`."""
-    for figure, label in _plots(kind).items():
+def write_plots(folder: Path, plots: Mapping[str, str], log: Sequence[LogEntry]) -> None:
+    """Training and held-out figures by optimizer step, a picture for each of `plots`: `loss.png`, for example."""
+    for figure, label in plots.items():
         _plot(folder / f"{figure}.png", log, figure, label)
 
 
 def model_card(report: RunReport) -> str:
     """The README.md of the result, with metadata that the hub reads."""
-    config = report.config
-    held_out = _reward_section(report.metrics) if config.kind == "rlhf" else _accuracy_section(config, report.metrics)
+    config, kind = report.config, find_kind(report.config.kind)
     return "\n".join(
         [
-            _front_matter(config),
-            f"# {config.output.name}: {_TITLES[config.kind]}",
+            _front_matter(config, kind),
+            f"# {config.output.name}: {kind.title}",
             "",
-            _introduction(config),
+            kind.introduction(config),
             "",
             "## Use",
             "",
-            *_use(config),
+            *kind.use(config),
             "",
-            f"## Held-out {'reward' if config.kind == 'rlhf' else 'accuracy'}",
+            *kind.held_out(report.metrics),
             "",
-            *held_out,
-            "",
-            " ".join(f"![{figure}]({figure}.png)" for figure in _plots(config.kind)),
+            " ".join(f"![{figure}]({figure}.png)" for figure in kind.plots),
             "",
             "## Data",
             "",
@@ -100,79 +90,13 @@ def model_card(report: RunReport) -> str:
     )
 
 
-_TITLES = {
-    "arm": "an autoregressive reward model",
-    "trajectory": "a trajectory-level reward model",
-    "dpo": "a policy by direct preference optimisation",
-    "rlhf": "a policy by reinforcement learning from rewards",
-}
-_TAGS = {
-    "arm": ["reward-model", "autoregressive-reward-model"],
-    "trajectory": ["reward-model"],
-    "dpo": ["dpo"],
-    "rlhf": ["rlhf"],
-}
-
-
-def _plots(kind: str) -> dict[str, str]:
-    if kind == "rlhf":
-        return {"reward": "mean reward", "kl": "KL from the start, nats per reply"}
-    return {"loss": "loss", "accuracy": "pair accuracy"}
-
-
-def _introduction(config: TrainConfig) -> str:
-    adapter = "LoRA adapter on" if config.lora else "fine-tuned"
-    match config.kind:
-        case "trajectory":
-            how = " through a LoRA adapter, merged into its weights," if config.lora else ""
-            return (
-                f"`{config.model}` with a scalar head on the last token, trained{how} on preference pairs with the "
-                "Bradley–Terry loss. It scores whole responses; differences between scores of responses to the same "
-                "prompt are what it means."
-            )
-        case "dpo":
-            return (
-                f"A {adapter} `{config.model}`, trained on preference pairs with the DPO loss "
-                "([arXiv 2305.18290](https://arxiv.org/abs/2305.18290))."
-            )
-        case "rlhf":
-            return (
-                f"A {adapter} `{config.model}`, trained by RLOO ([arXiv 2402.14740](https://arxiv.org/abs/2402.14740)) "
-                f"to raise the rewards `{config.rewards}` (name, model, weight), with a KL penalty towards the model "
-                "that it started from."
-            )
-    return (
-        f"A {adapter} `{config.model}`, trained on preference pairs with the GenARM loss "
-        "([arXiv 2410.08193](https://arxiv.org/abs/2410.08193)). Its log-probabilities are token-level rewards: they "
-        "steer a frozen language model with the same tokenizer while it decodes. It is not meant to be sampled from "
-        "alone."
-    )
-
-
-def _use(config: TrainConfig) -> list[str]:
-    name = config.output.name
-    if config.kind == "arm":
-        return [
-            "```bash",
-            f"genarm compose --base BASE --reward {name}={config.output} --output guided",
-            'genarm generate guided --prompt "…"',
-            "```",
-        ]
-    loader = "AutoModelForSequenceClassification" if config.kind == "trajectory" else "AutoModelForCausalLM"
-    package = "transformers"
-    if config.lora and config.kind != "trajectory":
-        package, loader = "peft", "AutoPeftModelForCausalLM"
-    return ["```python", f"from {package} import {loader}", "", f'model = {loader}.from_pretrained("{name}")', "```"]
-
-
-def _front_matter(config: TrainConfig) -> str:
+def _front_matter(config: TrainConfig, kind: Kind) -> str:
     from huggingface_hub import ModelCardData
 
-    adapter = config.lora and config.kind != "trajectory"
     data = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-classification" if config.kind == "trajectory" else "text-generation",
-        tags=["genarm", *_TAGS[config.kind]],
+        library_name="peft" if config.lora and not kind.merged else "transformers",
+        pipeline_tag=kind.task,
+        tags=["genarm", *kind.tags],
         # The hub refuses cards whose base model or data set is a path.
         base_model=None if Path(config.model).exists() else config.model,
         datasets=None if Path(config.data).exists() else ["/".join(config.data.split("/")[:2])],
@@ -180,45 +104,28 @@ def _front_matter(config: TrainConfig) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _reward_section(metrics: Mapping[str, float]) -> list[str]:
-    if "eval_reward" not in metrics:
-        return ["No prompts were held out."]
-    own = {name.removeprefix("eval_reward/"): v for name, v in metrics.items() if name.startswith("eval_reward/")}
-    return [
-        f"One reply to each of {metrics['eval_prompts']:.0f} held-out prompts, drawn at temperature 1: weighted "
-        f"{reward_text(metrics)} (log π − log π_start).",
-        "",
-        "| reward | mean |",
-        "|---|---|",
-        *(f"| {name} | {value:+.3f} |" for name, value in own.items()),
-    ]
+def pair_text(metrics: Mapping[str, float]) -> str:
+    """The figures of one evaluation on held-out pairs, in a line."""
+    return (
+        f"loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_accuracy']:.3f} "
+        f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
+        f"margin {metrics['eval_margin']:+.2f}"
+    )
 
 
-_SCORES = {
-    "arm": (
-        "Share of held-out pairs whose chosen response has the higher summed log-probability; tokens of the "
-        "response and its end-of-turn token count, without normalisation by length. The lower rows show how far "
-        "the length of a response alone sways it."
-    ),
-    "trajectory": "Share of held-out pairs whose chosen response has the higher score, over all and by length.",
-    "dpo": (
-        "Share of held-out pairs whose chosen response has the higher implicit reward, log π − log π_start, over all "
-        "and by length."
-    ),
-}
-
-
-def _accuracy_section(config: TrainConfig, metrics: Mapping[str, float]) -> list[str]:
+def accuracy_section(metrics: Mapping[str, float], score: str, unit: str) -> list[str]:
+    """The model card's section on held-out pairs: `score` says what was compared, `unit` is that of the margin."""
     found = accuracies(metrics)
     if not found:
-        return ["No pairs were held out."]
-    unit = "" if config.kind == "trajectory" else " nats"
+        return ["## Held-out accuracy", "", "No pairs were held out."]
     rows = [
         f"| {label} | {accuracy.n} | {accuracy.rate:.3f} | {accuracy.low:.3f} to {accuracy.high:.3f} |"
         for label, accuracy in found.items()
     ]
     return [
-        _SCORES[config.kind],
+        "## Held-out accuracy",
+        "",
+        score,
         "",
         "| pairs | n | accuracy | 95% interval |",
         "|---|---|---|---|",

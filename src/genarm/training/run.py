@@ -1,4 +1,4 @@
-"""`train`: one training run of an ARM from settings to a finished folder; `run_training` does it for any kind.
+"""`train`: one training run from settings to a finished folder.
 
 In order: look at the output folder, fill in the settings, read and tokenise the data, load the model, train,
 evaluate, write the result. Nothing is written before everything that can be refused has been.
@@ -7,7 +7,6 @@ evaluate, write the result. Nothing is written before everything that can be ref
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -36,19 +34,18 @@ from genarm.provenance import AT, Record, content_of, model_record
 from genarm.terminal import PlainConsole
 from genarm.training.arguments import training_options
 from genarm.training.config import TrainConfig
-from genarm.training.data import TrainData, load_pairs
-from genarm.training.kinds import ARM, parse_rewards
-from genarm.training.loading import load_model, load_tokenizer, resolve
+from genarm.training.data import TrainData
+from genarm.training.kinds import Kind, find_kind
+from genarm.training.loading import load_tokenizer, resolve
 from genarm.training.output import Checkpoint, RunFolder
 from genarm.training.progress import ProgressDisplay
-from genarm.training.report import RunReport, accuracies, model_card, reward_text, write_log, write_plots
+from genarm.training.report import RunReport, model_card, write_log, write_plots
 from genarm.training.sharding import (
     check_gathered,
     check_joined,
     check_launch,
     parameter_counts,
     prepare_to_load,
-    save_whole,
     sum_in_float32,
 )
 from genarm.training.trainer import ArmTrainer
@@ -67,49 +64,18 @@ class TrainResult:
     resumed_from: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What differs between kinds of training.
-
-    Attributes:
-        load: reads and tokenises what is trained on and held out.
-        make_trainer: the trainer, given settings, tokenizer, data, arguments of `TrainingArguments`, and callbacks;
-            it may give the tokenizer a padding token.
-        save: writes the trained weights into a folder; called in every process.
-    """
-
-    load: Callable[[TrainConfig, PreTrainedTokenizerBase], TrainData[Any]]
-    make_trainer: Callable[
-        [TrainConfig, PreTrainedTokenizerBase, TrainData[Any], dict[str, Any], list[TrainerCallback]], Trainer
-    ]
-    save: Callable[[Trainer, Path], None] = save_whole
-
-
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Train an autoregressive reward model and write it to `config.output`.
+    """Train what `config` says, by default an autoregressive reward model, and write it to `config.output`.
 
     With `resume`, continue from the newest complete checkpoint there; the result has the same weights as that of a
     run that was never interrupted. A finished run is returned as it is.
 
     Raises:
         GenarmError: any setting, data or model that does not serve; a loss that is not finite.
-        ConfigError: settings of another kind of training, which is `genarm.lab.training.run.train`'s.
+        MissingExtraError: a kind of training whose trainer is not installed.
     """
-    if config.kind != ARM:
-        raise ConfigError(
-            f"this trains ARMs, and the settings say --kind {config.kind}; call genarm.lab.training.run.train instead"
-        )
-    return run_training(config, Kind(load=load_pairs, make_trainer=_arm_trainer), resume=resume, console=console)
-
-
-def run_training(
-    config: TrainConfig, kind: Kind, *, resume: bool = False, console: Console | None = None
-) -> TrainResult:
-    """Train what `config` says in the way of its `kind`; see `train`.
-
-    Raises:
-        GenarmError: any setting, data or model that does not serve; a loss that is not finite.
-    """
+    kind = find_kind(config.kind)
+    kind.require()
     check_launch(config)
     process = _join_processes()
     check_joined(process)
@@ -122,7 +88,7 @@ def run_training(
     folder.check_settings(config)
     tokenizer = load_tokenizer(config)
     data = kind.load(config, tokenizer)
-    inputs = _inputs(config, data)
+    inputs = _inputs(config, kind, data)
     folder.check_inputs(inputs)
     finished = folder.metrics()
     if finished is not None:
@@ -138,7 +104,7 @@ def run_training(
     for line in ["the first of training, as the model reads it:", *example_lines(tokenizer, data.training[0])]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if data.leaked:
-        console.print(_leak_note(config, data.leaked), highlight=False, soft_wrap=True)
+        console.print(f"note: {kind.leak(data.leaked)}", highlight=False, soft_wrap=True)
     trainer = _make_trainer(config, kind, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
 
@@ -164,7 +130,9 @@ def run_training(
         log=trainer.state.log_history,
     )
     _write_result(trainer, kind, tokenizer, folder, report)
-    _print_result(console, folder.path, metrics)
+    for line in kind.summary(metrics):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"wrote {folder.path}", highlight=False, markup=False, soft_wrap=True)
     return TrainResult(
         output=folder.path,
         metrics=metrics,
@@ -173,13 +141,12 @@ def run_training(
     )
 
 
-def _inputs(config: TrainConfig, data: TrainData[Any]) -> Record:
+def _inputs(config: TrainConfig, kind: Kind, data: TrainData[Any]) -> Record:
     """What the run starts and learns from, by content: tokens are compared, wherever they were read."""
-    rewards = parse_rewards(config.rewards) if config.rewards else ()
     held_out = config.eval_data or config.data
     return {
         "model": model_record(config.model, config.revision),
-        "rewards": {reward.name: model_record(reward.folder) for reward in rewards},
+        "rewards": kind.learns_from(config),
         "training data": {AT: config.data, "tokens": content_of(data.training)},
         "held-out data": {AT: held_out, "tokens": content_of(data.held_out or ())},
     }
@@ -206,12 +173,6 @@ def _resume_message(path: Path, checkpoint: Checkpoint | None) -> str:
     return f"resuming from step {checkpoint.step} ({checkpoint.path})"
 
 
-def _leak_note(config: TrainConfig, leaked: int) -> str:
-    if config.kind == "rlhf":
-        return f"note: {leaked} held-out prompts are trained on too, which flatters the held-out reward"
-    return f"note: {leaked} held-out pairs have a prompt that is trained on too, which flatters the held-out accuracy"
-
-
 def _make_trainer(
     config: TrainConfig,
     kind: Kind,
@@ -222,7 +183,7 @@ def _make_trainer(
     *,
     resuming: bool,
 ) -> Trainer:
-    callbacks: list[TrainerCallback] = [ProgressDisplay(console), *_trackers(config.report_to)]
+    callbacks: list[TrainerCallback] = [ProgressDisplay(console, kind), *_trackers(config.report_to)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
@@ -231,31 +192,6 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     sum_in_float32(trainer)
     return trainer
-
-
-def _arm_trainer(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainData[Any],
-    options: dict[str, Any],
-    callbacks: list[TrainerCallback],
-) -> Trainer:
-    arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
-    return ArmTrainer(
-        load_model(config, tokenizer),
-        arguments,
-        beta=config.resolved_beta,
-        pad_id=_pad_id(tokenizer),
-        train_pairs=list(data.training),
-        eval_pairs=list(data.held_out) if data.held_out else None,
-        callbacks=callbacks,
-    )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id serves: padding is masked in attention and loss alike."""
-    found = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None]
-    return int(found[0])
 
 
 def _trackers(report_to: str) -> list[TrainerCallback]:
@@ -295,7 +231,7 @@ def _final_metrics(state: TrainerState, seconds: float, *, best: bool) -> dict[s
     for entry in state.log_history:
         if entry["step"] == step and "loss" in entry:
             metrics |= {f"train_{name}": value for name, value in entry.items() if name not in _NO_FIGURES}
-        elif entry["step"] == step and ("eval_loss" in entry or "eval_reward" in entry):
+        elif entry["step"] == step:
             metrics |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     return metrics
 
@@ -308,7 +244,7 @@ def _write_result(
     if process.is_main_process:
         folder.stage()
     process.wait_for_everyone()
-    kind.save(trainer, folder.staging)
+    kind.save(report.config, trainer, folder.staging)
     process.wait_for_everyone()
     if process.is_main_process:
         staging = folder.staging
@@ -317,7 +253,7 @@ def _write_result(
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(report), encoding="utf-8")
         write_log(staging / "metrics.jsonl", report.log)
-        write_plots(staging, report.config.kind, report.log)
+        write_plots(staging, kind.plots, report.log)
         folder.publish(report.metrics)
     process.wait_for_everyone()
 
@@ -328,11 +264,3 @@ def _model_line(config: TrainConfig, trainer: Trainer) -> str:
     trained, total = parameter_counts(model)
     how = f"LoRA rank {config.lora_rank}" if config.lora else "all weights"
     return f"model {config.model}: {how}, {trained:,} of {total:,} parameters are trained"
-
-
-def _print_result(console: Console, path: Path, metrics: Mapping[str, float]) -> None:
-    for label, accuracy in accuracies(metrics).items():
-        console.print(f"held-out accuracy, {label}: {accuracy}", highlight=False, markup=False)
-    if "eval_reward" in metrics:
-        console.print(f"held-out {reward_text(metrics)}", highlight=False, markup=False)
-    console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from genarm.errors import ConfigError, GenarmError
 from genarm.training.config import TrainConfig
+from genarm.training.kinds import find_kind
 
 _FSDP, _DEEPSPEED = "FSDP", "DeepSpeed"
 
@@ -35,7 +36,7 @@ def check_launch(config: TrainConfig) -> None:
         return
     if asked == _DEEPSPEED and find_spec("deepspeed") is None:
         raise ConfigError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed, or use FSDP")
-    if config.kind != "arm":
+    if not find_kind(config.kind).split_weights:
         raise ConfigError(
             f"the launch asks for {asked}, which is for ARMs, and the settings say --kind {config.kind}; "
             "launch with plain processes (accelerate launch --multi_gpu)"

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from genarm.engine import Engine, Request, Stream
 from genarm.errors import ConfigError
 from genarm.lab.bench.timing import Contestant, clock, per_token
+from genarm.lab.replies import generation_config
 from genarm.sampling import Sampling
 
 
@@ -101,7 +102,7 @@ def _stamps(stream: Stream) -> list[float]:
 
 def in_transformers(model: PreTrainedModel, task: Task) -> Contestant:
     """The model alone, by transformers' `generate`."""
-    config = Sampling(max_new_tokens=task.tokens).generation_config(stop_ids=(), pad_id=0)
+    config = generation_config(Sampling(max_new_tokens=task.tokens), (), 0)
 
     def run(number: int) -> float:
         ids_BT = torch.tensor([task.prompt(number)], device=model.device)

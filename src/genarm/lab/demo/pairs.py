@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.files import write_text
 from genarm.lab.demo.world import Request, preference, true_score, write_reply
-from genarm.sampling import Sampling, derive_seed, sample_replies
+from genarm.lab.replies import sample_replies
+from genarm.sampling import Sampling, derive_seed
 from genarm.text.prompts import as_conversation, encode_prompt
 
 MAX_NEW_TOKENS = 64

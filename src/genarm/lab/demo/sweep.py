@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.lab.demo.pairs import MAX_NEW_TOKENS, progress
 from genarm.lab.demo.world import OBJECTIVES, Request, Truth, truth
-from genarm.sampling import Sampling, derive_seed, sample_replies
+from genarm.lab.replies import sample_replies
+from genarm.sampling import Sampling, derive_seed
 from genarm.statistics import Mean, mean
 from genarm.text.prompts import as_conversation, encode_prompt
 

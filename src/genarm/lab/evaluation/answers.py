@@ -17,7 +17,8 @@ from genarm.files import append_rows, keep_rows, resume_rows
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.results import Cost
 from genarm.lab.methods.interface import Meter, Method
-from genarm.sampling import SampledReply, derive_seed
+from genarm.lab.replies import SampledReply
+from genarm.sampling import derive_seed
 
 LogProbs: TypeAlias = Callable[[Sequence[Sequence[int]], Sequence[SampledReply]], "list[float] | None"]
 

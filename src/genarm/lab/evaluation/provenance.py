@@ -11,8 +11,8 @@ from genarm.lab.evaluation.build import Models, base_reference
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.recipe import JudgeSpec, MethodSpec, Recipe, TrainSpec
 from genarm.lab.pairs.scorers import ScorerOptions, make_scorer
+from genarm.lab.training.rlhf import parse_rewards
 from genarm.provenance import AT, Record, content_of, data_record, file_content, plain
-from genarm.training.kinds import parse_rewards
 
 
 def training_record(spec: TrainSpec, models: Models) -> Record:

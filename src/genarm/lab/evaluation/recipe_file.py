@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with is among the kinds)
 from genarm.data.tables import FORBID, read_table
 from genarm.errors import ConfigError
 from genarm.lab.evaluation.recipe import (

@@ -44,7 +44,6 @@ from genarm.lab.evaluation.world import WorldSettings, make_world
 from genarm.lab.machine import code_version, one_thread, this_machine
 from genarm.lab.methods.interface import Method
 from genarm.lab.methods.sample import Sample
-from genarm.lab.training.run import train
 from genarm.model.placement import Placement
 from genarm.model.references import find_device
 from genarm.provenance import claim, data_record
@@ -52,6 +51,7 @@ from genarm.sampling import Sampling
 from genarm.terminal import Bar
 from genarm.training.config import make_config
 from genarm.training.output import METRICS
+from genarm.training.run import train
 
 RECIPE = "recipe.json"
 

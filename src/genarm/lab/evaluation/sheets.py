@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with is among the kinds)
 from genarm.lab.evaluation.claims import Ruling
 from genarm.lab.evaluation.costs import Times
 from genarm.lab.evaluation.figures import Comparison, Figures, Published, Row
@@ -13,7 +14,7 @@ from genarm.lab.evaluation.fronts import Front
 from genarm.lab.evaluation.gaps import Recovered
 from genarm.lab.evaluation.results import Trained
 from genarm.statistics import Estimate, Mean, WinRate
-from genarm.training.report import accuracies, reward_text
+from genarm.training.kinds import find_kind
 
 UNKNOWN = "–"
 
@@ -268,16 +269,12 @@ def _trained(trained: Sequence[Trained]) -> Sheet:
         title="Trained for this",
         note="Held-out pairs in which the preferred response gets the higher reward; of rlhf, the reward itself.",
         head=("model", "kind", "held-out", "seconds of training"),
-        rows=tuple((model.name, model.kind, _held_out(model.metrics), _seconds(model.metrics)) for model in trained),
+        rows=tuple(
+            (model.name, model.kind, find_kind(model.kind).figure(model.metrics) or UNKNOWN, _seconds(model.metrics))
+            for model in trained
+        ),
         words=2,
     )
-
-
-def _held_out(metrics: Mapping[str, float]) -> str:
-    if "eval_reward" in metrics:
-        return reward_text(metrics)
-    found = accuracies(metrics).get("all")
-    return UNKNOWN if found is None else str(found)
 
 
 def _seconds(metrics: Mapping[str, float]) -> str:

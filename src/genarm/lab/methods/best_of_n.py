@@ -11,8 +11,8 @@ from genarm.lab.methods.loop import check_sampling
 from genarm.lab.methods.rewards import WeightedRewards
 from genarm.lab.methods.sample import Blend
 from genarm.lab.prefix import Ids
+from genarm.lab.replies import SampledReply
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import SampledReply
 
 
 class BestOfN:

@@ -28,9 +28,10 @@ from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.loop import check_sampling, enough_memory, pick, shared_ids
 from genarm.lab.methods.rewards import WeightedPrefix, WeightedRewards
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
+from genarm.lab.replies import SampledReply, make_reply
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import SampledReply, Sampling, derive_seed, make_reply, stop_ids
+from genarm.sampling import Sampling, derive_seed, stop_ids
 
 ALPHA = 0.5
 

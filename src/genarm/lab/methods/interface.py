@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from genarm.lab.prefix import Counter
-from genarm.sampling import SampledReply
+from genarm.lab.replies import SampledReply
 
 
 @dataclass(kw_only=True)

@@ -25,10 +25,11 @@ from genarm.errors import WeightsError, kind_of
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.loop import Choices, check_sampling, decode, shared_ids
 from genarm.lab.prefix import Ids, Prefix, batches, next_logits
+from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.config import BASE
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
-from genarm.sampling import SampledReply, Sampling, make_reply, stop_ids
+from genarm.sampling import Sampling, stop_ids
 
 # Logits that one forward of `log_probs` may have, 256 MiB in float32.
 LOGITS = 1 << 26

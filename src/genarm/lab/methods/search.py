@@ -20,9 +20,10 @@ from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.loop import Choices, check_sampling, decode, replay, shared_ids
 from genarm.lab.methods.rewards import WeightedRewards
 from genarm.lab.prefix import Ids, Prefix, next_logits
+from genarm.lab.replies import SampledReply, make_reply
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import SampledReply, Sampling, make_reply, stop_ids
+from genarm.sampling import Sampling, stop_ids
 
 
 class Rollouts(Protocol):

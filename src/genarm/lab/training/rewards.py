@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from genarm.lab.training.rlhf import WeightedReward, parse_rewards
 from genarm.lab.trajectory import TrajectoryReward
-from genarm.training.kinds import WeightedReward, parse_rewards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,22 +19,12 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer
 
-from genarm.errors import ConfigError, GenarmError, MissingExtraError
+from genarm.errors import ConfigError, GenarmError
 from genarm.training.config import TrainConfig
 from genarm.training.loss import response_log_probs
 from genarm.training.trainer import CheckedTrainer, PairTrainer, check_numbers, pair_metrics
 
 Made = TypeVar("Made")
-
-
-def require_trl() -> None:
-    """Refuse to go on without trl.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    if find_spec("trl") is None:
-        raise MissingExtraError("trl", "baselines")
 
 
 class Baseline(CheckedTrainer):

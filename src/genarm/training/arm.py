@@ -1,0 +1,74 @@
+"""The autoregressive reward model (GenARM, arXiv 2410.08193, section 4.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from genarm.training.kinds import Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+    from genarm.data.tokens import TokenPair
+    from genarm.training.config import TrainConfig
+    from genarm.training.data import TrainData
+
+
+class Arm(Kind):
+    """Learns which response is preferred from log-probabilities, token by token."""
+
+    name = "arm"
+    takes: ClassVar = {"beta": 0.05, "early_stopping": None, "load_in_4bit": False, "lora_dropout": 0.05}
+    split_weights = True
+    title = "an autoregressive reward model"
+    tags = ("reward-model", "autoregressive-reward-model")
+    score = (
+        "Share of held-out pairs whose chosen response has the higher summed log-probability; tokens of the "
+        "response and its end-of-turn token count, without normalisation by length. The lower rows show how far "
+        "the length of a response alone sways it."
+    )
+
+    def make_trainer(
+        self,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: TrainData[TokenPair],
+        options: dict[str, Any],
+        callbacks: list[TrainerCallback],
+    ) -> Trainer:
+        """An `ArmTrainer`."""
+        from transformers import TrainingArguments
+
+        from genarm.training.loading import load_model
+        from genarm.training.trainer import ArmTrainer
+
+        arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
+        # Any id serves: padding is masked in attention and loss alike.
+        pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        return ArmTrainer(
+            load_model(config, tokenizer),
+            arguments,
+            beta=config.resolved_beta,
+            pad_id=int(pad_id),
+            train_pairs=list(data.training),
+            eval_pairs=list(data.held_out) if data.held_out else None,
+            callbacks=callbacks,
+        )
+
+    def introduction(self, config: TrainConfig) -> str:
+        """What it is trained on, and what it is for."""
+        return (
+            f"A {'LoRA adapter on' if config.lora else 'fine-tuned'} `{config.model}`, trained on preference pairs "
+            "with the GenARM loss ([arXiv 2410.08193](https://arxiv.org/abs/2410.08193)). Its log-probabilities are "
+            "token-level rewards: they steer a frozen language model with the same tokenizer while it decodes. It is "
+            "not meant to be sampled from alone."
+        )
+
+    def use(self, config: TrainConfig) -> list[str]:
+        """Composed with a base."""
+        return [
+            "```bash",
+            f"genarm compose --base BASE --reward {config.output.name}={config.output} --output guided",
+            'genarm generate guided --prompt "…"',
+            "```",
+        ]
