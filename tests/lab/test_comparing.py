@@ -17,8 +17,9 @@ from genarm.errors import ConfigError
 from genarm.lab.evaluation.answers import Answers
 from genarm.lab.evaluation.comparing import announce, calls, compare_all, pairs_of
 from genarm.lab.evaluation.prompts import Question
-from genarm.lab.evaluation.recipe import JudgeSpec, MethodSpec, PromptSpec, Recipe, SamplingSpec
+from genarm.lab.evaluation.recipe import JudgeSpec, PromptSpec, Recipe, SamplingSpec
 from genarm.lab.evaluation.results import Cost
+from genarm.lab.methods.interface import MethodSpec
 
 N = 6
 COST = Cost(seconds=(1.0,), tokens=1, forwards={}, positions={})

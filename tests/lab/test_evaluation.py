@@ -19,11 +19,11 @@ from genarm.cli.main import main
 from genarm.errors import DataError
 from genarm.lab.demo.world import overall
 from genarm.lab.evaluation.answers import answering, read_answers
-from genarm.lab.evaluation.plan import forwards_per_reply
 from genarm.lab.evaluation.recipe import slug
 from genarm.lab.evaluation.recipe_file import load_recipe, scales
 from genarm.lab.evaluation.run import RunOptions, evaluate
 from genarm.lab.evaluation.world import WorldSettings, make_world
+from genarm.lab.methods.kinds import METHODS
 
 pytest.importorskip("trl")
 
@@ -212,7 +212,7 @@ def test_forwards_of_a_plan_are_the_most_that_a_method_does(tmp_path: Path) -> N
     evaluate(recipe, options(tmp_path / "run"), QUIET)
     for spec in recipe.methods:
         tokens = recipe.draw(spec).max_new_tokens
-        planned = sum(forwards_per_reply(spec, tokens).values()) * recipe.prompts.count
+        planned = sum(METHODS[spec.kind].forwards(spec, tokens).values()) * recipe.prompts.count
         lines = (tmp_path / "run" / "answers" / f"{slug(spec.name)}.jsonl").read_text().splitlines()
         counts = [json.loads(line).get("batch_cost", {"counts": {}})["counts"] for line in lines]
         done = sum(count["forwards"] for each in counts for count in each.values())

@@ -28,7 +28,9 @@ from builders.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
 from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
-from genarm.lab.methods.sample import Blend, Sample, mod, proxy_tuning
+from genarm.lab.methods.mod import mod
+from genarm.lab.methods.proxy_tuning import proxy_tuning
+from genarm.lab.methods.sample import Blend, Sample
 from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling, derive_seed

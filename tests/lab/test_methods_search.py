@@ -98,7 +98,7 @@ def search(
     if what == "args":
         return Args(base, tokenizer, sampling, rewards, weights, top_k=4)
     policy = models.get("policy") or tiny_model("gpt_neox", seed=5)
-    return TransferQ(base, policy, tokenizer, sampling, rewards, weights, top_k=4, rollout=3)
+    return TransferQ(policy, base, tokenizer, sampling, rewards, weights, top_k=4, rollout=3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -211,7 +211,7 @@ def test_refusals() -> None:
 
     def transfer_q(policy: PreTrainedModel = base, **changes: Any) -> TransferQ:
         given: dict[str, Any] = {"top_k": 4, "rollout": 3, **changes}
-        return TransferQ(base, policy, tokenizer, Sampling(), rewards, {}, **given)
+        return TransferQ(policy, base, tokenizer, Sampling(), rewards, {}, **given)
 
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ConfigError, "top_k of ARGS is 0", lambda: args(top_k=0)),

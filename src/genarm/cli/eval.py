@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = open_console()
     with quiet_libraries():
         if options.plan:
-            from genarm.lab.evaluation.build import Models
             from genarm.lab.evaluation.plan import make_plan, show
+            from genarm.lab.methods.models import Models
 
             models = Models(folder=output.resolve(), dtype=options.dtype, device=options.device)
             console.print(show(make_plan(recipe, models, console)))

@@ -18,12 +18,12 @@ from rich.console import Console
 from genarm.errors import DataError
 from genarm.files import append_rows, resume_rows
 from genarm.lab.evaluation.answers import Answers
-from genarm.lab.evaluation.build import Models
 from genarm.lab.evaluation.comparing import COMPARING, compare_all
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.provenance import scores_record
 from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, slug
 from genarm.lab.evaluation.results import Verdicts
+from genarm.lab.methods.models import Models
 from genarm.lab.pairs.scorers import Item, ScorerOptions, make_scorer
 from genarm.provenance import claim
 

@@ -7,8 +7,7 @@ bandwidth and the speed of products that this machine shows when asked.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,11 @@ from rich.table import Table
 from safetensors import safe_open
 
 from genarm.lab.bench.timing import clock, copy_bandwidth
-from genarm.lab.evaluation.build import Models
 from genarm.lab.evaluation.comparing import Calls, calls
-from genarm.lab.evaluation.recipe import MethodSpec, Recipe
+from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.methods.interface import MethodSpec
+from genarm.lab.methods.kinds import METHODS
+from genarm.lab.methods.models import Models
 from genarm.model.references import find_device
 
 
@@ -90,52 +91,11 @@ def make_plan(recipe: Recipe, models: Models, console: Console) -> Plan:
 # --- work ------------------------------------------------------------------------------------------------------
 
 
-def forwards_per_reply(spec: MethodSpec, tokens: int) -> dict[str, float]:
-    """{model: forwards of single rows} for one reply of `tokens` tokens, at most."""
-    base, used = spec.roles.get("base", ""), [name for name, weight in spec.weights.items() if weight]
-    number = spec.settings
-    counts: Counter[str] = Counter()
-    match spec.kind:
-        case "sample":
-            counts[spec.roles["model"]] += tokens
-        case "genarm":
-            counts.update({base: tokens})
-            counts.update(_each((spec.named[name] for name in used), tokens))
-        case "args":
-            counts.update({base: tokens})
-            counts.update(_each(spec.named.values(), tokens * (1 + int(number["top_k"]))))
-        case "transfer-q":
-            rollouts = int(number["top_k"]) * int(number["rollout"])
-            counts.update({base: tokens})
-            counts.update(_each([spec.roles["policy"]], tokens * (1 + rollouts)))
-            counts.update(_each(spec.named.values(), tokens * (1 + int(number["top_k"]))))
-        case "best-of-n":
-            counts.update({base: tokens * int(number["n"])})
-            counts.update(_each(spec.named.values(), int(number["n"])))
-        case "cards":
-            counts.update({base: tokens * int(number["tries"])})
-            counts.update(_each(spec.named.values(), 1 + tokens * int(number["tries"])))
-        case "mod":
-            counts.update(_each((spec.named[name] for name in used), tokens))
-        case "soup":
-            counts.update({f"soup on {base}": tokens})
-        case "proxy-tuning":
-            counts.update(_each(spec.roles.values(), tokens))
-    return dict(counts)
-
-
-def _each(references: Iterable[str], count: int) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for reference in references:
-        total[reference] += count
-    return total
-
-
 def _method(
     spec: MethodSpec, recipe: Recipe, sizes: Mapping[str, float | None], speed: Speed, width: int
 ) -> MethodPlan:
     draw = recipe.draw(spec)
-    per_reply = forwards_per_reply(spec, draw.max_new_tokens)
+    per_reply = METHODS[spec.kind].forwards(spec, draw.max_new_tokens)
     forwards = {name: count * recipe.prompts.count for name, count in per_reply.items()}
     rows = min(draw.batch_size, recipe.prompts.count)
     seconds = 0.0

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from genarm.lab.evaluation.answers import Answers
-from genarm.lab.evaluation.build import Models, base_reference
 from genarm.lab.evaluation.prompts import Question
-from genarm.lab.evaluation.recipe import JudgeSpec, MethodSpec, Recipe, TrainSpec
+from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, TrainSpec
+from genarm.lab.methods.interface import MethodSpec
+from genarm.lab.methods.models import Models
 from genarm.lab.pairs.scorers import ScorerOptions, make_scorer
 from genarm.lab.training.rlhf import parse_rewards
 from genarm.provenance import AT, Record, content_of, data_record, file_content, plain
@@ -49,7 +50,7 @@ def answers_record(recipe: Recipe, method: MethodSpec, models: Models, questions
             "seed": recipe.seed,
             "sampling": asdict(recipe.sampling),
             "method": own,
-            "base": models.record(base_reference(recipe.methods[0])),
+            "base": models.record(recipe.methods[0].base),
             "prompts": {AT: spec.data, "number": len(questions), "text": content_of(q.prompt for q in questions)},
             "tokens of the prompts": content_of(q.ids for q in questions),
         }

@@ -14,40 +14,11 @@ from pydantic import Field, FiniteFloat, PositiveInt
 
 from genarm.data.tables import FORBID
 from genarm.errors import ConfigError
+from genarm.lab.methods.interface import MethodSpec
 
 FileName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")]
 """The name of a file or a folder, and no path."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What a method of this kind needs.
-
-    Attributes:
-        roles: single models that it must be given.
-        named: the table of named models that goes with its weights ("rewards", "policies"), or None.
-        settings: its own numbers, and what they are where the recipe leaves them out.
-    """
-
-    roles: tuple[str, ...]
-    named: str | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
-
-
-KINDS: Mapping[str, Kind] = {
-    "sample": Kind(roles=("model",)),
-    "genarm": Kind(roles=("base",), named="rewards"),
-    "args": Kind(roles=("base",), named="rewards", settings={"top_k": 10, "temperature": 0.7}),
-    "transfer-q": Kind(
-        roles=("base", "policy"), named="rewards", settings={"top_k": 10, "rollout": 20, "temperature": 0.7}
-    ),
-    "best-of-n": Kind(roles=("base",), named="rewards", settings={"n": 16}),
-    "cards": Kind(roles=("base",), named="rewards", settings={"entropy": 3.0, "beta": 0.7, "goal": 0.0, "tries": 20}),
-    "mod": Kind(roles=(), named="policies"),
-    "soup": Kind(roles=("base",), named="policies"),
-    "proxy-tuning": Kind(roles=("base", "tuned", "untuned"), settings={"weight": 1.0}),
-}
-"""Methods by the names of their papers; policies by DPO, RLHF and MORL are `sample`d."""
 
 JUDGES: Mapping[str, str] = {
     "function": "scores a reply by a Python function, module:function",
@@ -129,31 +100,6 @@ class TrainSpec:
 
     name: str
     settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSpec:
-    """One row of the table.
-
-    Attributes:
-        kind: a key of `KINDS`.
-        name: as the table shows it.
-        family: the curve that it is a point of.
-        roles: {role: model}.
-        named: {name: model} of rewards or policies.
-        weights: a weight for each of `named`; of a policy, the preference that it was trained for, if it has one.
-        settings: numbers of the method itself.
-        sampling: replaces numbers of the recipe's sampling.
-    """
-
-    kind: str
-    name: str
-    family: str
-    roles: Mapping[str, str] = field(default_factory=dict)
-    named: Mapping[str, str] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, float] = field(default_factory=dict)
-    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

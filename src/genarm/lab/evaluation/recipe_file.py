@@ -18,12 +18,10 @@ import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with i
 from genarm.data.tables import FORBID, read_table
 from genarm.errors import ConfigError
 from genarm.lab.evaluation.recipe import (
-    KINDS,
     Claim,
     FileName,
     Gap,
     JudgeSpec,
-    MethodSpec,
     PairSpec,
     PromptSpec,
     Recipe,
@@ -31,6 +29,8 @@ from genarm.lab.evaluation.recipe import (
     TrainSpec,
     slug,
 )
+from genarm.lab.methods.interface import MethodSpec
+from genarm.lab.methods.kinds import METHODS
 from genarm.training.config import make_config
 
 
@@ -116,9 +116,9 @@ def _train(entry: Mapping[str, Any], scale: _Scale, where: str) -> TrainSpec:
 
 def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
     """The rows of one entry: one for each of its `weights`, if it has a list of them."""
-    kind = KINDS.get(str(entry.get("kind")))
+    kind = METHODS.get(str(entry.get("kind")))
     if kind is None:
-        raise ConfigError(f"{where} has the kind {entry.get('kind')!r}; it must be one of {', '.join(KINDS)}")
+        raise ConfigError(f"{where} has the kind {entry.get('kind')!r}; it must be one of {', '.join(METHODS)}")
     name = read_table(str, entry.get("name", entry["kind"]), f"{where}.name")
     where = f"method {name!r}"
     own = [*kind.roles, *([kind.named] if kind.named else [])]

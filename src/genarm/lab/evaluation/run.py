@@ -29,20 +29,21 @@ from rich.text import Text
 
 from genarm.files import check_output, write_text
 from genarm.lab.evaluation.answers import Answers, answering, read_answers
-from genarm.lab.evaluation.build import Models, base_reference, build, kl_bound
 from genarm.lab.evaluation.comparing import announce
 from genarm.lab.evaluation.figures import Figures, figures, record
 from genarm.lab.evaluation.judging import Judged, check_judges, judge_all
 from genarm.lab.evaluation.prompts import Question, read_questions
 from genarm.lab.evaluation.provenance import answers_record, training_record
-from genarm.lab.evaluation.recipe import MethodSpec, Recipe, TrainSpec, slug
+from genarm.lab.evaluation.recipe import Recipe, TrainSpec, slug
 from genarm.lab.evaluation.report import report
 from genarm.lab.evaluation.results import Measured, Results, Trained
 from genarm.lab.evaluation.table import markdown, table
 from genarm.lab.evaluation.tasks import held_out_file, make_pairs
 from genarm.lab.evaluation.world import WorldSettings, make_world
 from genarm.lab.machine import code_version, one_thread, this_machine
-from genarm.lab.methods.interface import Method
+from genarm.lab.methods.interface import Method, MethodSpec, Parts
+from genarm.lab.methods.kinds import METHODS
+from genarm.lab.methods.models import Models
 from genarm.lab.methods.sample import Sample
 from genarm.model.placement import Placement
 from genarm.model.references import find_device
@@ -137,7 +138,7 @@ def _trained(folder: Path, spec: TrainSpec) -> Trained:
 
 
 def _questions(recipe: Recipe, models: Models) -> list[Question]:
-    base = models.files(base_reference(recipe.methods[0]))
+    base = models.files(recipe.methods[0].base)
     longest = max(recipe.draw(method).max_new_tokens for method in recipe.methods)
     room = (base.context or 10**9) - longest
     return read_questions(recipe.prompts, models.resolve(recipe.prompts.data), base.tokenizer, room)
@@ -192,9 +193,12 @@ def _method(spec: MethodSpec, recipe: Recipe, models: Models) -> tuple[Method, A
     base = recipe.methods[0]
     if not recipe.sampling.interleave:
         models.keep((base, spec))
-    tokenizer = models.files(base_reference(base)).tokenizer
-    plain = Sample(models.policy(spec.roles.get("base", base_reference(base))), tokenizer, Sampling())
-    return build(spec, models, tokenizer, recipe.draw(spec)), plain.log_probs
+    tokenizer = models.files(base.base).tokenizer
+    plain = Sample(models.policy(spec.roles.get("base", base.base)), tokenizer, Sampling())
+    draw = recipe.draw(spec)
+    sampling = Sampling(max_new_tokens=draw.max_new_tokens, temperature=draw.temperature)
+    parts = Parts(spec=spec, models=models, tokenizer=tokenizer, sampling=sampling)
+    return METHODS[spec.kind].build(parts), plain.log_probs
 
 
 # --- results ---------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ def _results(
             tokens=tuple(len(ids) for ids in answers[spec.name].token_ids),
             scores=judged.scores[spec.name],
             kl=answers[spec.name].kl,
-            kl_bound=kl_bound(spec),
+            kl_bound=METHODS[spec.kind].kl_bound(spec),
             cost=answers[spec.name].cost,
         )
         for spec in recipe.methods

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from genarm.lab.methods.interface import Kind, tally
+from genarm.lab.methods.rewards import guided_by_rewards
 from genarm.lab.methods.search import Search
-from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import Sampling
 
 
 class Args(Search):
@@ -18,15 +14,16 @@ class Args(Search):
     a reply stops at EOS.
     """
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        rewards: Mapping[str, TrajectoryReward],
-        weights: Mapping[str, float],
-        *,
-        top_k: int,
-    ) -> None:
-        """As `Search`."""
-        super().__init__(base, tokenizer, sampling, rewards, weights, top_k=top_k, name="ARGS")
+    title = "ARGS"
+
+
+KIND = Kind(
+    name="args",
+    roles=("base",),
+    named="rewards",
+    settings={"top_k": 10, "temperature": 0.7},
+    build=lambda parts: Args(*guided_by_rewards(parts), **parts.spec.numbers),
+    forwards=lambda spec, tokens: tally(
+        (spec.base, tokens), *((reward, tokens * (1 + spec.numbers["top_k"])) for reward in spec.named.values())
+    ),
+)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from genarm.errors import ConfigError
-from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.interface import Kind, Meter, tally
 from genarm.lab.methods.loop import check_sampling
 from genarm.lab.methods.rewards import WeightedRewards
-from genarm.lab.methods.sample import Blend
+from genarm.lab.methods.sample import Blend, Sample
 from genarm.lab.prefix import Ids
 from genarm.lab.replies import SampledReply
 from genarm.lab.trajectory import TrajectoryReward
@@ -64,3 +64,21 @@ class BestOfN:
 def kl_bound(n: int) -> float:
     """log N − (N − 1)/N, an upper bound in nats on the divergence of Best-of-N from what it samples (2401.01879)."""
     return math.log(n) - (n - 1) / n
+
+
+KIND = Kind(
+    name="best-of-n",
+    roles=("base",),
+    named="rewards",
+    settings={"n": 16},
+    build=lambda parts: BestOfN(
+        Sample(parts.model("base"), parts.tokenizer, parts.sampling),
+        parts.rewards,
+        parts.spec.weights,
+        **parts.spec.numbers,
+    ),
+    forwards=lambda spec, tokens: tally(
+        (spec.base, tokens * spec.numbers["n"]), *((reward, spec.numbers["n"]) for reward in spec.named.values())
+    ),
+    kl_bound=lambda spec: kl_bound(spec.numbers["n"]),
+)

@@ -15,51 +15,38 @@ Shapes: B rows, V ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.engine.noise import Purpose, key, uniform
 from genarm.errors import ConfigError
-from genarm.lab.methods.interface import Meter
-from genarm.lab.methods.loop import check_sampling, enough_memory, pick, shared_ids
-from genarm.lab.methods.rewards import WeightedPrefix, WeightedRewards
+from genarm.lab.methods.interface import Kind, Meter, MethodSpec, tally
+from genarm.lab.methods.loop import enough_memory, pick
+from genarm.lab.methods.rewards import RewardGuided, WeightedPrefix, guided_by_rewards
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
 from genarm.lab.replies import SampledReply, make_reply
-from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import Sampling, derive_seed, stop_ids
+from genarm.sampling import derive_seed
 
 ALPHA = 0.5
 
 
-class Cards:
+class Cards(RewardGuided):
     """Segments of the base, accepted by Σ_i w_i r_i against a rising threshold."""
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        rewards: Mapping[str, TrajectoryReward],
-        weights: Mapping[str, float],
-        *,
-        entropy: float,
-        beta: float,
-        goal: float,
-        tries: int,
-    ) -> None:
-        """Ready to answer.
+    title = "CARDS"
+    greedy = False
+
+    def __init__(self, *models: Any, entropy: float, beta: float, goal: float, tries: int) -> None:
+        """As `RewardGuided`, whose length is n, with the numbers of the method.
 
         Args:
-            base: draws the segments.
-            tokenizer: of all models.
-            sampling: length (n) and temperature.
-            rewards: by name.
-            weights: w_i by the same names; 1 where not given.
+            models: the arguments of `RewardGuided`.
             entropy: in nats, of the base at temperature 1, from which on a segment ends.
             beta: β; the smaller, the less of what is below the threshold is accepted.
             goal: the threshold at the end.
@@ -67,24 +54,18 @@ class Cards:
 
         Raises:
             ConfigError: a setting out of range.
-            WeightsError, VocabularyError, UnsupportedError: weights, models or settings that do not serve.
+            WeightsError, VocabularyError, UnsupportedError: as `RewardGuided`.
         """
-        check_sampling(sampling, "CARDS", greedy=False)
+        super().__init__(*models)
         if not (math.isfinite(entropy) and entropy >= 0 and math.isfinite(goal)):
             raise ConfigError(f"entropy and goal of CARDS are {entropy} and {goal}; they must be finite, entropy ≥ 0")
         if not (math.isfinite(beta) and beta > 0 and tries >= 1):
             raise ConfigError(f"beta and tries of CARDS are {beta} and {tries}; they must be above 0 and at least 1")
-        self.base = base
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.rewards = WeightedRewards(rewards, weights, tokenizer)
         self.entropy = entropy
         self.beta = beta
         self.goal = goal
         self.tries = tries
-        self.stops = stop_ids(base, tokenizer)
-        require_movable([base, *(reward.trunk for reward in self.rewards.models)], "CARDS")
-        self.known = shared_ids([base, *(reward.model for reward in self.rewards.models)], tokenizer)
+        require_movable([self.base, *(reward.trunk for reward in self.rewards.models)], self.title)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
@@ -243,3 +224,18 @@ class _Run:
             self._rewards.replace([i], best.rewards)
             self._logits_BV[i] = best.logits_V
         self.going[i].keep(best.tokens, best.logits_V, done=best.base is None)
+
+
+def _forwards(spec: MethodSpec, tokens: int) -> Counter[str]:
+    drawn = tokens * spec.numbers["tries"]
+    return tally((spec.base, drawn), *((reward, 1 + drawn) for reward in spec.named.values()))
+
+
+KIND = Kind(
+    name="cards",
+    roles=("base",),
+    named="rewards",
+    settings={"entropy": 3.0, "beta": 0.7, "goal": 0.0, "tries": 20},
+    build=lambda parts: Cards(*guided_by_rewards(parts), **parts.spec.numbers),
+    forwards=_forwards,
+)

@@ -6,12 +6,20 @@ positions, because that is what a user waits or pays for; positions are counted 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from genarm.lab.prefix import Counter
+from genarm.lab.prefix import Counter as ForwardCounter
 from genarm.lab.replies import SampledReply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from genarm.lab.methods.models import Models
+    from genarm.lab.trajectory import TrajectoryReward
+    from genarm.sampling import Sampling
 
 
 @dataclass(kw_only=True)
@@ -34,7 +42,7 @@ class Meter:
         count.forwards += forwards
         count.positions += positions
 
-    def counter(self, *members: str) -> Counter:
+    def counter(self, *members: str) -> ForwardCounter:
         """Counts the forwards of a model once for each of `members`: a guided model runs several in one forward."""
 
         def count(forwards: int, positions: int) -> None:
@@ -61,3 +69,98 @@ class Method(Protocol):
         This is bookkeeping for the divergence from the base, never counted as work of the method.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One row of the table.
+
+    Attributes:
+        kind: the name of a `Kind`.
+        name: as the table shows it.
+        family: the curve that it is a point of.
+        roles: {role: model}.
+        named: {name: model} of rewards or policies.
+        weights: a weight for each of `named`; of a policy, the preference that it was trained for, if it has one.
+        settings: numbers of the method itself.
+        sampling: replaces numbers of the recipe's sampling.
+    """
+
+    kind: str
+    name: str
+    family: str
+    roles: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The model that it steers, whose tokenizer reads its prompts; of methods without one, the first model."""
+        return next(iter((*self.roles.values(), *self.named.values())))
+
+    @property
+    def used(self) -> list[str]:
+        """The named models whose weight is not 0."""
+        return [self.named[name] for name, weight in self.weights.items() if weight]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The settings that are none of how replies are drawn."""
+        return {name: value for name, value in self.settings.items() if name != "temperature"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a method is built of: its row of a recipe, the models, the tokenizer, and how replies are drawn."""
+
+    spec: MethodSpec
+    models: Models
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+
+    def model(self, role: str) -> PreTrainedModel:
+        """The model of a role."""
+        return self.models.policy(self.spec.roles[role])
+
+    @property
+    def policies(self) -> dict[str, PreTrainedModel]:
+        """The named models as policies."""
+        return {name: self.models.policy(reference) for name, reference in self.spec.named.items()}
+
+    @property
+    def rewards(self) -> dict[str, TrajectoryReward]:
+        """The named models as classic rewards."""
+        return {name: self.models.reward(reference) for name, reference in self.spec.named.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of method: all that a recipe, a plan and a report need to know of it.
+
+    Attributes:
+        name: as recipes have it.
+        build: makes the method, ready to answer.
+        forwards: {model: forwards of single rows} for one reply of so many tokens, at most.
+        roles: single models that it must be given.
+        named: the table of named models that goes with its weights ("rewards", "policies"), or None.
+        settings: its own numbers, and what they are where the recipe leaves them out.
+        kl_bound: what the divergence from the base is at most where theory says so, in nats per reply.
+    """
+
+    name: str
+    build: Callable[[Parts], Method]
+    forwards: Callable[[MethodSpec, int], Mapping[str, float]]
+    roles: tuple[str, ...] = ()
+    named: str | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+    kl_bound: Callable[[MethodSpec], float | None] = lambda _: None
+
+
+def tally(*work: tuple[str, int]) -> Counter[str]:
+    """Forwards by model, those of one that comes twice added up."""
+    total: Counter[str] = Counter()
+    for reference, count in work:
+        total[reference] += count
+    return total

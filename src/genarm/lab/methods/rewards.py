@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.interface import Meter, Parts
+from genarm.lab.methods.loop import check_sampling, shared_ids
 from genarm.lab.prefix import Ids
 from genarm.lab.trajectory import ScoredPrefix, TrajectoryReward
 from genarm.model.weights import weight_row
+from genarm.sampling import Sampling, stop_ids
 
 
 class WeightedRewards:
@@ -96,3 +99,51 @@ class WeightedPrefix:
         """Forget this many last tokens of each row, of its last chunk at the most."""
         for _, prefix in self._parts:
             prefix.rewind(counts)
+
+
+class RewardGuided:
+    """A method in which rewards choose among the tokens of a base.
+
+    Attributes:
+        title: of the method, for messages.
+        greedy: whether it can be asked for at temperature 0.
+    """
+
+    title: ClassVar[str]
+    greedy: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        rewards: Mapping[str, TrajectoryReward],
+        weights: Mapping[str, float],
+        *,
+        others: Sequence[PreTrainedModel] = (),
+    ) -> None:
+        """Ready to answer.
+
+        Args:
+            base: whose tokens are chosen from.
+            tokenizer: of all models.
+            sampling: length and temperature.
+            rewards: by name.
+            weights: w_i by the same names; 1 where not given.
+            others: more models that read the same tokens.
+
+        Raises:
+            WeightsError, VocabularyError, UnsupportedError: weights, models or settings that do not serve.
+        """
+        check_sampling(sampling, self.title, greedy=self.greedy)
+        self.base = base
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.rewards = WeightedRewards(rewards, weights, tokenizer)
+        self.stops = stop_ids(base, tokenizer)
+        self.known = shared_ids([base, *others, *(reward.model for reward in self.rewards.models)], tokenizer)
+
+
+def guided_by_rewards(parts: Parts) -> tuple[Any, ...]:
+    """The first arguments of every `RewardGuided`, of the parts of a recipe's row."""
+    return parts.model("base"), parts.tokenizer, parts.sampling, parts.rewards, parts.spec.weights

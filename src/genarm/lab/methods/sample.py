@@ -1,9 +1,6 @@
 """Sampling from one model, or from several whose logits are added up.
 
-- `Sample`: the base, a trained policy (DPO, RLHF, a soup), or a guided model with its reward weights (GenARM).
-- `mod`: MOD (arXiv 2406.18853), Σ_i λ_i z_i over policies that were each trained for one objective.
-- `proxy_tuning`: proxy tuning (arXiv 2401.08565) and EFT (arXiv 2310.12962), z + w·(z_tuned − z_untuned), which
-  carries what a small model learned over to a large one.
+`Sample` draws from the base, a trained policy (DPO, RLHF, a soup), or a guided model with its reward weights (GenARM).
 
 All are softmax(Σ_i c_i z_i / T) with one batched forward of each model per token; a model with c_i = 0 is not run.
 
@@ -22,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.errors import WeightsError, kind_of
-from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.interface import Kind, Meter, tally
 from genarm.lab.methods.loop import Choices, check_sampling, decode, shared_ids
 from genarm.lab.prefix import Ids, Prefix, batches, next_logits
 from genarm.lab.replies import SampledReply, make_reply
@@ -163,47 +160,6 @@ class Sample(Blend):
         )
 
 
-def mod(
-    policies: Mapping[str, PreTrainedModel],
-    weights: Mapping[str, float],
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-) -> Blend:
-    """MOD: softmax(Σ_i λ_i z_i / T), with λ for each of `policies` by name.
-
-    Raises:
-        WeightsError: other names than the policies', values that are not finite, or zeros alone.
-        VocabularyError, UnsupportedError: as `Blend`.
-    """
-    if set(weights) != set(policies):
-        raise WeightsError(f"λ are given for {', '.join(weights)}, and the policies are {', '.join(policies)}")
-    terms = [Term(model=model, members=(name,), factor=weights[name]) for name, model in policies.items()]
-    return Blend(terms, tokenizer, sampling, name="MOD")
-
-
-def proxy_tuning(
-    base: PreTrainedModel,
-    tuned: PreTrainedModel,
-    untuned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    *,
-    weight: float = 1.0,
-) -> Blend:
-    """Proxy tuning: softmax((z + w·(z_tuned − z_untuned)) / T), z of the base.
-
-    Raises:
-        WeightsError: a weight that is not finite.
-        VocabularyError, UnsupportedError: as `Blend`.
-    """
-    terms = [
-        Term(model=base, members=(BASE,)),
-        Term(model=tuned, members=("tuned",), factor=weight),
-        Term(model=untuned, members=("untuned",), factor=-weight),
-    ]
-    return Blend(terms, tokenizer, sampling, name="proxy tuning")
-
-
 class _BlendSteps:
     """`Steps` over the whole vocabulary."""
 
@@ -239,3 +195,11 @@ def _sum(logits: Sequence[Tensor], known: int) -> Tensor:
 
 def _column(ids: Ids, like: Tensor) -> Tensor:
     return torch.tensor(list(ids), device=like.device)[:, None]
+
+
+KIND = Kind(
+    name="sample",
+    roles=("model",),
+    build=lambda parts: Sample(parts.model("model"), parts.tokenizer, parts.sampling, members=("policy",)),
+    forwards=lambda spec, tokens: tally((spec.base, tokens)),
+)

@@ -9,21 +9,19 @@ Shapes: B rows, K candidates, V ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Meter
-from genarm.lab.methods.loop import Choices, check_sampling, decode, replay, shared_ids
-from genarm.lab.methods.rewards import WeightedRewards
+from genarm.lab.methods.loop import Choices, decode, replay
+from genarm.lab.methods.rewards import RewardGuided
 from genarm.lab.prefix import Ids, Prefix, next_logits
 from genarm.lab.replies import SampledReply, make_reply
-from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.config import BASE
-from genarm.sampling import Sampling, stop_ids
 
 
 class Rollouts(Protocol):
@@ -43,46 +41,19 @@ class Rollouts(Protocol):
         ...
 
 
-class Search:
+class Search(RewardGuided):
     """ARGS, or with rollouts Transfer-Q."""
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        rewards: Mapping[str, TrajectoryReward],
-        weights: Mapping[str, float],
-        *,
-        top_k: int,
-        name: str,
-        others: Sequence[PreTrainedModel] = (),
-    ) -> None:
-        """Ready to answer.
-
-        Args:
-            base: whose tokens are chosen from.
-            tokenizer: of all models.
-            sampling: length and temperature.
-            rewards: by name.
-            weights: w_i by the same names; 1 where not given.
-            top_k: k.
-            name: of the method, for messages.
-            others: more models that read the same tokens.
+    def __init__(self, *models: Any, top_k: int, others: Sequence[PreTrainedModel] = ()) -> None:
+        """As `RewardGuided`, with the number of candidates.
 
         Raises:
             ConfigError: a top_k below 1.
-            WeightsError, VocabularyError, UnsupportedError: weights, models or settings that do not serve.
+            WeightsError, VocabularyError, UnsupportedError: as `RewardGuided`.
         """
-        check_sampling(sampling, name)
+        super().__init__(*models, others=others)
         if top_k < 1:
-            raise ConfigError(f"top_k of {name} is {top_k}; it must be at least 1")
-        self.base = base
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.rewards = WeightedRewards(rewards, weights, tokenizer)
-        self.stops = stop_ids(base, tokenizer)
-        self.known = shared_ids([base, *others, *(reward.model for reward in self.rewards.models)], tokenizer)
+            raise ConfigError(f"top_k of {self.title} is {top_k}; it must be at least 1")
         self.top_k = min(top_k, self.known)
         self._drawn: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
 

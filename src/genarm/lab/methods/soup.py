@@ -17,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genarm.errors import MemberError, WeightsError
+from genarm.lab.methods.interface import Kind, Parts, tally
+from genarm.lab.methods.sample import Sample
 from genarm.model.config import MemberSpec
 from genarm.model.contract import ADAPTER_FILE, load_whole
 from genarm.model.loading import HubOptions, adapter_name, add_adapters
@@ -106,3 +108,18 @@ def _check_lambdas(policies: Mapping[str, Folder], lambdas: Mapping[str, float])
 def _load(folder: Folder, name: str) -> PreTrainedModel:
     model: PreTrainedModel = load_whole(AutoModelForCausalLM, str(folder), what=name)
     return model
+
+
+def _build(parts: Parts) -> Sample:
+    policies = {name: parts.models.resolve(reference) for name, reference in parts.spec.named.items()}
+    mixed = soup(parts.model("base"), policies, parts.spec.weights)
+    return Sample(mixed, parts.tokenizer, parts.sampling, members=("policy",))
+
+
+KIND = Kind(
+    name="soup",
+    roles=("base",),
+    named="policies",
+    build=_build,
+    forwards=lambda spec, tokens: tally((f"soup on {spec.base}", tokens)),
+)

@@ -5,16 +5,17 @@ Shapes: N candidates of all rows, V ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from genarm.errors import ConfigError
-from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.interface import Kind, Meter, MethodSpec, tally
+from genarm.lab.methods.rewards import guided_by_rewards
 from genarm.lab.methods.search import Search
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
-from genarm.lab.trajectory import TrajectoryReward
-from genarm.sampling import Sampling
 
 
 class TransferQ(Search):
@@ -24,29 +25,19 @@ class TransferQ(Search):
     longest reply. A candidate that is EOS has none. The rollouts of all candidates of all rows are one batch.
     """
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        rewards: Mapping[str, TrajectoryReward],
-        weights: Mapping[str, float],
-        *,
-        top_k: int,
-        rollout: int,
-    ) -> None:
-        """As `Search`, with the aligned policy and the most tokens of a rollout.
+    title = "Transfer-Q"
+
+    def __init__(self, policy: PreTrainedModel, *models: Any, top_k: int, rollout: int) -> None:
+        """As `Search`, with the aligned policy before the others, and the most tokens of a rollout.
 
         Raises:
             ConfigError: a top_k or rollout below 1.
             WeightsError, VocabularyError, UnsupportedError: as `Search`.
         """
-        name = "Transfer-Q"
         if rollout < 1:
-            raise ConfigError(f"rollout of {name} is {rollout}; it must be at least 1 token")
-        super().__init__(base, tokenizer, sampling, rewards, weights, top_k=top_k, name=name, others=[policy])
-        require_movable([reward.trunk for reward in self.rewards.models], name)
+            raise ConfigError(f"rollout of {self.title} is {rollout}; it must be at least 1 token")
+        super().__init__(*models, top_k=top_k, others=[policy])
+        require_movable([reward.trunk for reward in self.rewards.models], self.title)
         self.policy = policy
         self.rollout = rollout
 
@@ -113,3 +104,22 @@ class GreedyRollouts:
                 reader.select(kept)
             going, chunks = [going[place] for place in kept], [[tokens[place]] for place in kept]
         return tails
+
+
+def _forwards(spec: MethodSpec, tokens: int) -> Counter[str]:
+    top_k, rollout = spec.numbers["top_k"], spec.numbers["rollout"]
+    return tally(
+        (spec.base, tokens),
+        (spec.roles["policy"], tokens * (1 + top_k * rollout)),
+        *((reward, tokens * (1 + top_k)) for reward in spec.named.values()),
+    )
+
+
+KIND = Kind(
+    name="transfer-q",
+    roles=("base", "policy"),
+    named="rewards",
+    settings={"top_k": 10, "rollout": 20, "temperature": 0.7},
+    build=lambda parts: TransferQ(parts.model("policy"), *guided_by_rewards(parts), **parts.spec.numbers),
+    forwards=_forwards,
+)

@@ -1,4 +1,4 @@
-"""From a recipe's words to loaded models and methods.
+"""From a recipe's words to loaded models.
 
 Models are kept while the next method still needs them: a grid of weights over the same models loads them once, and
 a large base is not loaded again for every method.
@@ -9,20 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
-from genarm.lab.evaluation.recipe import MethodSpec, SamplingSpec
-from genarm.lab.methods.args import Args
-from genarm.lab.methods.best_of_n import BestOfN
-from genarm.lab.methods.best_of_n import kl_bound as bound_of_best
-from genarm.lab.methods.cards import Cards
-from genarm.lab.methods.interface import Method
-from genarm.lab.methods.sample import Sample, mod, proxy_tuning
-from genarm.lab.methods.soup import soup
-from genarm.lab.methods.transfer_q import TransferQ
+from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.compose import compose
@@ -31,11 +23,6 @@ from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model
 from genarm.model.references import ModelFiles, find_device, open_files
 from genarm.provenance import Record, digest, model_record
-from genarm.sampling import Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 _OWN = re.compile(r"(^|[=,])@")
 
@@ -69,7 +56,7 @@ class Models:
     def keep(self, methods: tuple[MethodSpec, ...]) -> None:
         """Let go of every model that none of `methods` needs."""
         needed = {self.resolve(r) for method in methods for r in (*method.roles.values(), *method.named.values())}
-        needed |= {self._guided_folder(method) for method in methods if method.kind == "genarm"}
+        needed |= {self._guided_folder(method) for method in methods if "base" in method.roles}
         self._loaded = {key: model for key, model in self._loaded.items() if key[1] in needed}
 
     def policy(self, reference: str) -> PreTrainedModel:
@@ -117,64 +104,3 @@ class Models:
         if (what, where) not in self._loaded:
             self._loaded[what, where] = load()
         return self._loaded[what, where]
-
-
-def base_reference(spec: MethodSpec) -> str:
-    """The model whose tokenizer reads the prompts of a method."""
-    return next(iter((*spec.roles.values(), *spec.named.values())))
-
-
-def kl_bound(spec: MethodSpec) -> float | None:
-    """What the divergence from the base is at most where theory says so, in nats per reply."""
-    return bound_of_best(int(spec.settings["n"])) if spec.kind == "best-of-n" else None
-
-
-def build(spec: MethodSpec, models: Models, tokenizer: PreTrainedTokenizerBase, draw_as: SamplingSpec) -> Method:
-    """The method of one row, ready to answer."""
-    draw = Sampling(max_new_tokens=draw_as.max_new_tokens, temperature=draw_as.temperature)
-    policies = {role: models.policy(ref) for role, ref in spec.roles.items() if spec.kind != "genarm"}
-    numbers = spec.settings
-    match spec.kind:
-        case "sample":
-            return Sample(policies["model"], tokenizer, draw, members=("policy",))
-        case "genarm":
-            return Sample(models.guided(spec), tokenizer, draw, weights=spec.weights)
-        case "proxy-tuning":
-            return proxy_tuning(
-                policies["base"], policies["tuned"], policies["untuned"], tokenizer, draw, weight=numbers["weight"]
-            )
-        case "mod":
-            return mod({name: models.policy(ref) for name, ref in spec.named.items()}, spec.weights, tokenizer, draw)
-        case "soup":
-            parts = {name: models.resolve(reference) for name, reference in spec.named.items()}
-            return Sample(soup(policies["base"], parts, spec.weights), tokenizer, draw, members=("policy",))
-    rewards = {name: models.reward(reference) for name, reference in spec.named.items()}
-    match spec.kind:
-        case "best-of-n":
-            return BestOfN(Sample(policies["base"], tokenizer, draw), rewards, spec.weights, n=int(numbers["n"]))
-        case "args":
-            return Args(policies["base"], tokenizer, draw, rewards, spec.weights, top_k=int(numbers["top_k"]))
-        case "transfer-q":
-            return TransferQ(
-                policies["base"],
-                policies["policy"],
-                tokenizer,
-                draw,
-                rewards,
-                spec.weights,
-                top_k=int(numbers["top_k"]),
-                rollout=int(numbers["rollout"]),
-            )
-        case "cards":
-            return Cards(
-                policies["base"],
-                tokenizer,
-                draw,
-                rewards,
-                spec.weights,
-                entropy=numbers["entropy"],
-                beta=numbers["beta"],
-                goal=numbers["goal"],
-                tries=int(numbers["tries"]),
-            )
-    raise AssertionError(spec.kind)
