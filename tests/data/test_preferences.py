@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from builders.tiny import SHARED
-from genarm.data.preferences import Format, Preference, detect, load_preferences, to_preferences
+from genarm.data import formats
+from genarm.data.formats.base import Format, Preference
+from genarm.data.preferences import detect, load_preferences, to_preferences
 from genarm.data.prompts import to_prompts
 from genarm.errors import ConfigError, DataError
 
@@ -48,17 +50,17 @@ ULTRAFEEDBACK = {
 EXPLICIT = [
     (
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
-        Format.STANDARD,
+        formats.STANDARD,
         ([user("The sky is")], " blue.", " green."),
     ),
     (
         {"chosen": "Q: The sky?\nA: It is blue.", "rejected": "Q: The sky?\nA: It is green."},
-        Format.IMPLICIT_STANDARD,
+        formats.IMPLICIT_STANDARD,
         ("Q: The sky?\nA:", " It is blue.", " It is green."),
     ),
     (
         {"prompt": [user("Sky?")], "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
-        Format.CONVERSATIONAL,
+        formats.CONVERSATIONAL,
         ([user("Sky?")], "Blue.", "Green."),
     ),
     (
@@ -66,13 +68,13 @@ EXPLICIT = [
             "chosen": [user("a"), assistant("b"), user("Sky?"), assistant("Blue.")],
             "rejected": [user("a"), assistant("b"), user("Sky?"), assistant("Green.")],
         },
-        Format.IMPLICIT_CONVERSATIONAL,
+        formats.IMPLICIT_CONVERSATIONAL,
         ([user("a"), assistant("b"), user("Sky?")], "Blue.", "Green."),
     ),
-    (ULTRAFEEDBACK, Format.ULTRAFEEDBACK, ([user("Name a fruit.")], "Apple.", "Car.")),
+    (ULTRAFEEDBACK, formats.ULTRAFEEDBACK, ([user("Name a fruit.")], "Apple.", "Car.")),
     (
         {"prompt": "Name a fruit.", "chosen": [assistant("Apple.")], "rejected": [assistant("Car.")]},
-        Format.ULTRAFEEDBACK,
+        formats.ULTRAFEEDBACK,
         ([user("Name a fruit.")], "Apple.", "Car."),
     ),
     (
@@ -81,7 +83,7 @@ EXPLICIT = [
             "chosen": [{"role": "system", "content": "Be brief."}, user("Name a fruit."), assistant("Apple.")],
             "rejected": [{"role": "system", "content": "Be brief."}, user("Name a fruit."), assistant("Car.")],
         },
-        Format.ULTRAFEEDBACK,
+        formats.ULTRAFEEDBACK,
         ([{"role": "system", "content": "Be brief."}, user("Name a fruit.")], "Apple.", "Car."),
     ),
     (
@@ -90,12 +92,12 @@ EXPLICIT = [
             "chosen": [user("c"), assistant("d")],
             "rejected": [user("c"), assistant("e")],
         },
-        Format.CONVERSATIONAL,
+        formats.CONVERSATIONAL,
         ([user("a"), assistant("b"), user("c")], "d", "e"),
     ),
     (
         HH,
-        Format.TRANSCRIPTS,
+        formats.TRANSCRIPTS,
         ([user("Hi there"), assistant("Hello."), user("Any news?")], "None today.", "Go away.\nNow."),
     ),
 ]
@@ -416,8 +418,8 @@ def test_hub_names_carry_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([HH])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_preferences("Anthropic/hh-rlhf/helpful-base", split="test").format is Format.TRANSCRIPTS
-    assert load_preferences("owner/name").format is Format.TRANSCRIPTS
+    assert load_preferences("Anthropic/hh-rlhf/helpful-base", split="test").format is formats.TRANSCRIPTS
+    assert load_preferences("owner/name").format is formats.TRANSCRIPTS
     assert calls == [
         ("Anthropic/hh-rlhf", {"data_dir": "helpful-base", "split": "test"}),
         ("owner/name", {"data_dir": None, "split": "train"}),
@@ -431,7 +433,7 @@ def test_real_data(name: str) -> None:
         pytest.skip(f"{path} is not here")
     found = load_preferences(str(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert found.format is Format.CONVERSATIONAL
+    assert found.format is formats.CONVERSATIONAL
     assert not found.malformed
     assert [(p.prompt, p.chosen, p.rejected) for p in found.pairs] == [
         (row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows

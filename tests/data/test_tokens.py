@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from builders.tiny import SHARED, tiny_tokenizer
-from genarm.data.preferences import Format, Preference, PreferenceSet, load_preferences
+from genarm.data import formats
+from genarm.data.formats.base import Preference
+from genarm.data.preferences import PreferenceSet, load_preferences
 from genarm.data.tokens import (
     EMPTY,
     EMPTY_PROMPT,
@@ -123,7 +125,7 @@ def test_table_shows_every_count() -> None:
 
 def _set(prompts: list[str]) -> PreferenceSet:
     pairs = [pair(prompt, f"a{i}", f"b{i}") for i, prompt in enumerate(prompts)]
-    return PreferenceSet(source="rows", format=Format.STANDARD, pairs=pairs, malformed={})
+    return PreferenceSet(source="rows", format=formats.STANDARD, pairs=pairs, malformed={})
 
 
 @given(

@@ -17,7 +17,8 @@ import pytest
 from builders.judge_server import Act, JudgeServer, Seen, says
 from builders.tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm.cli.main import main
-from genarm.data.preferences import Format, load_preferences
+from genarm.data import formats
+from genarm.data.preferences import load_preferences
 from genarm.lab.tasks import sandbox
 from genarm.model.compose import compose
 
@@ -153,7 +154,7 @@ def test_the_pairs_train_an_arm(base: Path) -> None:
     """`load_preferences` reads them as conversations, and `genarm train` learns from them."""
     assert main(command(base, "--samples", "12")) == 0
     pairs = load_preferences("pairs.jsonl")
-    assert pairs.format is Format.CONVERSATIONAL
+    assert pairs.format is formats.CONVERSATIONAL
     assert not pairs.malformed
     assert [p.chosen for p in pairs.pairs] == [row["chosen"][0]["content"] for row in rows_of("pairs.jsonl")]
     options = ["--max-steps", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--eval-fraction", "0"]
@@ -181,7 +182,7 @@ def test_text_without_a_chat_template(here: Path) -> None:
     files = ["--prompts", "prompts.txt", "--output", "pairs.jsonl", "--score", "function=wish:score"]
     assert main(["pairs", "--model", str(base), *files, "--samples", "16", "--max-new-tokens", "10"]) == 0
     pairs = load_preferences("pairs.jsonl", chat=False)
-    assert pairs.format is Format.STANDARD
+    assert pairs.format is formats.STANDARD
     assert pairs.pairs[0].prompt == rows_of("pairs.jsonl")[0]["prompt"]
     assert isinstance(pairs.pairs[0].chosen, str)
 

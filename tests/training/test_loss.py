@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders.tiny import tiny_model, tiny_tokenizer
-from genarm.data.preferences import Preference
+from genarm.data.formats.base import Preference
 from genarm.data.tokens import tokenize
 from genarm.training import loss as loss_module
 from genarm.training.collator import PairCollator

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 from builders.tiny import save_member, tiny_model, tiny_tokenizer
 from builders.toy_training import run, toy_preferences, write_toy
-from genarm.data.preferences import Preference
+from genarm.data.formats.base import Preference
 from genarm.data.tokens import TokenPair, tokenize
 from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraError
 from genarm.training.collator import PairCollator

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from genarm.data.columns import PROMPTS, MalformedError, unread_columns
-from genarm.data.preferences import Format, Preference, PreferenceSet, normalise, to_preferences
+from genarm.data.columns import PROMPTS
+from genarm.data.formats.prompts_alone import PROMPTS_ALONE
+from genarm.data.preferences import PreferenceSet, read_rows, to_preferences
 from genarm.data.sources import Rows
 
 _RESPONSES = frozenset({"chosen", "rejected", "response_0", "response_1"})
@@ -24,18 +24,7 @@ def to_prompts(rows: Rows, *, source: str, objective: str | None = None, chat: b
     columns = set(rows[0]) if len(rows) else set()
     if columns.isdisjoint(PROMPTS) or columns & _RESPONSES:
         return to_preferences(rows, source=source, objective=objective, chat=chat)
-    pairs: list[Preference] = []
-    malformed: Counter[str] = Counter()
-    unread: dict[str, None] = {}
-    for row in rows:
-        unread |= dict.fromkeys(unread_columns(row, (), source=source))
-        try:
-            pairs.append(normalise(row, Format.PROMPTS, chat=chat))
-        except MalformedError as error:
-            malformed[str(error)] += 1
-    return PreferenceSet(
-        source=source, format=Format.PROMPTS, pairs=pairs, malformed=dict(malformed), unread=list(unread)
-    )
+    return read_rows(rows, PROMPTS_ALONE, source=source, chat=chat)
 
 
 def is_prompt(value: Any) -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from genarm.data.preferences import Preference, PreferenceSet
+from genarm.data.formats.base import Preference
+from genarm.data.preferences import PreferenceSet
 from genarm.errors import ConfigError, ConversationError, DataError
 from genarm.text.prompts import USUAL, Reading, encode_pair, end_ids
 

@@ -12,7 +12,8 @@ from typing import Generic, TypeAlias, TypeVar
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from genarm.data.preferences import Preference, PreferenceSet, load_preferences
+from genarm.data.formats.base import Preference
+from genarm.data.preferences import PreferenceSet, load_preferences
 from genarm.data.tokens import TokenPair, TokenReport, split_by_prompt, tokenize
 from genarm.text.prompts import check_reading
 from genarm.training.config import TrainConfig

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from genarm.data.preferences import Format, normalise, to_preferences
+from genarm.data.formats.base import Format
+from genarm.data.preferences import normalise, to_preferences
 from genarm.data.sources import Rows, load_rows
 from genarm.data.tokens import TokenPair, TokenReport, encode_preference, fit_lengths
 from genarm.errors import DataError, kind_of

@@ -97,7 +97,7 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
             measured += _implicit(base, prepared, measured, data, settings, advance)
     return AccuracyResult(
         settings=settings,
-        format=data.format.value,
+        format=data.format.description,
         rows=len(data.rows),
         categories=data.categories,
         measured=tuple(measured),
@@ -110,7 +110,7 @@ def _reading(data: PairData, prepared: Sequence[_Prepared]) -> Iterator[str]:
     """How the data is read, and its first pair as the first model reads it."""
     first = prepared[0]
     template = "with" if first.files.tokenizer.chat_template and not data.raw else "without"
-    yield f"the data is {data.format.value}, read {template} the chat template"
+    yield f"the data is {data.format.description}, read {template} the chat template"
     if data.unread:
         yield f"columns not read: {', '.join(data.unread)}"
     yield f"the first pair, as {first.files.name} reads it:"

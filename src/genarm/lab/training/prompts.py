@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from genarm.data.preferences import Preference, PreferenceSet
+from genarm.data.formats.base import Preference
+from genarm.data.preferences import PreferenceSet
 from genarm.data.prompts import to_prompts
 from genarm.data.sources import load_rows
 from genarm.data.tokens import TokenReport
