@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from genarm.lab.evaluation.recipe import Claim, Gap, JudgeSpec, PromptSpec, Recipe, SamplingSpec
+from genarm.lab.evaluation.recipe import Claim, Gap, PromptSpec, Recipe, SamplingSpec
 from genarm.lab.evaluation.results import Cost, Measured, Results, Trained, Verdicts
+from genarm.lab.judges.kinds import JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 
 BATCH = 100

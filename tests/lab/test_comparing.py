@@ -17,8 +17,9 @@ from genarm.errors import ConfigError
 from genarm.lab.evaluation.answers import Answers
 from genarm.lab.evaluation.comparing import announce, calls, compare_all, pairs_of
 from genarm.lab.evaluation.prompts import Question
-from genarm.lab.evaluation.recipe import JudgeSpec, PromptSpec, Recipe, SamplingSpec
+from genarm.lab.evaluation.recipe import PromptSpec, Recipe, SamplingSpec
 from genarm.lab.evaluation.results import Cost
+from genarm.lab.judges.kinds import JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 
 N = 6

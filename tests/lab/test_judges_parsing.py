@@ -175,7 +175,7 @@ def test_a_protocol_of_ones_own(tmp_path: Path) -> None:
         ("{second}", "{second} {response}", "must have"),
         ('system = "s"', 'rubric = "r"', "with this parser and a rubric it must have"),
         ('system = "s"', 'colour = "s"', "unknown key 'colour'"),
-        ('system = "s"', "system = 3", "are texts"),
+        ('system = "s"', "system = 3", "system is 3; it must be a string"),
         ('"verdict"', '"votes"', "two-scores, verdict, score"),
         ('tie = "<0>"', 'draw = "<0>"', "draw"),
         ('tie = "<0>"', 'tie = "<1>>"', "part of another"),
@@ -183,7 +183,7 @@ def test_a_protocol_of_ones_own(tmp_path: Path) -> None:
         ("max_completion_tokens = 9", "max_completion_tokens = 0", "limit the length"),
         ("max_completion_tokens = 9", "max_completion_tokens = 9\nn = 2", "sampling setting 'n'"),
         ("[parser]", "[parse", "not valid TOML"),
-        ("[sampling]", "[parser.sampling]", r"no table \[sampling\]"),
+        ("[sampling]", "[parser.sampling]", "lacks 'sampling'"),
         (
             'kind = "verdict"\nfirst = "<1>"\nsecond = "<2>"\ntie = "<0>"',
             'kind = "two-scores"\nline = "middle"',

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from builders.judge_server import Act, JudgeServer, Seen, says
 from builders.tiny import tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, DataError
-from genarm.lab.pairs.scorers import Item, Scorer, ScorerOptions, make_scorer
+from genarm.lab.judges.interface import Item, Scorer, ScorerOptions
+from genarm.lab.judges.kinds import make_scorer
 from genarm.lab.pairs.select import Scored, Selection, select
 from genarm.provenance import model_record
 from genarm.text.prompts import encode_pair

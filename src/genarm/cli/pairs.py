@@ -23,8 +23,8 @@ from genarm.sampling import Sampling
 
 if TYPE_CHECKING:
     from genarm.batch.requests import BatchRequest
+    from genarm.lab.judges.interface import Scorer
     from genarm.lab.pairs.run import Counts
-    from genarm.lab.pairs.scorers import Scorer
 
 SUMMARY = "make preference pairs from anything that can score a response"
 
@@ -102,7 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _scorer(arguments: argparse.Namespace, requests: Sequence[BatchRequest]) -> Scorer:
     """What `--score` means, checked against the rows."""
-    from genarm.lab.pairs.scorers import ScorerOptions, UnitTestScorer, make_scorer
+    from genarm.lab.judges.interface import ScorerOptions
+    from genarm.lab.judges.kinds import make_scorer
+    from genarm.lab.judges.unit_tests import UnitTestScorer
 
     options = settings_from(arguments, ScorerOptions, replies=Path(f"{arguments.output}.replies"))
     scorer = make_scorer(arguments.score, options)

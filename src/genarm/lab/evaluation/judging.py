@@ -8,7 +8,7 @@ judgements/JUDGE/replies/         what an LLM has said; nothing is asked twice
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,13 +18,14 @@ from rich.console import Console
 from genarm.errors import DataError
 from genarm.files import append_rows, resume_rows
 from genarm.lab.evaluation.answers import Answers
-from genarm.lab.evaluation.comparing import COMPARING, compare_all
+from genarm.lab.evaluation.comparing import compare_all
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.provenance import scores_record
-from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, slug
+from genarm.lab.evaluation.recipe import Recipe, slug
 from genarm.lab.evaluation.results import Verdicts
+from genarm.lab.judges.interface import Item
+from genarm.lab.judges.kinds import JUDGES, JudgeSpec
 from genarm.lab.methods.models import Models
-from genarm.lab.pairs.scorers import Item, ScorerOptions, make_scorer
 from genarm.provenance import claim
 
 CHUNK = 50
@@ -32,15 +33,6 @@ CHUNK = 50
 
 
 Scores: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A reply as a judge sees it."""
-
-    question: Question
-    text: str
-    ids: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +63,7 @@ def judge_all(
     notes: list[str] = []
     for judge in recipe.judges:
         where = folder / slug(judge.name)
-        if judge.kind in COMPARING:
+        if JUDGES[judge.kind].comparer is not None:
             compared, about = compare_all(where, judge, recipe, questions, answers, console)
             verdicts += compared
             notes += about
@@ -97,25 +89,12 @@ def check_judges(recipe: Recipe, questions: Sequence[Question], models: Models) 
     """
     rows = [_row(question) for question in questions]
     for judge in recipe.judges:
-        if judge.kind not in (*COMPARING, "reward"):
-            make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder)).check(rows)
+        if JUDGES[judge.kind].comparer is None:
+            JUDGES[judge.kind].scores(judge.source, models).check(rows)
 
 
 def _row(question: Question) -> dict[str, Any]:
     return {**question.row, "prompt": question.prompt}
-
-
-def _scorer(judge: JudgeSpec, models: Models) -> Callable[[Sequence[Reply]], list[float | None]]:
-    """What scores single replies."""
-    if judge.kind == "reward":
-        reward = models.reward(judge.source)
-        return lambda replies: list(reward.score([r.question.ids for r in replies], [r.ids for r in replies]))
-    scorer = make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder))
-
-    def score(replies: Sequence[Reply]) -> list[float | None]:
-        return scorer.score([Item(prompt=r.question.prompt, response=r.text, row=_row(r.question)) for r in replies])
-
-    return score
 
 
 def _score_all(
@@ -124,17 +103,17 @@ def _score_all(
     settings = claim(path, scores_record(judge, method, models, questions, answers))
     rows = resume_rows(path, settings)
     replies = [
-        Reply(question=question, text=text, ids=ids)
+        Item(prompt=question.prompt, response=text, row=_row(question), ids=(question.ids, ids))
         for question, text, ids in zip(questions, answers.replies, answers.token_ids, strict=True)
     ]
     if len(rows) == len(replies):
         return tuple(float(row["score"]) for row in rows)
-    scorer = _scorer(judge, models)
+    scorer = JUDGES[judge.kind].scores(judge.source, models)
     for start in range(len(rows), len(replies), CHUNK):
         part = replies[start : start + CHUNK]
         new = [
             {"index": index, "score": _finite(score, judge.name, index), "settings": settings}
-            for index, score in enumerate(scorer(part), start=start)
+            for index, score in enumerate(scorer.score(part), start=start)
         ]
         append_rows(path, new)
         rows += new

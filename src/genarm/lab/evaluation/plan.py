@@ -19,8 +19,9 @@ from rich.table import Table
 from safetensors import safe_open
 
 from genarm.lab.bench.timing import clock, copy_bandwidth
-from genarm.lab.evaluation.comparing import Calls, calls
+from genarm.lab.evaluation.comparing import calls
 from genarm.lab.evaluation.recipe import Recipe
+from genarm.lab.judges.comparing import Calls
 from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.methods.kinds import METHODS
 from genarm.lab.methods.models import Models

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from genarm.lab.evaluation.answers import Answers
 from genarm.lab.evaluation.prompts import Question
-from genarm.lab.evaluation.recipe import JudgeSpec, Recipe, TrainSpec
+from genarm.lab.evaluation.recipe import Recipe, TrainSpec
+from genarm.lab.judges.kinds import JUDGES, JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.methods.models import Models
-from genarm.lab.pairs.scorers import ScorerOptions, make_scorer
 from genarm.lab.training.rlhf import parse_rewards
 from genarm.provenance import AT, Record, content_of, data_record, file_content, plain
 
@@ -61,13 +61,9 @@ def scores_record(
     judge: JudgeSpec, method: str, models: Models, questions: Sequence[Question], answers: Answers
 ) -> Record:
     """A judge's scores of the replies of one method."""
-    if judge.kind == "reward":
-        judged: Record = models.record(judge.source)
-    else:
-        judged = dict(make_scorer(f"{judge.kind}={judge.source}", ScorerOptions(replies=models.folder)).record)
     return plain(
         {
-            "judge": {"kind": judge.kind, **judged},
+            "judge": {"kind": judge.kind, **JUDGES[judge.kind].scores(judge.source, models).record},
             "rows of the prompts": content_of((q.prompt, dict(q.row)) for q in questions),
             f"replies of {method}": content_of(zip(answers.replies, answers.token_ids, strict=True)),
         }

@@ -13,21 +13,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, FiniteFloat, PositiveInt
 
 from genarm.data.tables import FORBID
-from genarm.errors import ConfigError
+from genarm.lab.judges.kinds import JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 
 FileName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")]
 """The name of a file or a folder, and no path."""
-
-
-JUDGES: Mapping[str, str] = {
-    "function": "scores a reply by a Python function, module:function",
-    "reward": "scores a reply by a classic reward model",
-    "last-number": "1 where the last number of a reply is that of the prompt's column",
-    "tests": "1 where code passes the unit tests of the prompt's column",
-    "llm": "compares two replies by an LLM behind an endpoint, in both orders",
-    "alpaca-eval": "compares two replies as AlpacaEval 2 does, with length control (extra `alpaca`)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,29 +90,6 @@ class TrainSpec:
 
     name: str
     settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeSpec:
-    """Who scores the replies.
-
-    Attributes:
-        name: as the table shows it; for several objectives, the objective's.
-        kind: a key of `JUDGES`.
-        source: the function, the model, the column with the right answer, the LLM's protocol, or AlpacaEval's model.
-        settings: of an LLM's endpoint: model, base_url, key_variable, …
-    """
-
-    __pydantic_config__ = FORBID
-
-    name: str
-    kind: Literal["function", "reward", "last-number", "tests", "llm", "alpaca-eval"]
-    source: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.settings and self.kind not in ("llm", "alpaca-eval"):
-            raise ConfigError(f"a judge of the kind {self.kind} has no settings; leave them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from genarm.lab.evaluation.recipe import (
     Claim,
     FileName,
     Gap,
-    JudgeSpec,
     PairSpec,
     PromptSpec,
     Recipe,
@@ -29,6 +28,7 @@ from genarm.lab.evaluation.recipe import (
     TrainSpec,
     slug,
 )
+from genarm.lab.judges.kinds import JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.methods.kinds import METHODS
 from genarm.training.config import make_config

@@ -11,15 +11,23 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genarm.errors import ConfigError, DataError, MissingExtraError
 from genarm.files import write_text
+from genarm.lab.judges.comparing import Compared, Comparer
+from genarm.lab.judges.interface import Kind
+from genarm.lab.judges.llm import Pair
+from genarm.lab.judges.protocol import as_text
 from genarm.lab.judges.settings import KEY_VARIABLE, ClientSettings
+from genarm.statistics import Outcome
+
+if TYPE_CHECKING:
+    from genarm.lab.judges.kinds import JudgeSpec
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 
@@ -233,3 +241,60 @@ def _key_in_place(key: str | None) -> Iterator[None]:
             del os.environ[KEY_VARIABLE]
         else:
             os.environ[KEY_VARIABLE] = before
+
+
+class AlpacaEval(Comparer):
+    """Asks what AlpacaEval 2 asks."""
+
+    def model(self, judge: JudgeSpec) -> str | None:
+        """The judge's source."""
+        return judge.source
+
+    def asked(self, judge: JudgeSpec) -> tuple[str, int]:
+        """About as much as our protocol for pairs, and one token."""
+        return "pairwise", 1
+
+    def compare(
+        self, judge: JudgeSpec, pairs: Sequence[Pair], where: Path, name: str, on_reply: Callable[[], None]
+    ) -> Compared:
+        """Annotations are kept in a folder of these pairs."""
+        outputs = [
+            Output(index=i, instruction=as_text(pair.prompt), output=pair.first, reference=pair.second)
+            for i, pair in enumerate(pairs)
+        ]
+        annotations = annotate(outputs, where / name, self.endpoint(judge)[0])
+        outcomes = [_outcome(annotation.preference) for annotation in annotations]
+        for _ in pairs:
+            on_reply()
+        return Compared(
+            outcomes=outcomes,
+            rows=[
+                {"index": a.index, "outcome": outcome, "preference": a.preference}
+                for a, outcome in zip(annotations, outcomes, strict=True)
+            ],
+            note=_rates(annotations),
+        )
+
+
+def _outcome(preference: float | None) -> Outcome | None:
+    if preference is None:
+        return None
+    return "tie" if preference == 1.5 else "win" if preference > 1.5 else "lose"
+
+
+def _rates(annotations: Sequence[Annotation]) -> str:
+    try:
+        rates = win_rates(annotations)
+    except DataError as error:  # the verdicts are there all the same
+        return f"no length control: {error}"
+    return (
+        f"raw win rate {rates.raw:.1f}% (standard error {rates.raw_error:.1f}), length-controlled "
+        f"{rates.controlled:.1f}% ({rates.controlled_error:.1f}), n={rates.n}, {rates.missing} missing"
+    )
+
+
+KIND = Kind(
+    name="alpaca-eval",
+    about="compares two replies as AlpacaEval 2 does, with length control (extra `alpaca`)",
+    comparer=AlpacaEval(),
+)

@@ -24,14 +24,13 @@ from typing import Any
 
 from pydantic import FiniteFloat
 
-from genarm.data.tables import read_table
+from genarm.data.tables import FORBID, read_table
 from genarm.errors import ConfigError
 from genarm.lab.judges.parsing import PARSERS, Parser, SingleScore
 from genarm.text.prompts import Message, Prompt
 
 _FOLDER = Path(__file__).parent / "protocols"
 _RUBRICS = (".txt", ".md")
-_KEYS = ("model", "system", "template", "rubric", "parser", "sampling")
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _SAMPLING = ("temperature", "top_p", "seed", "reasoning_effort", *_LIMITS)
 _PLACE = re.compile(r"\{(prompt|first|second|response|rubric)\}")
@@ -153,20 +152,24 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the protocol {path} is not valid TOML: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """What a file says; see `Protocol`."""
+
+    __pydantic_config__ = FORBID
+
+    template: str
+    parser: Mapping[str, Any]
+    sampling: Mapping[str, str | int | FiniteFloat]
+    model: str | None = None
+    system: str | None = None
+    rubric: str | None = None
+
+
 def _from_table(name: str, table: Mapping[str, Any]) -> Protocol:
-    unknown = [key for key in table if key not in _KEYS]
-    if unknown:
-        raise ConfigError(f"the protocol {name} has the unknown key {unknown[0]!r}; allowed are {', '.join(_KEYS)}")
-    texts = {key: table[key] for key in ("model", "system", "template", "rubric") if key in table}
-    for key in ("parser", "sampling"):
-        if not isinstance(table.get(key), Mapping):
-            raise ConfigError(f"the protocol {name} has no table [{key}]")
-    if "template" not in texts or not all(isinstance(text, str) for text in texts.values()):
-        raise ConfigError(f"the protocol {name} must have a template; template, system, rubric and model are texts")
-    sampling = read_table(
-        Mapping[str, str | int | FiniteFloat], table["sampling"], f"the sampling of the protocol {name}"
-    )
-    return Protocol(name=name, parser=_parser(name, table["parser"]), sampling=dict(sampling), **texts)
+    read: _File = read_table(_File, table, f"the protocol {name}")
+    own = {key: value for key, value in vars(read).items() if key != "parser"}
+    return Protocol(name=name, parser=_parser(name, read.parser), **own)
 
 
 def _parser(name: str, table: Mapping[str, Any]) -> Parser:

@@ -26,7 +26,7 @@ from genarm.batch.run import BatchJob, context_of, decode
 from genarm.engine import Engine
 from genarm.errors import DataError
 from genarm.files import append_rows, keep_rows, resume_rows, write_text
-from genarm.lab.pairs.scorers import Item, Scorer
+from genarm.lab.judges.interface import Item, Scorer
 from genarm.lab.pairs.select import Scored, Selected, Selection, select
 from genarm.provenance import Record, claim, note, plain, settings_file
 from genarm.text.prompts import Message, Prompt
