@@ -28,6 +28,7 @@ from genarm.engine.noise import Purpose, key, uniform
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.lab.methods.cards import Cards
 from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.rewards import Guidance
 from genarm.lab.methods.sample import Sample
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.modeling import GuidedForCausalLM
@@ -96,14 +97,10 @@ def two_rewards() -> dict[str, TrajectoryReward]:
 
 
 def make(base: Any = None, rewards: Any = None, *, length: int = 12, temperature: float = 1.0, **changes: Any) -> Cards:
-    return Cards(
-        base or tiny_model(),
-        tiny_tokenizer(),
-        Sampling(max_new_tokens=length, temperature=temperature),
-        two_rewards() if rewards is None else rewards,
-        WEIGHTS,
-        **{**SETTINGS, **changes},
-    )
+    sampling = Sampling(max_new_tokens=length, temperature=temperature)
+    chosen = two_rewards() if rewards is None else rewards
+    guidance = Guidance(base or tiny_model(), tiny_tokenizer(), sampling, chosen, WEIGHTS)
+    return Cards(guidance, **{**SETTINGS, **changes})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -180,7 +177,7 @@ def exact_cards(cards: Cards, reward: Callable[[list[int]], float], prompt: list
 def test_frequencies_are_the_exact_ones() -> None:
     reward = tiny_reward(seed=1, tokenizer=SMALL)
     settings = {"entropy": 0.0, "beta": 0.8, "goal": 0.8, "tries": 3}
-    cards = Cards(small_model(), SMALL, Sampling(max_new_tokens=2), {"one": reward}, {}, **settings)
+    cards = Cards(Guidance(small_model(), SMALL, Sampling(max_new_tokens=2), {"one": reward}, {}), **settings)
     exact = exact_cards(cards, lambda ids: score_alone(reward, ids), [6, 7])
     replies = [r for seed in range(3) for r in cards.answer([[6, 7]] * 1000, seed=seed, meter=Meter())]
     check_frequencies(replies, exact)

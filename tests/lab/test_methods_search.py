@@ -25,6 +25,7 @@ from builders.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
 from genarm.lab.methods.args import Args
 from genarm.lab.methods.interface import Meter
+from genarm.lab.methods.rewards import Guidance
 from genarm.lab.methods.sample import Sample
 from genarm.lab.methods.transfer_q import TransferQ
 from genarm.lab.replies import SampledReply
@@ -96,9 +97,9 @@ def search(
     base: PreTrainedModel = models.get("base") or tiny_model()
     tokenizer = models.get("tokenizer") or tiny_tokenizer()
     if what == "args":
-        return Args(base, tokenizer, sampling, rewards, weights, top_k=4)
+        return Args(Guidance(base, tokenizer, sampling, rewards, weights), top_k=4)
     policy = models.get("policy") or tiny_model("gpt_neox", seed=5)
-    return TransferQ(policy, base, tokenizer, sampling, rewards, weights, top_k=4, rollout=3)
+    return TransferQ(Guidance(base, tokenizer, sampling, rewards, weights), policy, top_k=4, rollout=3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -195,7 +196,7 @@ def test_without_a_weight_the_base_alone_counts() -> None:
 
 def test_every_token_is_a_candidate_at_the_most() -> None:
     rewards = {"one": tiny_reward(seed=1)}
-    method = Args(tiny_model(), tiny_tokenizer(), Sampling(max_new_tokens=3), rewards, {}, top_k=1000)
+    method = Args(Guidance(tiny_model(), tiny_tokenizer(), Sampling(max_new_tokens=3), rewards, {}), top_k=1000)
     counts, replies = counts_of(method)
     tokens = sum(len(reply.token_ids) for reply in replies)
     assert counts["one"][0] == len(PROMPTS) + VOCAB_SIZE * tokens
@@ -207,11 +208,12 @@ def test_refusals() -> None:
 
     def args(sampling: Sampling | None = None, **changes: Any) -> Args:
         given: dict[str, Any] = {"rewards": rewards, "weights": {}, "top_k": 4, **changes}
-        return Args(base, tokenizer, sampling or Sampling(), **given)
+        top_k = given.pop("top_k")
+        return Args(Guidance(base, tokenizer, sampling or Sampling(), **given), top_k=top_k)
 
     def transfer_q(policy: PreTrainedModel = base, **changes: Any) -> TransferQ:
         given: dict[str, Any] = {"top_k": 4, "rollout": 3, **changes}
-        return TransferQ(policy, base, tokenizer, Sampling(), rewards, {}, **given)
+        return TransferQ(Guidance(base, tokenizer, Sampling(), rewards, {}), policy, **given)
 
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ConfigError, "top_k of ARGS is 0", lambda: args(top_k=0)),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from genarm.training.kinds import Kind
+from genarm.training.kinds import Kind, Setup
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import Trainer
 
-    from genarm.data.tokens import TokenPair
     from genarm.training.config import TrainConfig
-    from genarm.training.data import TrainData
+    from genarm.training.trainer import ArmTrainer
 
 
 class Arm(Kind):
@@ -28,31 +27,29 @@ class Arm(Kind):
         "the length of a response alone sways it."
     )
 
-    def make_trainer(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TrainData[TokenPair],
-        options: dict[str, Any],
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
-        """An `ArmTrainer`."""
+    def trainer_class(self) -> type[ArmTrainer]:
+        """Whose loss it is."""
+        from genarm.training.trainer import ArmTrainer
+
+        return ArmTrainer
+
+    def make_trainer(self, setup: Setup) -> Trainer:
+        """An `ArmTrainer`, or what `trainer_class` says."""
         from transformers import TrainingArguments
 
         from genarm.training.loading import load_model
-        from genarm.training.trainer import ArmTrainer
 
-        arguments = TrainingArguments(**options)  # first: DeepSpeed splits the weights while they are loaded
+        arguments = TrainingArguments(**setup.options)  # first: DeepSpeed splits the weights while they are loaded
         # Any id serves: padding is masked in attention and loss alike.
-        pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        return ArmTrainer(
-            load_model(config, tokenizer),
+        pad_id = next(i for i in (setup.tokenizer.pad_token_id, setup.tokenizer.eos_token_id, 0) if i is not None)
+        return self.trainer_class()(
+            load_model(setup.config, setup.tokenizer),
             arguments,
-            beta=config.resolved_beta,
+            beta=setup.config.resolved_beta,
             pad_id=int(pad_id),
-            train_pairs=list(data.training),
-            eval_pairs=list(data.held_out) if data.held_out else None,
-            callbacks=callbacks,
+            train_pairs=list(setup.data.training),
+            eval_pairs=list(setup.data.held_out) if setup.data.held_out else None,
+            callbacks=setup.callbacks,
         )
 
     def introduction(self, config: TrainConfig) -> str:

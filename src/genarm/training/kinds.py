@@ -8,6 +8,7 @@ whatever is heavy is imported inside their methods.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
     from genarm.training.data import TrainData
 
 Options = Mapping[str, float | int | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a trainer is made of; `options` are arguments of `TrainingArguments`, or of its subclasses in trl.
+
+    The tokenizer may be given a padding token.
+    """
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainData[Any]
+    options: Mapping[str, Any]
+    callbacks: list[TrainerCallback]
+
 
 # The options that only some kinds take.
 OPTIONAL = ("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout")
@@ -81,15 +97,8 @@ class Kind:
 
         return load_pairs(config, tokenizer)
 
-    def make_trainer(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TrainData[Any],
-        options: dict[str, Any],
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
-        """The trainer; `options` are arguments of `TrainingArguments`. It may give the tokenizer a padding token.
+    def make_trainer(self, setup: Setup) -> Trainer:
+        """The trainer.
 
         Raises:
             GenarmError: the model or the settings do not serve.

@@ -35,7 +35,7 @@ from genarm.terminal import PlainConsole
 from genarm.training.arguments import training_options
 from genarm.training.config import TrainConfig
 from genarm.training.data import TrainData
-from genarm.training.kinds import Kind, find_kind
+from genarm.training.kinds import Kind, Setup, find_kind
 from genarm.training.loading import load_tokenizer, resolve
 from genarm.training.output import Checkpoint, RunFolder
 from genarm.training.progress import ProgressDisplay
@@ -188,7 +188,9 @@ def _make_trainer(
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
     set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
-    trainer = kind.make_trainer(config, tokenizer, data, options, callbacks)
+    trainer = kind.make_trainer(
+        Setup(config=config, tokenizer=tokenizer, data=data, options=options, callbacks=callbacks)
+    )
     trainer.remove_callback(PrinterCallback)
     sum_in_float32(trainer)
     return trainer

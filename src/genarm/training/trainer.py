@@ -167,6 +167,10 @@ class ArmTrainer(PairTrainer):
         label_mask_BT[:, -width_R - 1 : -1] = response_mask_BR
         return response_log_probs(logits_BTV, labels_BT, label_mask_BT).view(2, -1)
 
+    def loss(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor) -> torch.Tensor:
+        """The loss of B pairs, a scalar, from the rewards of their responses."""
+        return arm_loss(chosen_B, rejected_B, self.beta)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -176,7 +180,7 @@ class ArmTrainer(PairTrainer):
     ) -> Any:
         """The ARM loss of one batch of pairs; see `transformers.Trainer.compute_loss`."""
         chosen_B, rejected_B = self.rewards(model, inputs)
-        loss = arm_loss(chosen_B, rejected_B, self.beta)
+        loss = self.loss(chosen_B, rejected_B)
         if model.training:
             self._add_to_sums(chosen_B.detach(), rejected_B.detach(), inputs["attention_mask"].sum())
         return (loss, {"rewards": torch.stack([chosen_B, rejected_B])}) if return_outputs else loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genarm.lab.methods.interface import Kind, tally
-from genarm.lab.methods.rewards import guided_by_rewards
+from genarm.lab.methods.rewards import Guidance
 from genarm.lab.methods.search import Search
 
 
@@ -22,7 +22,7 @@ KIND = Kind(
     roles=("base",),
     named="rewards",
     settings={"top_k": 10, "temperature": 0.7},
-    build=lambda parts: Args(*guided_by_rewards(parts), **parts.spec.numbers),
+    build=lambda parts: Args(Guidance.of(parts), **parts.spec.numbers),
     forwards=lambda spec, tokens: tally(
         (spec.base, tokens), *((reward, tokens * (1 + spec.numbers["top_k"])) for reward in spec.named.values())
     ),

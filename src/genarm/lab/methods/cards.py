@@ -18,7 +18,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from genarm.engine.noise import Purpose, key, uniform
 from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Kind, Meter, MethodSpec, tally
 from genarm.lab.methods.loop import enough_memory, pick
-from genarm.lab.methods.rewards import RewardGuided, WeightedPrefix, guided_by_rewards
+from genarm.lab.methods.rewards import Guidance, RewardGuided, WeightedPrefix
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
 from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.config import BASE
@@ -42,11 +41,11 @@ class Cards(RewardGuided):
     title = "CARDS"
     greedy = False
 
-    def __init__(self, *models: Any, entropy: float, beta: float, goal: float, tries: int) -> None:
+    def __init__(self, guidance: Guidance, *, entropy: float, beta: float, goal: float, tries: int) -> None:
         """As `RewardGuided`, whose length is n, with the numbers of the method.
 
         Args:
-            models: the arguments of `RewardGuided`.
+            guidance: base, rewards and weights.
             entropy: in nats, of the base at temperature 1, from which on a segment ends.
             beta: β; the smaller, the less of what is below the threshold is accepted.
             goal: the threshold at the end.
@@ -56,7 +55,7 @@ class Cards(RewardGuided):
             ConfigError: a setting out of range.
             WeightsError, VocabularyError, UnsupportedError: as `RewardGuided`.
         """
-        super().__init__(*models)
+        super().__init__(guidance)
         if not (math.isfinite(entropy) and entropy >= 0 and math.isfinite(goal)):
             raise ConfigError(f"entropy and goal of CARDS are {entropy} and {goal}; they must be finite, entropy ≥ 0")
         if not (math.isfinite(beta) and beta > 0 and tries >= 1):
@@ -236,6 +235,6 @@ KIND = Kind(
     roles=("base",),
     named="rewards",
     settings={"entropy": 3.0, "beta": 0.7, "goal": 0.0, "tries": 20},
-    build=lambda parts: Cards(*guided_by_rewards(parts), **parts.spec.numbers),
+    build=lambda parts: Cards(Guidance.of(parts), **parts.spec.numbers),
     forwards=_forwards,
 )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -101,6 +102,30 @@ class WeightedPrefix:
             prefix.rewind(counts)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """What every method has in which rewards choose among the tokens of a base.
+
+    Attributes:
+        base: whose tokens are chosen from.
+        tokenizer: of all models.
+        sampling: length and temperature.
+        rewards: by name.
+        weights: w_i by the same names; 1 where not given.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    rewards: Mapping[str, TrajectoryReward]
+    weights: Mapping[str, float]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Guidance:
+        """That of a recipe's row."""
+        return cls(parts.model("base"), parts.tokenizer, parts.sampling, parts.rewards, parts.spec.weights)
+
+
 class RewardGuided:
     """A method in which rewards choose among the tokens of a base.
 
@@ -112,38 +137,15 @@ class RewardGuided:
     title: ClassVar[str]
     greedy: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        rewards: Mapping[str, TrajectoryReward],
-        weights: Mapping[str, float],
-        *,
-        others: Sequence[PreTrainedModel] = (),
-    ) -> None:
-        """Ready to answer.
-
-        Args:
-            base: whose tokens are chosen from.
-            tokenizer: of all models.
-            sampling: length and temperature.
-            rewards: by name.
-            weights: w_i by the same names; 1 where not given.
-            others: more models that read the same tokens.
+    def __init__(self, guidance: Guidance, *, others: Sequence[PreTrainedModel] = ()) -> None:
+        """Ready to answer; `others` are more models that read the same tokens.
 
         Raises:
             WeightsError, VocabularyError, UnsupportedError: weights, models or settings that do not serve.
         """
-        check_sampling(sampling, self.title, greedy=self.greedy)
-        self.base = base
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.rewards = WeightedRewards(rewards, weights, tokenizer)
-        self.stops = stop_ids(base, tokenizer)
-        self.known = shared_ids([base, *others, *(reward.model for reward in self.rewards.models)], tokenizer)
-
-
-def guided_by_rewards(parts: Parts) -> tuple[Any, ...]:
-    """The first arguments of every `RewardGuided`, of the parts of a recipe's row."""
-    return parts.model("base"), parts.tokenizer, parts.sampling, parts.rewards, parts.spec.weights
+        self.base, self.tokenizer, self.sampling = guidance.base, guidance.tokenizer, guidance.sampling
+        check_sampling(self.sampling, self.title, greedy=self.greedy)
+        self.rewards = WeightedRewards(guidance.rewards, guidance.weights, self.tokenizer)
+        self.stops = stop_ids(self.base, self.tokenizer)
+        models = [self.base, *others, *(reward.model for reward in self.rewards.models)]
+        self.known = shared_ids(models, self.tokenizer)

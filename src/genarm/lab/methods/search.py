@@ -10,7 +10,7 @@ Shapes: B rows, K candidates, V ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.loop import Choices, decode, replay
-from genarm.lab.methods.rewards import RewardGuided
+from genarm.lab.methods.rewards import Guidance, RewardGuided
 from genarm.lab.prefix import Ids, Prefix, next_logits
 from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.config import BASE
@@ -44,14 +44,14 @@ class Rollouts(Protocol):
 class Search(RewardGuided):
     """ARGS, or with rollouts Transfer-Q."""
 
-    def __init__(self, *models: Any, top_k: int, others: Sequence[PreTrainedModel] = ()) -> None:
+    def __init__(self, guidance: Guidance, *, top_k: int, others: Sequence[PreTrainedModel] = ()) -> None:
         """As `RewardGuided`, with the number of candidates.
 
         Raises:
             ConfigError: a top_k below 1.
             WeightsError, VocabularyError, UnsupportedError: as `RewardGuided`.
         """
-        super().__init__(*models, others=others)
+        super().__init__(guidance, others=others)
         if top_k < 1:
             raise ConfigError(f"top_k of {self.title} is {top_k}; it must be at least 1")
         self.top_k = min(top_k, self.known)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Kind, Meter, MethodSpec, tally
-from genarm.lab.methods.rewards import guided_by_rewards
+from genarm.lab.methods.rewards import Guidance
 from genarm.lab.methods.search import Search
 from genarm.lab.prefix import Ids, Prefix, next_logits, require_movable
 
@@ -27,8 +26,8 @@ class TransferQ(Search):
 
     title = "Transfer-Q"
 
-    def __init__(self, policy: PreTrainedModel, *models: Any, top_k: int, rollout: int) -> None:
-        """As `Search`, with the aligned policy before the others, and the most tokens of a rollout.
+    def __init__(self, guidance: Guidance, policy: PreTrainedModel, *, top_k: int, rollout: int) -> None:
+        """As `Search`, with the aligned policy, and the most tokens of a rollout.
 
         Raises:
             ConfigError: a top_k or rollout below 1.
@@ -36,7 +35,7 @@ class TransferQ(Search):
         """
         if rollout < 1:
             raise ConfigError(f"rollout of {self.title} is {rollout}; it must be at least 1 token")
-        super().__init__(*models, top_k=top_k, others=[policy])
+        super().__init__(guidance, top_k=top_k, others=[policy])
         require_movable([reward.trunk for reward in self.rewards.models], self.title)
         self.policy = policy
         self.rollout = rollout
@@ -120,6 +119,6 @@ KIND = Kind(
     roles=("base", "policy"),
     named="rewards",
     settings={"top_k": 10, "rollout": 20, "temperature": 0.7},
-    build=lambda parts: TransferQ(parts.model("policy"), *guided_by_rewards(parts), **parts.spec.numbers),
+    build=lambda parts: TransferQ(Guidance.of(parts), parts.model("policy"), **parts.spec.numbers),
     forwards=_forwards,
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from genarm.lab.training.baseline import NO_DROPOUT, Baseline
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import Trainer
 
-    from genarm.data.tokens import TokenPair
     from genarm.training.config import TrainConfig
-    from genarm.training.data import TrainData
+    from genarm.training.kinds import Setup
 
 
 class Dpo(Baseline):
@@ -27,18 +26,11 @@ class Dpo(Baseline):
         "and by length."
     )
 
-    def make_trainer(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TrainData[TokenPair],
-        options: dict[str, Any],
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
+    def make_trainer(self, setup: Setup) -> Trainer:
         """trl's `DPOTrainer`."""
         from genarm.lab.training.dpo_trainer import make_trainer
 
-        return make_trainer(config, tokenizer, data, options, callbacks)
+        return make_trainer(setup)
 
     def introduction(self, config: TrainConfig) -> str:
         """What it is trained on."""

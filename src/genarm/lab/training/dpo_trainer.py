@@ -7,14 +7,12 @@ nats, not multiplied by β. There is no dropout, which would blur the ratio of t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -22,16 +20,12 @@ from genarm.data.tokens import TokenPair
 from genarm.lab.training.trainers import (
     PairBaseline,
     TranslatedLog,
-    float32_adapter,
-    make,
+    make_policy,
     pair_metrics_of,
     reference,
-    reference_options,
     sequence_log_probs,
 )
-from genarm.training.config import TrainConfig
-from genarm.training.data import TrainData
-from genarm.training.loading import adapter_config, load_weights
+from genarm.training.kinds import Setup
 from genarm.training.trainer import Batch
 
 
@@ -60,41 +54,14 @@ class DpoTrainer(PairBaseline, DPOTrainer, TranslatedLog):
         return dataset
 
 
-def make_trainer(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainData[TokenPair],
-    options: Mapping[str, Any],
-    callbacks: list[TrainerCallback],
-) -> DpoTrainer:
+def make_trainer(setup: Setup) -> DpoTrainer:
     """The trainer of a policy.
 
     Raises:
         GenarmError: the model or the settings do not serve.
     """
-    model = load_weights(config, tokenizer, AutoModelForCausalLM)
-
-    def build() -> DpoTrainer:
-        return DpoTrainer(
-            model=model,
-            args=DPOConfig(
-                **options,
-                **reference_options(config),
-                beta=config.resolved_beta,
-                max_length=None,
-                disable_dropout=True,
-            ),
-            train_dataset=_dataset(data.training),
-            eval_dataset=_dataset(data.held_out) if data.held_out else None,
-            processing_class=copy.deepcopy(tokenizer),  # trl may give it a padding token
-            compute_metrics=pair_metrics_of(config.resolved_beta),
-            callbacks=callbacks,
-            peft_config=adapter_config(model, config, "CAUSAL_LM") if config.lora else None,
-        )
-
-    trainer = make(build, config)
-    float32_adapter(trainer)
-    return trainer
+    metrics = pair_metrics_of(setup.config.resolved_beta)
+    return make_policy(setup, DpoTrainer, DPOConfig, _dataset, {"max_length": None}, compute_metrics=metrics)
 
 
 def _dataset(pairs: Sequence[TokenPair]) -> Dataset:

@@ -12,11 +12,12 @@ from genarm.errors import ConfigError
 from genarm.lab.training.baseline import NO_DROPOUT, Baseline
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase, Trainer
 
     from genarm.provenance import Record
     from genarm.training.config import TrainConfig
     from genarm.training.data import Ids, TrainData
+    from genarm.training.kinds import Setup
 
 
 class Rlhf(Baseline):
@@ -65,18 +66,11 @@ class Rlhf(Baseline):
 
         return load_prompts(config, tokenizer)
 
-    def make_trainer(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TrainData[Ids],
-        options: dict[str, Any],
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
+    def make_trainer(self, setup: Setup) -> Trainer:
         """trl's `RLOOTrainer`."""
         from genarm.lab.training.rlhf_trainer import make_trainer
 
-        return make_trainer(config, tokenizer, data, options, callbacks)
+        return make_trainer(setup)
 
     def introduction(self, config: TrainConfig) -> str:
         """What it is trained on."""

@@ -15,7 +15,6 @@ Shapes: B replies, T positions, K rewards.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
@@ -36,17 +34,14 @@ from genarm.lab.training.rlhf import replies_per_prompt
 from genarm.lab.training.trainers import (
     Baseline,
     TranslatedLog,
-    float32_adapter,
-    make,
+    make_policy,
     reference,
-    reference_options,
     sequence_log_probs,
 )
 from genarm.sampling import Sampling, derive_seed
 from genarm.statistics import mean
-from genarm.training.config import TrainConfig
-from genarm.training.data import Ids, TrainData
-from genarm.training.loading import adapter_config, load_weights
+from genarm.training.data import Ids
+from genarm.training.kinds import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,60 +130,37 @@ class RlhfTrainer(Baseline, RLOOTrainer, TranslatedLog):
         return ratios
 
 
-def make_trainer(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainData[Ids],
-    options: Mapping[str, Any],
-    callbacks: list[TrainerCallback],
-) -> RlhfTrainer:
+def make_trainer(setup: Setup) -> RlhfTrainer:
     """The trainer of a policy.
 
     Raises:
         GenarmError: the model, the rewards or the settings do not serve.
     """
+    config, data, longest = setup.config, setup.data, setup.config.max_response_tokens
     assert config.rewards is not None
-    assert config.max_response_tokens is not None
+    assert longest is not None
     completions, generations = config.batch_size * config.accumulation, replies_per_prompt(config)
     if len(data.training) * generations < completions:
         raise ConfigError(
             f"a step has {completions} replies to {completions // generations} prompts, and there are "
             f"{len(data.training)} prompts only; lower --batch-size or --accumulation"
         )
-    rewards = load_rewards(config.rewards, tokenizer)
-    model = load_weights(config, tokenizer, AutoModelForCausalLM)
+    rewards = load_rewards(config.rewards, setup.tokenizer)
     held_out = HeldOut(
         prompts=data.held_out or (),
-        sampling=Sampling(max_new_tokens=config.max_response_tokens),
+        sampling=Sampling(max_new_tokens=longest),
         batch=completions,
         seed=config.seed,
     )
 
-    def build() -> RlhfTrainer:
-        return RlhfTrainer(
-            rewards=rewards,
-            held_out=held_out if data.held_out else None,
-            model=model,
-            args=RLOOConfig(
-                **options,
-                **reference_options(config),
-                beta=config.resolved_beta,
-                num_generations=generations,
-                num_generations_eval=1,
-                max_completion_length=config.max_response_tokens,
-                reward_weights=[reward.weight for reward in rewards],
-                disable_dropout=True,
-            ),
-            train_dataset=_dataset(data.training),
-            eval_dataset=_dataset(data.held_out) if data.held_out else None,
-            processing_class=copy.deepcopy(tokenizer),  # trl may give it a padding token
-            callbacks=callbacks,
-            peft_config=adapter_config(model, config, "CAUSAL_LM") if config.lora else None,
-        )
-
-    trainer = make(build, config)
-    float32_adapter(trainer)
-    return trainer
+    options = {
+        "num_generations": generations,
+        "num_generations_eval": 1,
+        "max_completion_length": longest,
+        "reward_weights": [reward.weight for reward in rewards],
+    }
+    shown = held_out if data.held_out else None
+    return make_policy(setup, RlhfTrainer, RLOOConfig, _dataset, options, rewards=rewards, held_out=shown)
 
 
 def _dataset(prompts: Sequence[Ids]) -> Dataset:

@@ -9,18 +9,22 @@ Shapes: B sequences (of pairs: chosen ones, then rejected ones), T positions, V 
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import AutoModelForCausalLM, EvalPrediction, Trainer
 
 from genarm.errors import ConfigError, GenarmError
 from genarm.training.config import TrainConfig
+from genarm.training.kinds import Setup
+from genarm.training.loading import adapter_config, load_weights
 from genarm.training.loss import response_log_probs
 from genarm.training.trainer import CheckedTrainer, PairTrainer, check_numbers, pair_metrics
 
@@ -105,15 +109,56 @@ def make(build: Callable[[], Made], config: TrainConfig) -> Made:
         raise ConfigError(f"--kind {config.kind} cannot be trained with these settings: {targets}{error}") from error
 
 
-def float32_adapter(trainer: Trainer) -> None:
-    """Bring trained weights to float32, as for an ARM: trl makes them bfloat16 on 4-bit weights."""
-    assert trainer.model is not None
-    for parameter in trainer.model.parameters():
+def make_policy(
+    setup: Setup,
+    trainer: Callable[..., Made],
+    arguments: Callable[..., Any],
+    dataset: Callable[[Sequence[Any]], Dataset],
+    options: Mapping[str, Any],
+    **more: Any,
+) -> Made:
+    """The trainer of a policy that is held near the model that it starts from, without dropout.
+
+    Args:
+        setup: settings, tokenizer, data and callbacks.
+        trainer: its class.
+        arguments: the class of its arguments, and `options`, those that it has beside all policies'.
+        dataset: makes a data set of items.
+        options: see `arguments`.
+        more: of the trainer itself.
+
+    Raises:
+        GenarmError: the model or the settings do not serve.
+    """
+    config, data = setup.config, setup.data
+    model = load_weights(config, setup.tokenizer, AutoModelForCausalLM)
+
+    def build() -> Made:
+        return trainer(
+            model=model,
+            args=arguments(
+                **setup.options,
+                **_reference_options(config),
+                beta=config.resolved_beta,
+                disable_dropout=True,
+                **options,
+            ),
+            train_dataset=dataset(data.training),
+            eval_dataset=dataset(data.held_out) if data.held_out else None,
+            processing_class=copy.deepcopy(setup.tokenizer),  # trl may give it a padding token
+            callbacks=setup.callbacks,
+            peft_config=adapter_config(model, config, "CAUSAL_LM") if config.lora else None,
+            **more,
+        )
+
+    made: Any = make(build, config)
+    for parameter in made.model.parameters():  # float32 as for an ARM: trl makes them bfloat16 on 4-bit weights
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return made
 
 
-def reference_options(config: TrainConfig) -> dict[str, Any]:
+def _reference_options(config: TrainConfig) -> dict[str, Any]:
     """How trl is to load the frozen copy of a model whose weights are all trained, where it needs one."""
     revision = {"model_init_kwargs": {"revision": config.revision}} if config.revision and not config.lora else {}
     return {"trust_remote_code": config.trust_remote_code, **revision}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from genarm.lab.training.baseline import Baseline
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import Trainer
 
-    from genarm.data.tokens import TokenPair
     from genarm.training.config import TrainConfig
-    from genarm.training.data import TrainData
+    from genarm.training.kinds import Setup
 
 
 class Trajectory(Baseline):
@@ -32,18 +31,11 @@ class Trajectory(Baseline):
     score = "Share of held-out pairs whose chosen response has the higher score, over all and by length."
     unit = ""
 
-    def make_trainer(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TrainData[TokenPair],
-        options: dict[str, Any],
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
+    def make_trainer(self, setup: Setup) -> Trainer:
         """trl's `RewardTrainer`."""
         from genarm.lab.training.trajectory_trainer import make_trainer
 
-        return make_trainer(config, tokenizer, data, options, callbacks)
+        return make_trainer(setup)
 
     def save(self, config: TrainConfig, trainer: Trainer, folder: Path) -> None:
         """The whole model, into which an adapter is merged."""

@@ -17,14 +17,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from genarm.data.tokens import TokenPair
 from genarm.lab.training.trainers import PairBaseline, TranslatedLog, make, pair_metrics_of
-from genarm.training.config import TrainConfig
-from genarm.training.data import TrainData
+from genarm.training.kinds import Setup
 from genarm.training.loading import add_adapter, load_weights
 from genarm.training.trainer import Batch
 
@@ -49,18 +48,13 @@ class TrajectoryTrainer(PairBaseline, RewardTrainer, TranslatedLog):
         }
 
 
-def make_trainer(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainData[TokenPair],
-    options: Mapping[str, Any],
-    callbacks: list[TrainerCallback],
-) -> TrajectoryTrainer:
+def make_trainer(setup: Setup) -> TrajectoryTrainer:
     """The trainer of a reward model; `tokenizer` gets the padding that the model is trained with.
 
     Raises:
         GenarmError: the model or the settings do not serve.
     """
+    config, tokenizer, data = setup.config, setup.tokenizer, setup.data
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(_pad_id(tokenizer))
     # Frozen weights are float32 too, as an adapter is merged into them in the end.
     model: Any = load_weights(config, tokenizer, AutoModelForSequenceClassification, num_labels=1, dtype=torch.float32)
@@ -71,12 +65,12 @@ def make_trainer(
     def build() -> TrajectoryTrainer:
         return TrajectoryTrainer(
             model=model,
-            args=RewardConfig(**options, max_length=None, disable_dropout=False),
+            args=RewardConfig(**setup.options, max_length=None, disable_dropout=False),
             train_dataset=_dataset(data.training),
             eval_dataset=_dataset(data.held_out) if data.held_out else None,
             processing_class=tokenizer,
             compute_metrics=pair_metrics_of(config.resolved_beta),
-            callbacks=callbacks,
+            callbacks=setup.callbacks,
         )
 
     return make(build, config)
