@@ -11,7 +11,8 @@ import command_docs
 import pytest
 
 from genarm.cli.main import build_parser
-from genarm.lab.evaluation.recipe import JUDGES, Claim
+from genarm.lab.evaluation.recipe import Claim
+from genarm.lab.judges.kinds import JUDGES
 from genarm.lab.methods.kinds import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def test_the_page_of_comparisons_knows_all_that_a_recipe_may_have() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     claims = get_args(get_type_hints(Claim)["what"])
     assert "cheaper" in claims
-    for kind in (*METHODS, *JUDGES, *claims):
+    for kind in (*METHODS, *(name for name, judge in JUDGES.items() if judge.recipes), *claims):
         assert f"`{kind}`" in text
 
 
