@@ -58,6 +58,7 @@ def test_it_says_where_it_is_drains_and_ends_well(folder: Path, tmp_path: Path) 
                 "minimum": -5.0,
                 "maximum": 5.0,
                 "description": "avoids harm",
+                "difference": False,
             }
             assert rewards["presets"] == [
                 {"name": "cautious", "weights": {"harmless": 2.0, "helpful": 1.0}},
