@@ -183,14 +183,19 @@ def test_a_comparison_has_the_base_sharpened_as_rewards_that_learnt_nothing_woul
 
 
 def test_tokens_shows_the_last_answer_as_it_was_given(chat: Chat, screen: Memory) -> None:
-    """With the weights and the system message of that answer, whatever was changed since."""
+    """With the weights, the bound and the system message of that answer, whatever was changed since."""
     chat.handle("/system w9")
+    chat.handle("/kl 0.05")
     chat.handle("w1")
     chat.handle("/weights helpful=7")
     chat.handle("/system off")
+    chat.handle("/kl off")
     chat.handle("/tokens")
     expected = chat.engine.model.token_rewards(
-        [{"role": "system", "content": "w9"}, user("w1")], screen.answers[0].text, tokenizer=tiny_tokenizer()
+        [{"role": "system", "content": "w9"}, user("w1")],
+        screen.answers[0].text,
+        tokenizer=tiny_tokenizer(),
+        max_kl=0.05,
     )
     assert screen.heats == [expected]
     assert any("cut" in note for note in screen.notes) == (screen.answers[0].ended == "length")

@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from builders.templates import THINKING
 from builders.tiny import WORDS, save_member, tiny_model, tiny_tokenizer
+from genarm.batch.requests import read_requests
 from genarm.cli.main import main
+from genarm.errors import DataError
 from genarm.lab.replies import sample_replies
 from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
@@ -103,8 +105,25 @@ def test_rows_of_a_batch_equal_prompts_run_alone(folder: Path, model: GuidedForC
     assert [row["prompt"] for row in rows] == ["w1 w2 w3", turns, own_system]
     assert (rows[0]["topic"], rows[0]["level"]) == ("x", {"n": [1, None]})
     assert set(rows[1]) == {
-        *("index", "id", "sample", "prompt", "response", "finish_reason", "tokens", "kl", "seed", "weights", "settings")
+        *("index", "id", "sample", "prompt", "response", "finish_reason", "tokens", "kl", "seed", "weights"),
+        *("max_kl", "settings"),
     }
+
+
+def test_a_budget_of_the_run_and_of_a_prompt(folder: Path, tmp_path: Path) -> None:
+    prompts = [{"prompt": "w1 w2"}, {"prompt": "w1 w2", "max_kl": 0.01}, {"prompt": "w1 w2", "max_kl": 50}]
+    out = tmp_path / "out.jsonl"
+    options = ["--input", str(write_prompts(tmp_path / "in.jsonl", prompts)), "--output", str(out)]
+    options += ["--weights", "helpful=3", "--max-kl", "0.2", "--max-new-tokens", "10"]
+    assert main(["generate", str(folder), *options]) == 0
+    rows = rows_of(out)
+    assert [row["max_kl"] for row in rows] == [0.2, 0.01, 50]
+    assert [round(row["kl"] / row["tokens"], 3) <= row["max_kl"] for row in rows] == [True] * 3
+    assert rows[1]["kl"] < rows[0]["kl"] < rows[2]["kl"]
+    for wrong in (-1, "much"):
+        source = write_prompts(tmp_path / "wrong.jsonl", [{"prompt": "w1", "max_kl": wrong}])
+        with pytest.raises(DataError, match=r"line 1: max_kl is"):
+            read_requests(source)
 
 
 def test_raw_prompts_and_text_files(folder: Path, model: GuidedForCausalLM, tmp_path: Path, capsys: Any) -> None:

@@ -168,7 +168,9 @@ def test_coefficients() -> None:
     """Rewards 1 to 4: against nothing, the base, reward 1, and a fifth stream."""
     weights = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.5, 0.0]])
     given = coefficients(weights, (None, 0, 1, 5), streams=5)
+    assert given.base_B is not None
     assert given.base_B.tolist() == [-1.0, 1.0, 0.0]
+    assert coefficients(weights, (None, 1, 1, 5), streams=5).base_B is None
     assert given.streams_BS.tolist() == [[-2.0, 2.0, 3.0, 4.0, -4.0], [0.0] * 5, [0.0, 1.0, 0.5, 0.0, 0.0]]
     assert given.guided_B.tolist() == [True, False, True]
 
@@ -214,6 +216,21 @@ def test_a_budget_of_nothing_is_the_base_and_none_is_none() -> None:
     other[:, :, 3] = -torch.inf  # leaving it out costs more than the budget
     guided = combine(base, [other], coefficients(torch.ones(2, 1)))
     assert torch.equal(within_budget(base, guided, torch.zeros(2)), base)
+    assert torch.equal(within_budget(base, guided, torch.full((2,), torch.inf)), guided)
+
+
+def test_a_budget_where_the_base_rules_out_what_the_sum_says() -> None:
+    """The distance is infinite, so the id is out at every share below 1, and nothing is NaN."""
+    base, tuned = random_logs(2, 9, 0), random_logs(2, 9, 1)
+    base[:, :, 3] = -torch.inf
+    guided = combine(base, [tuned], coefficients(torch.ones(2, 1), (0,)))
+    torch.testing.assert_close(guided, tuned)  # at weight 1 the base has no part
+    assert divergence(guided, base).isinf().all()
+    found = within_budget(base, guided, torch.full((2,), 0.2))
+    assert not found.isnan().any()
+    assert found[..., 3].isneginf().all()
+    assert float(divergence(found, base).min()) > 0.19
+    assert float(divergence(found, base).max()) <= 0.2 + 1e-5
     assert torch.equal(within_budget(base, guided, torch.full((2,), torch.inf)), guided)
 
 

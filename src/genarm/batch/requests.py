@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genarm.data.sources import read_text
-from genarm.errors import ConversationError, DataError, kind_of
+from genarm.errors import ConversationError, DataError, WeightsError, kind_of
+from genarm.model.weights import check_max_kl
 from genarm.provenance import content_of
 from genarm.text.prompts import Prompt, check_end, plain_message
 
@@ -24,11 +25,12 @@ ROW_KEYS = (
     "kl",
     "seed",
     "weights",
+    "max_kl",
     "settings",
 )
 """Keys of every output row, in order; what else an input row has comes after them."""
 
-_INPUT_KEYS = ("prompt", "id", "reward_weights")
+_INPUT_KEYS = ("prompt", "id", "reward_weights", "max_kl")
 _EXPECTED = 'expected an object like {"prompt": "…", "id": "…", "reward_weights": {"helpful": 1}}'
 
 
@@ -41,6 +43,7 @@ class BatchRequest:
         where: where it was read, for messages.
         id: the caller's name for it.
         reward_weights: weights for this prompt alone, over those of the run.
+        max_kl: the bound on nats per token for this prompt alone, in place of the run's.
         carried: other keys of the input row, which go into the output row.
     """
 
@@ -48,6 +51,7 @@ class BatchRequest:
     where: str
     id: str | int | None = None
     reward_weights: Mapping[str, Any] = field(default_factory=dict)
+    max_kl: Any = None
     carried: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +63,10 @@ class BatchRequest:
                 f"{self.where}: reward_weights is {self.reward_weights!r}; expected an object of numbers, such as "
                 '{"helpful": 1}'
             )
+        try:
+            check_max_kl(self.max_kl)
+        except WeightsError as error:
+            raise DataError(f"{self.where}: {error}") from error
         if "weights" in self.carried:
             raise DataError(
                 f"{self.where}: the key 'weights' decides nothing; write 'reward_weights' to weigh the rewards of this "
@@ -131,6 +139,7 @@ def _request(line: str, where: str) -> BatchRequest:
         where=where,
         id=row.get("id"),
         reward_weights=row.get("reward_weights", {}),
+        max_kl=row.get("max_kl"),
         carried={key: value for key, value in row.items() if key not in _INPUT_KEYS},
     )
 

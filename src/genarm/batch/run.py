@@ -53,7 +53,7 @@ def make_jobs(
         requests: what to answer.
         plan: how.
         weights: the run's reward weights, complete; a request's own go over them.
-        max_kl: the most nats per token from the base, if there is a bound.
+        max_kl: the most nats per token from the base, if there is a bound; a request's own goes in its place.
         system: a system message for prompts that have none.
         raw: send text prompts without the chat template.
 
@@ -77,7 +77,7 @@ def make_jobs(
                 request=request,
                 prompt_ids=tuple(ids),
                 weights=own,
-                max_kl=max_kl,
+                max_kl=max_kl if request.max_kl is None else float(request.max_kl),
             )
             for sample in range(plan.num_samples)
         ]
@@ -137,6 +137,7 @@ def _row(job: BatchJob, reply: Completion, plan: Plan, settings: str) -> Row:
         "kl": None if reply.kl is None else round(reply.kl, 2),
         "seed": derive_seed(plan.seed, job.number),
         "weights": dict(job.weights),
+        "max_kl": job.max_kl,
         "settings": settings,
         **job.request.carried,
     }

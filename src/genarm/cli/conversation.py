@@ -49,6 +49,7 @@ class ChatReply:
     text: str
     ended: Literal["stop", "length", "interrupted"]
     weights: Mapping[str, float]
+    max_kl: float | None = None
     kl: float | None = None
 
 
@@ -169,7 +170,7 @@ class Chat:
         messages: list[Message] = [*self.history, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
         stream = self._begin(prompt, self.weights, self._next_seed())
-        answer = _read(stream, self.weights, on_text=self.screen.piece)
+        answer = replace(_read(stream, self.weights, on_text=self.screen.piece), max_kl=self.max_kl)
         self.screen.answered(answer)
         if not answer.text and answer.ended == "interrupted":
             return  # nothing was said: as if it had not been asked
@@ -281,7 +282,7 @@ class Chat:
             answer.text,
             tokenizer=self.files.tokenizer,
             reward_weights=answer.weights,
-            max_kl=self.max_kl,
+            max_kl=answer.max_kl,
             reading=self.files.reading,
         )
         if answer.ended != "stop":

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help='prompts: FILE.txt, one per line; or FILE.jsonl, objects with "prompt" (text, or a list of messages) and, '
-        'if wanted, "id" and "reward_weights"; other keys are carried through; either may end in .gz, and - is stdin',
+        'if wanted, "id", "reward_weights" and "max_kl"; other keys are carried through; either may end in .gz, and - '
+        "is stdin",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--output", type=Path, metavar="FILE", help="write rows to this JSONL file, resumable")

@@ -259,7 +259,8 @@ class Engine:
         members = self._built.members
         given = coefficients(torch.tensor([weights]), members.references, members.combined)
         streams = enumerate(given.streams_BS[0].tolist(), start=1)
-        return {BASE_MEMBER: float(given.base_B[0]), **{member: factor for member, factor in streams if factor}}
+        base = 1.0 if given.base_B is None else float(given.base_B[0])
+        return {BASE_MEMBER: base, **{member: factor for member, factor in streams if factor}}
 
     def _prepare(self, request: Request) -> tuple[RequestState, Stream]:
         check_seed(request.seed)

@@ -60,7 +60,7 @@ class LogProbTable:
                 log_prob=guided[i],
                 base=said[BASE_MEMBER],
                 rewards=_parts(said, state, rewards),
-                kl=distances[i],
+                kl=distances[i] if math.isfinite(distances[i]) else None,
                 top=likeliest.get(i, ()),
             )
 
@@ -111,8 +111,9 @@ def make_table(
             ]
         )
     states = [state for state, _ in spots]
+    factors = [state.factors[BASE_MEMBER] for state in states]
     given = Coefficients(
-        base_B=torch.tensor([state.factors[BASE_MEMBER] for state in states]),
+        base_B=None if all(factor == 1 for factor in factors) else torch.tensor(factors),
         streams_BS=torch.tensor([[state.factors.get(member, 0.0) for member in others] for state in states]),
         guided_B=torch.tensor([state.guided for state in states]),
     ).to(device)

@@ -130,7 +130,8 @@ class Token:
         rewards: {reward: log π_i(token)} of the rewards that ran, less their reference's log π(token) where they have
             one; w_i times it is that reward's contribution.
         top: (id, log_prob) of the likeliest tokens, best first, as many as were asked for.
-        kl: KL(π ‖ π_base) of the distribution that `log_prob` is of, in nats; None where what decodes does not say.
+        kl: KL(π ‖ π_base) of the distribution that `log_prob` is of, in nats; None where what decodes does not say, or
+            the base rules out a token that the combination does not.
     """
 
     id: int

@@ -23,12 +23,12 @@ class Coefficients(NamedTuple):
     """What each stream's log-probs are multiplied by, a row for each sequence.
 
     Attributes:
-        base_B: 1, less the weights of rewards whose reference is the base.
+        base_B: 1, less the weights of rewards whose reference is the base; None where it is 1 throughout.
         streams_BS: of the other streams; a stream whose coefficient is 0 in a row has no part in it.
         guided_B: whether any weight is not 0; the other rows are the base, bit for bit.
     """
 
-    base_B: Tensor
+    base_B: Tensor | None
     streams_BS: Tensor
     guided_B: Tensor
 
@@ -38,7 +38,9 @@ class Coefficients(NamedTuple):
 
     def to(self, device: torch.device) -> Coefficients:
         """On another device."""
-        return Coefficients(*(part.to(device, non_blocking=True) for part in self))
+        streams_BS, guided_B = (part.to(device, non_blocking=True) for part in (self.streams_BS, self.guided_B))
+        base_B = None if self.base_B is None else self.base_B.to(device, non_blocking=True)
+        return Coefficients(base_B, streams_BS, guided_B)
 
 
 def coefficients(weights_BR: Tensor, references: Sequence[int | None] = (), streams: int | None = None) -> Coefficients:
@@ -49,13 +51,12 @@ def coefficients(weights_BR: Tensor, references: Sequence[int | None] = (), stre
         references: of each reward: 0 for the base, s + 1 for stream s, None for no reference.
         streams: S; by default R.
     """
-    rows, rewards = weights_BR.shape
+    rewards = weights_BR.shape[1]
     streams_BS = torch.nn.functional.pad(weights_BR, (0, (streams or rewards) - rewards))
-    base_B = weights_BR.new_ones(rows)
+    against_base = [reward for reward, reference in enumerate(references) if reference == 0]
+    base_B = 1 - weights_BR[:, against_base].sum(dim=1) if against_base else None
     for reward, reference in enumerate(references):
-        if reference == 0:
-            base_B = base_B - weights_BR[:, reward]
-        elif reference is not None:
+        if reference:
             streams_BS[:, reference - 1] -= weights_BR[:, reward]
     return Coefficients(base_B, streams_BS, (weights_BR != 0).any(dim=1))
 
@@ -104,8 +105,9 @@ def weighted_sum(
     Where nobody asks for the members' own log-probs, float32 logits will do: what a member's log-softmax takes from
     all ids of a row alike, the last one takes anyway.
     """
-    total_BTV = base_BTV.clone()
-    if bool((given.base_B != 1).any()) if given.base_B.is_cpu else True:
+    if given.base_B is None:
+        total_BTV = base_BTV.clone()
+    else:
         total_BTV = _add(torch.zeros_like(base_BTV), base_BTV, given.base_B[:, None, None])
     for s, stream_BTV in enumerate(streams):
         total_BTV = _add(total_BTV, stream_BTV, given.streams_BS[:, s, None, None])
@@ -125,7 +127,7 @@ def _add(total_BTV: Tensor, stream_BTV: Tensor, factor_B11: Tensor) -> Tensor:
 
 
 def divergence(guided_BTV: Tensor, base_BTV: Tensor) -> Tensor:
-    """KL(π_guided ‖ π_base) in nats, [B, T], of normalised log-probs."""
+    """KL(π_guided ‖ π_base) in nats, [B, T], of normalised log-probs; inf where π_base rules out what π_guided says."""
     gain_BTV = torch.where(guided_BTV == -torch.inf, 0.0, guided_BTV - base_BTV)
     return (guided_BTV.exp() * gain_BTV).sum(dim=-1).clamp_min(0.0)
 
@@ -145,7 +147,7 @@ def within_budget(base_BTV: Tensor, guided_BTV: Tensor, max_kl_B: Tensor) -> Ten
     over_BT = divergence(guided_BTV, base_BTV) > budget_B1
     if over_BT.is_cpu and not bool(over_BT.any()):
         return guided_BTV
-    ruled_out_BTV = guided_BTV == -torch.inf
+    ruled_out_BTV = (guided_BTV == -torch.inf) | (base_BTV == -torch.inf)  # by either, so by every share below 1
     step_BTV = (guided_BTV - base_BTV).masked_fill(ruled_out_BTV, 0.0)
     start_BTV = base_BTV.masked_fill(ruled_out_BTV, -torch.inf)
 

@@ -140,19 +140,20 @@ class Sample(Blend):
             tokenizer: its tokenizer.
             sampling: length and temperature.
             weights: {reward: weight} of a guided model, over its defaults.
-            members: the names that its forwards are counted under; where not given, the base's and those of the
-                rewards that have a weight.
+            members: the names that its forwards are counted under; where not given, the base's, those of the rewards
+                that have a weight and of their references.
 
         Raises:
             WeightsError: weights that name no reward, that are not finite, or of a model without rewards.
             VocabularyError, UnsupportedError: as `Blend`.
         """
         options: dict[str, Any] = {}
-        running = (BASE,)
+        running: tuple[str, ...] = (BASE,)
         if isinstance(model, GuidedForCausalLM):
             row = weight_row(weights or {}, model.default_weights)
             options["reward_weights"] = dict(zip(model.reward_names, row, strict=True))
-            running = (BASE, *(name for name, weight in options["reward_weights"].items() if weight != 0))
+            needed = model.coefficients(torch.tensor([row])).streams_BS[0] != 0
+            running = (BASE, *(m.name for m, runs in zip(model.members[1:], needed.tolist(), strict=True) if runs))
         elif weights:
             raise WeightsError(f"{kind_of(model)} has no rewards, and there are weights of {', '.join(weights)}")
         super().__init__(
