@@ -29,13 +29,13 @@ from genarm.lab.bench.figures import (
     vllm_ratios,
     vllm_targets,
 )
-from genarm.lab.bench.report import Circumstances, command
+from genarm.lab.bench.report import Circumstances, command, write_report
 from genarm.lab.bench.settings import VllmSettings
 from genarm.lab.bench.shapes import SHAPES
 from genarm.lab.bench.vllm import VllmResult, decode_rate
 from genarm.lab.bench.vllm_engine import EngineFacts, EngineSettings, remote_engine
 from genarm.lab.bench.vllm_models import write_entries
-from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
+from genarm.lab.bench.vllm_report import as_markdown
 from genarm.lab.machine import this_machine
 
 TINY = SHAPES["tiny"]
@@ -95,7 +95,7 @@ def test_the_report_says_all(result: VllmResult, tmp_path: Path) -> None:
     circumstances = Circumstances(
         machine=this_machine("cpu"), date=datetime.date(2026, 11, 25), code="genarm 0.1.0, commit 1234567"
     )
-    write_vllm_report(tmp_path, result, circumstances)
+    write_report(tmp_path, result, circumstances, as_markdown(result, circumstances))
     page = (tmp_path / "vllm.md").read_text(encoding="utf-8")
     assert page == as_markdown(result, circumstances)
     record = json.loads((tmp_path / "vllm.json").read_text(encoding="utf-8"))

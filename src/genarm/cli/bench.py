@@ -70,7 +70,6 @@ class _Bench:
     measure: Callable[[Console], Any]
     device: Callable[[Any], str]
     markdown: Callable[[Any, Circumstances], str]
-    write: Callable[[Path, Any, Circumstances], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         from contextlib import nullcontext
 
         from genarm.files import new_folder
-        from genarm.lab.bench.report import Circumstances
+        from genarm.lab.bench.report import Circumstances, write_report
         from genarm.lab.machine import code_version, this_machine
 
         bench: _Bench = arguments.bench(arguments)
@@ -88,9 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
             result = bench.measure(open_console(stderr=True))
             machine = this_machine(bench.device(result))
             circumstances = Circumstances(machine=machine, date=datetime.date.today(), code=code_version())
+            markdown = bench.markdown(result, circumstances)
             if folder is not None:
-                bench.write(folder, result, circumstances)
-    say(bench.markdown(result, circumstances), end="")
+                write_report(folder, result, circumstances, markdown)
+    say(markdown, end="")
     if arguments.output is not None:
         say(f"wrote {arguments.output}", stderr=True)
     return 0
@@ -98,27 +98,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _decode(arguments: argparse.Namespace) -> _Bench:
     from genarm.lab.bench.decode import run_decode
-    from genarm.lab.bench.report import as_markdown, write_report
+    from genarm.lab.bench.report import as_markdown
 
     measure = partial(run_decode, settings_from(arguments, DecodeSettings))
-    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown, write=write_report)
+    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown)
 
 
 def _vllm(arguments: argparse.Namespace) -> _Bench:
     from genarm.lab.bench.vllm import run_vllm
-    from genarm.lab.bench.vllm_report import as_markdown, write_vllm_report
+    from genarm.lab.bench.vllm_report import as_markdown
 
     measure = partial(run_vllm, settings_from(arguments, VllmSettings))
-    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown, write=write_vllm_report)
+    return _Bench(measure=measure, device=lambda r: r.where.device, markdown=as_markdown)
 
 
 def _serve(arguments: argparse.Namespace) -> _Bench:
     from genarm.lab.bench.serve import run_serve
-    from genarm.lab.bench.serve_report import as_markdown, write_serve_report
+    from genarm.lab.bench.serve_report import as_markdown
 
-    return _Bench(
-        measure=partial(run_serve, settings_from(arguments, ServeSettings)),
-        device=lambda r: "cpu" if r.device == "auto" else r.device,
-        markdown=as_markdown,
-        write=write_serve_report,
-    )
+    measure = partial(run_serve, settings_from(arguments, ServeSettings))
+    return _Bench(measure=measure, device=lambda r: "cpu" if r.device == "auto" else r.device, markdown=as_markdown)

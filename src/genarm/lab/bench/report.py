@@ -8,16 +8,20 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genarm.files import write_text
 from genarm.lab.bench.counting import DRAFTS
 from genarm.lab.bench.decode import DecodeResult
 from genarm.lab.bench.field import Speculated
 from genarm.lab.bench.figures import Figure
-from genarm.lab.bench.settings import DecodeSettings, VllmSettings
+from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
 from genarm.lab.bench.timing import spread
 from genarm.lab.machine import Machine
+
+if TYPE_CHECKING:
+    from genarm.lab.bench.serve import ServeResult
+    from genarm.lab.bench.vllm import VllmResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,38 +32,42 @@ class Circumstances:
     date: datetime.date
     code: str
 
+    def sentences(self, about: str, command: str, *, threads: int | None = None, more: str = "") -> str:
+        """What was measured, `about`, on what and with which code; `more` stands after the versions."""
+        machine = self.machine
+        accelerator = f"{machine.accelerator}; " if machine.accelerator else ""
+        of_torch = "" if threads is None else f", {threads} threads of torch"
+        return (
+            f"{about}. {self.date.isoformat()}, {self.code}. {accelerator}{machine.processor}, {machine.cores} "
+            f"cores{of_torch}; Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}"
+            f"{more}. Command: `{command}`."
+        )
 
-def write_report(folder: Path, result: DecodeResult, circumstances: Circumstances) -> None:
-    """`decode.json`, with all that was measured, and `decode.md`."""
-    record = json.dumps(as_json(result, circumstances), indent=2, ensure_ascii=False)
-    write_text(folder / "decode.json", record + "\n")
-    write_text(folder / "decode.md", as_markdown(result, circumstances))
 
-
-def as_json(result: DecodeResult, circumstances: Circumstances) -> dict[str, Any]:
-    """Everything, raw times included."""
-    record = {
+def write_report(
+    folder: Path, result: DecodeResult | VllmResult | ServeResult, circumstances: Circumstances, markdown: str
+) -> None:
+    """`decode.json`, with all that was measured, raw figures included, and `decode.md`, or as the subject is called."""
+    record: dict[str, Any] = {
         "date": circumstances.date.isoformat(),
         "code": circumstances.code,
         "command": command(result.settings),
         "machine": asdict(circumstances.machine),
         **asdict(result),
-        "figures": figures_as_json(result.figures),
     }
-    record["settings"]["prompts"] = None if result.settings.prompts is None else str(result.settings.prompts)
-    return record
+    figures: Iterable[Figure] = getattr(result, "figures", ())
+    if figures:
+        record["figures"] = [{**asdict(f), **asdict(f.spread), "met": f.met} for f in figures]
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)  # paths as text
+    write_text(folder / f"{result.settings.subject}.json", text + "\n")
+    write_text(folder / f"{result.settings.subject}.md", markdown)
 
 
-def figures_as_json(figures: Iterable[Figure]) -> list[dict[str, Any]]:
-    """With their spread, and whether targets are met."""
-    return [{**asdict(figure), **asdict(figure.spread), "met": figure.met} for figure in figures]
-
-
-def command(settings: DecodeSettings | VllmSettings) -> str:
+def command(settings: DecodeSettings | VllmSettings | ServeSettings) -> str:
     """A command line that measures the same, every option said."""
-    words = ["genarm", "bench", "decode" if isinstance(settings, DecodeSettings) else "vllm"]
+    words = ["genarm", "bench", settings.subject, *([settings.folder] if isinstance(settings, ServeSettings) else [])]
     for name, value in asdict(settings).items():
-        if value is not None and value is not False:
+        if name != "folder" and value is not None and value is not False:
             values = [] if value is True else value if isinstance(value, list | tuple) else [value]
             words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     return shlex.join(words)
@@ -83,7 +91,9 @@ def as_markdown(result: DecodeResult, circumstances: Circumstances) -> str:
         ),
         *_bandwidth(result),
         *_real(result),
-        _circumstances(result, circumstances),
+        circumstances.sentences(
+            random_weights(result), command(result.settings), threads=circumstances.machine.threads
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -131,16 +141,10 @@ def _real(result: DecodeResult) -> Iterable[str]:
         )
 
 
-def _circumstances(result: DecodeResult, circumstances: Circumstances) -> str:
-    machine = circumstances.machine
+def random_weights(result: DecodeResult | VllmResult) -> str:
+    """The models' sizes and dtype."""
     sizes = ", ".join(f"{name} {count:,} parameters" for name, count in result.parameters.items())
-    device = f"{machine.accelerator}; " if machine.accelerator else ""
-    return (
-        f"Random weights, {result.where.dtype}: {sizes}. {circumstances.date.isoformat()}, {circumstances.code}. "
-        f"{device}{machine.processor}, {machine.cores} cores, {machine.threads} threads of torch; "
-        f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}. "
-        f"Command: `{command(result.settings)}`."
-    )
+    return f"Random weights, {result.where.dtype}: {sizes}"
 
 
 def spread_of(values: Sequence[float], *, scale: float = 1.0, digits: int = 3) -> str:

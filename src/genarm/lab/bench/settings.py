@@ -1,4 +1,4 @@
-"""What `genarm bench` measures; each field is as its help text says. Nothing heavy is imported here."""
+"""What `genarm bench` measures, its `subject`; each field is as its help text says. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ class ShapeSettings:
 class DecodeSettings(ShapeSettings):
     """What `genarm bench decode` measures; 1 is always among its streams."""
 
+    subject = "decode"
+
     device: str | None = field(
         default=None,
         metadata={"metavar": "DEVICE", "help": "cpu, cuda, cuda:1, …; by default the first GPU, if any"},
@@ -87,6 +89,8 @@ class DecodeSettings(ShapeSettings):
 class VllmSettings(ShapeSettings):
     """What `genarm bench vllm` measures."""
 
+    subject = "vllm"
+
     eager: bool = field(default=False, metadata={"help": "without torch.compile and CUDA graphs"})
 
 
@@ -97,6 +101,8 @@ class ServeSettings(Loading):
     Raises:
         ConfigError: a value out of range.
     """
+
+    subject = "serve"
 
     folder: str
     concurrency: Sequence[int] = field(

@@ -1,35 +1,10 @@
-"""What `genarm bench vllm` measured, as JSON and as Markdown."""
+"""What `genarm bench vllm` measured, as Markdown."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-from genarm.files import write_text
 from genarm.lab.bench.decode import PROMPT_TOKENS
-from genarm.lab.bench.report import Circumstances, command, figures_as_json, figures_table, spread_of, table
+from genarm.lab.bench.report import Circumstances, command, figures_table, random_weights, spread_of, table
 from genarm.lab.bench.vllm import VllmResult
-
-
-def write_vllm_report(folder: Path, result: VllmResult, circumstances: Circumstances) -> None:
-    """`vllm.json`, with all that was measured, and `vllm.md`."""
-    record = json.dumps(as_json(result, circumstances), indent=2, ensure_ascii=False)
-    write_text(folder / "vllm.json", record + "\n")
-    write_text(folder / "vllm.md", as_markdown(result, circumstances))
-
-
-def as_json(result: VllmResult, circumstances: Circumstances) -> dict[str, Any]:
-    """Everything, each round included."""
-    return {
-        "date": circumstances.date.isoformat(),
-        "code": circumstances.code,
-        "command": command(result.settings),
-        "machine": asdict(circumstances.machine),
-        **asdict(result),
-        "figures": figures_as_json(result.figures),
-    }
 
 
 def as_markdown(result: VllmResult, circumstances: Circumstances) -> str:
@@ -59,15 +34,8 @@ def as_markdown(result: VllmResult, circumstances: Circumstances) -> str:
 
 
 def _circumstances(result: VllmResult, circumstances: Circumstances) -> str:
-    machine = circumstances.machine
-    sizes = ", ".join(f"{name} {count:,} parameters" for name, count in result.parameters.items())
-    accelerator = f"{machine.accelerator}; " if machine.accelerator else ""
     first = next(iter(result.engines.values()))
     runners = sorted({facts.runner for facts in result.engines.values()})
     how = "eager" if result.settings.eager else "compiled"
-    return (
-        f"Random weights, {result.where.dtype}: {sizes}. {circumstances.date.isoformat()}, {circumstances.code}. "
-        f"{accelerator}{machine.processor}, {machine.cores} cores, {first.threads} threads of torch; "
-        f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}, vLLM {first.version} "
-        f"({how}, model runner {' and '.join(runners)}, on {first.device}). Command: `{command(result.settings)}`."
-    )
+    vllm = f", vLLM {first.version} ({how}, model runner {' and '.join(runners)}, on {first.device})"
+    return circumstances.sentences(random_weights(result), command(result.settings), threads=first.threads, more=vllm)
