@@ -14,7 +14,8 @@ _LAST_SECONDS = 1.0
 
 def start_log() -> None:
     """Send what the project, libraries and Python's warnings say to stderr from now on."""
-    handler = Unhurried(sys.stderr.fileno())
+    # A descriptor of its own: the number of one that somebody else closes may be a client's connection next.
+    handler = Unhurried(os.dup(sys.stderr.fileno()))
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("genarm").setLevel(logging.INFO)
