@@ -50,9 +50,11 @@ SIGNATURES = {
     "Engine.stream": "(self, request)",
     "EngineOptions": "(*, streams=8, context=None, speculate=8, adapt=True, chunk=256)",
     "GuidedForCausalLM": ("(config, members=None, alignments=None, folder=None)"),
-    "GuidedForCausalLM.from_members": ("(base, rewards, *, references=None, weights=None, tokenizers=None)"),
-    "Request": "(*, prompt, weights, max_kl=None, sampling, seed=0, stop=(), stop_token_ids=(), ignore_eos=False, "
-    "top_log_probs=0, prompt_log_probs=None, reply=True, continues=False, reading)",
+    "GuidedForCausalLM.from_members": "(base, rewards, *, references=None, wishes=None, weights=None, tokenizers=None)",
+    "GuidedForCausalLM.with_wishes": "(self, wishes, *, weights=None)",
+    "GuidedForCausalLM.encode": "(self, prompts, *, tokenizer=None, reading)",
+    "Request": "(*, prompt, weights, max_kl=None, wishes=(), contexts, sampling, seed=0, stop=(), stop_token_ids=(), "
+    "ignore_eos=False, top_log_probs=0, prompt_log_probs=None, reply=True, continues=False, reading)",
     "Sampling": "(*, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, "
     "presence_penalty=0.0, frequency_penalty=0.0, logit_bias, min_new_tokens=0)",
     "Token": "(*, id, text, log_prob, base, rewards, top=(), kl=None)",
@@ -68,8 +70,8 @@ SIGNATURES = {
         "report_to='none')"
     ),
     "compose": (
-        "(base, rewards, output, *, tuned=None, references=None, weights=None, descriptions=None, "
-        "adapter_models=None, settings=None, bundle=False, trust_remote_code=False)"
+        "(base, rewards, output, *, tuned=None, references=None, wishes=None, weights=None, "
+        "descriptions=None, adapter_models=None, settings=None, bundle=False, trust_remote_code=False)"
     ),
     "train": "(config, *, resume=False, console=None)",
 }

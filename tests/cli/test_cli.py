@@ -33,12 +33,13 @@ OPTIONS = {
         "--raw",
         "--batch-size",
         "--num-samples",
+        "--wish",
     },
-    "chat": {*MODEL, *READING, *SAMPLING, *ENGINE, "--context"},
-    "score": {*MODEL, "--prompt", "--response", "--json", "--html", "--raw", "--template-arg"},
+    "chat": {*MODEL, *READING, *SAMPLING, *ENGINE, "--context", "--wish"},
+    "score": {*MODEL, "--wish", "--prompt", "--response", "--json", "--html", "--raw", "--template-arg"},
     "compose": {
         *("--base", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
-        *("--tuned", "--reference", "--weight"),
+        *("--tuned", "--reference", "--wish", "--weight"),
         "--trust-remote-code",
     },
     "bench decode": {
@@ -54,7 +55,7 @@ OPTIONS = {
     "serve": {
         *("folder", "--dtype", "--device", "--trust-remote-code", "--host", "--port", "--served-name"),
         *("--engine", "--vllm-options", "--streams", "--context", "--queue", "--timeout", "--presets"),
-        *("--max-weight", "--api-keys", "--cors", "--allowed-host", "--log-prompts"),
+        *("--max-weight", "--api-keys", "--cors", "--allowed-host", "--log-prompts", "--wish"),
         *READING,
         *ENGINE,
     },

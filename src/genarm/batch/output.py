@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class Settings:
         model, draft: records of their content (`genarm.provenance.model_record`).
         prompts: how many rows of input, and `prompts_content`, a digest of what they say.
         reading: how prompts become token ids (`genarm.text.prompts.Reading`).
+        wishes: {name: system text} of those that are not the folder's own.
         weights: the run's reward weights, complete.
         max_kl: the bound on nats per token from the base, if any.
         Others: as the command's options.
@@ -41,11 +42,13 @@ class Settings:
     system: str | None
     raw: bool
     reading: Mapping[str, Any]
+    wishes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def record(self) -> Record:
-        """All of it, as JSON has it."""
-        return plain(asdict(self))
+        """All of it, as JSON has it; of wishes only where there are any, as files made before there were go on."""
+        record = plain(asdict(self))
+        return record if self.wishes else {key: value for key, value in record.items() if key != "wishes"}
 
     @property
     def digest(self) -> str:

@@ -25,13 +25,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchJob:
-    """A request as the model will read it: `number` counts rows, `index` requests, `sample` replies to one request."""
+    """A request as the model will read it: `number` counts rows, `index` requests, `sample` replies to one request.
+
+    `contexts` are the prompt's ids as each wish with a weight reads them.
+    """
 
     number: int
     index: int
     sample: int
     request: BatchRequest
     prompt_ids: tuple[int, ...]
+    contexts: Mapping[str, Sequence[int]]
     weights: Mapping[str, float]
     max_kl: float | None
 
@@ -64,11 +68,14 @@ def make_jobs(
     for index, request in enumerate(requests):
         where = f"{request.where} (prompt {index})"
         try:
-            ids = files.encode(files.conversation(request.prompt, system=system, raw=raw))
+            prompt = files.conversation(request.prompt, system=system, raw=raw)
+            ids = files.encode(prompt)
             own = files.weights(request.reward_weights, weights)
+            contexts = files.contexts(prompt, own)
         except GenarmError as error:
             raise type(error)(f"{where}: {error}") from error
-        check_length(files, len(ids), plan.sampling.max_new_tokens, where=where)
+        longest = max(map(len, (ids, *contexts.values())))
+        check_length(files, longest, plan.sampling.max_new_tokens, where=where)
         jobs += [
             BatchJob(
                 number=index * plan.num_samples + sample,
@@ -76,6 +83,7 @@ def make_jobs(
                 sample=sample,
                 request=request,
                 prompt_ids=tuple(ids),
+                contexts=contexts,
                 weights=own,
                 max_kl=max_kl if request.max_kl is None else float(request.max_kl),
             )
@@ -86,7 +94,9 @@ def make_jobs(
 
 def context_of(jobs: Sequence[BatchJob], plan: Plan) -> int:
     """Positions that the longest of `jobs` needs with its reply."""
-    return max(len(job.prompt_ids) for job in jobs) + plan.sampling.max_new_tokens
+    return (
+        max(len(ids) for job in jobs for ids in (job.prompt_ids, *job.contexts.values())) + plan.sampling.max_new_tokens
+    )
 
 
 def decode(engine: Engine, jobs: Sequence[BatchJob], plan: Plan, *, settings: str = "") -> Iterator[Row]:
@@ -117,6 +127,7 @@ def decode(engine: Engine, jobs: Sequence[BatchJob], plan: Plan, *, settings: st
 def _request(job: BatchJob, plan: Plan) -> EngineRequest:
     return EngineRequest(
         prompt=job.prompt_ids,
+        contexts=job.contexts,
         weights=job.weights,
         max_kl=job.max_kl,
         sampling=plan.sampling,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from genarm.batch.plan import Plan
 from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import open_console, quiet_libraries, say
-from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, WishOptions
 from genarm.engine import EngineOptions
 from genarm.sampling import Sampling, check_seed
 
@@ -35,7 +35,7 @@ _SAMPLING = Sampling(max_new_tokens=256)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm chat`."""
-    add_options(parser, ModelOptions, PromptOptions, ReadingOptions, _SAMPLING)
+    add_options(parser, ModelOptions, WishOptions, PromptOptions, ReadingOptions, _SAMPLING)
     add_options(parser, Plan, only=["seed"])
     context = "the most tokens of a conversation; by default what the members have, but no more than 2048"
     add_options(parser, EngineOptions, only=["context", "speculate"], context={"help": context})

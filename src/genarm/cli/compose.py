@@ -6,6 +6,7 @@ import argparse
 import json
 
 from genarm.cli.console import quiet_libraries, say
+from genarm.cli.options import pairs, read_wishes
 from genarm.errors import ConfigError
 
 SUMMARY = "put a frozen base and rewards together into a guided model folder"
@@ -39,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="the untuned model of a tuned one where that is not the base: with a small pair, what tuning has taught "
         "the small model is carried over to the base (proxy tuning)",
+    )
+    parser.add_argument(
+        "--wish",
+        action="append",
+        metavar="NAME=TEXT",
+        help="a reward in words, which needs no training at all: the base that reads TEXT as its system message less "
+        "the base that does not; weight 1 is the base prompted so, 2 more of it, below 0 the opposite; NAME=@FILE "
+        "reads the text from a file; may be repeated",
     )
     parser.add_argument(
         "--weight",
@@ -75,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     rewards, weights = _rewards(arguments.reward, "--reward NAME=PATH[:WEIGHT]")
     tuned, tuned_weights = _rewards(arguments.tuned, "--tuned NAME=PATH[:WEIGHT]")
     weights = _all_weights({**weights, **tuned_weights}, arguments.weight)
-    references = _pairs(arguments.reference, "--reference NAME=PATH")
-    descriptions = _pairs(arguments.describe, "--describe NAME=TEXT")
-    adapter_models = _pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
+    references = pairs(arguments.reference, "--reference NAME=PATH")
+    descriptions = pairs(arguments.describe, "--describe NAME=TEXT")
+    adapter_models = pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
     settings = _settings(arguments.set)
     with quiet_libraries():
         from genarm.model.compose import compose
@@ -88,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output,
             tuned=tuned,
             references=references,
+            wishes=read_wishes(arguments.wish),
             weights=weights,
             descriptions=descriptions,
             adapter_models=adapter_models,
@@ -102,18 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(items: list[str] | None, form: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items or ():
-        name, equals, value = item.partition("=")
-        if not (name and equals and value):
-            raise ConfigError(f"cannot read {item!r}; write {form}")
-        if name in pairs:
-            raise ConfigError(f"{name!r} is given twice; give each name once ({form})")
-        pairs[name] = value
-    return pairs
-
-
 def _all_weights(behind_paths: dict[str, float], items: list[str] | None) -> dict[str, float]:
     """The weights behind paths, and those of --weight."""
     from genarm.model.weights import parse_weights
@@ -126,7 +124,7 @@ def _all_weights(behind_paths: dict[str, float], items: list[str] | None) -> dic
 
 def _rewards(items: list[str] | None, form: str) -> tuple[dict[str, str], dict[str, float]]:
     """{name: path} and {name: weight}; what follows the last colon is a weight if it is a number."""
-    rewards = _pairs(items, form)
+    rewards = pairs(items, form)
     weights: dict[str, float] = {}
     for name, value in rewards.items():
         path, colon, tail = value.rpartition(":")
@@ -144,7 +142,7 @@ def _rewards(items: list[str] | None, form: str) -> tuple[dict[str, str], dict[s
 def _settings(items: list[str] | None) -> dict[str, dict[str, object]]:
     allowed = ("dtype", "device_map", "quantization_config")
     settings: dict[str, dict[str, object]] = {}
-    for key, text in _pairs(items, "--set MEMBER.FIELD=VALUE").items():
+    for key, text in pairs(items, "--set MEMBER.FIELD=VALUE").items():
         member, _, field = key.rpartition(".")
         if not member or field not in allowed:
             raise ConfigError(f"cannot set {key!r}; write MEMBER.FIELD with FIELD one of {', '.join(allowed)}")

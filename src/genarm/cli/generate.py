@@ -16,7 +16,7 @@ from typing import Any
 from genarm.batch.plan import Plan
 from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import goes_on, progress, quiet_libraries, say, say_json
-from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, WishOptions
 from genarm.engine import EngineOptions
 from genarm.sampling import Sampling
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--output", type=Path, metavar="FILE", help="write rows to this JSONL file, resumable")
     form.add_argument("--json", action="store_true", help="print rows as JSONL instead of text")
-    add_options(parser, PromptOptions, ReadingOptions)
+    add_options(parser, WishOptions, PromptOptions, ReadingOptions)
     parser.add_argument("--raw", action="store_true", help="send prompts as plain text, without the chat template")
     add_options(parser, Sampling, Plan, EngineOptions, DraftOptions)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from genarm.errors import ConfigError
 from genarm.model.placement import Loading
 
 
@@ -42,6 +45,46 @@ class PromptOptions:
     system: str | None = field(
         default=None, metadata={"metavar": "TEXT", "help": "a system message before the conversation"}
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WishOptions:
+    """Rewards in words, beside those of the folder."""
+
+    wish: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "metavar": "NAME=TEXT",
+            "help": "a reward in words that needs no training: the model as it replies with the system message TEXT, "
+            "less itself without; weight 1 (the default) is the prompted model, 2 more of it, below 0 the opposite; "
+            "NAME=@FILE reads the text from a file; repeatable, and any model will do",
+        },
+    )
+
+
+def pairs(items: Sequence[str] | None, form: str) -> dict[str, str]:
+    """{name: value} of items in the form NAME=VALUE (raises ConfigError, which shows `form`)."""
+    found: dict[str, str] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"cannot read {item!r}; write {form}")
+        if name in found:
+            raise ConfigError(f"{name!r} is given twice; give each name once ({form})")
+        found[name] = value
+    return found
+
+
+def read_wishes(items: Sequence[str] | None) -> dict[str, str]:
+    """{name: system text} of --wish (raises ConfigError: another form, or a file that cannot be read)."""
+    wishes = pairs(items, "--wish NAME=TEXT")
+    for name, text in wishes.items():
+        if text.startswith("@"):
+            try:
+                wishes[name] = Path(text[1:]).expanduser().read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"cannot read the text of the wish {name!r}: {error}") from error
+    return wishes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from genarm.cli.arguments import add_options
 from genarm.cli.console import open_console, quiet_libraries, say, say_json
-from genarm.cli.options import ModelOptions, PromptOptions, TemplateOptions
+from genarm.cli.options import ModelOptions, PromptOptions, TemplateOptions, WishOptions
 
 if TYPE_CHECKING:
     from genarm.model.token_rewards import TokenRewards
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, ModelOptions)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what was asked")
     parser.add_argument("--response", required=True, metavar="TEXT", help="what was answered")
-    add_options(parser, PromptOptions, TemplateOptions)
+    add_options(parser, WishOptions, PromptOptions, TemplateOptions)
     parser.add_argument("--raw", action="store_true", help="plain text, without the chat template")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with a heat map")
@@ -61,11 +61,13 @@ def _score(arguments: argparse.Namespace) -> TokenRewards:
     files = session.files
     if not files.guided:
         raise UnsupportedError(
-            f"{arguments.folder} is not a guided folder, so there are no rewards to show; make one with genarm compose"
+            f"{arguments.folder} is not a guided folder, so there are no rewards to show; give a --wish, or make one "
+            "with genarm compose"
         )
     prompt = files.conversation(arguments.prompt, system=session.system, raw=session.raw)
     prompt_ids, response_ids = files.encode_pair(prompt, arguments.response)
-    check_length(files, len(prompt_ids), len(response_ids), where="--prompt and --response")
+    longest = max(map(len, (prompt_ids, *files.contexts(prompt, dict.fromkeys(session.weights, 1.0)).values())))
+    check_length(files, longest, len(response_ids), where="--prompt and --response")
     # In bfloat16 a token's log-prob moves by a tenth with what follows it, which would be coloured as if it meant much.
     exact = session.dtype == "auto" and session.device == "cpu"
     model = session.load(dtype="float32" if exact else None)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import quiet_libraries, say
-from genarm.cli.options import DraftOptions, ModelOptions, ReadingOptions
+from genarm.cli.options import DraftOptions, ModelOptions, ReadingOptions, WishOptions
 from genarm.engine import EngineOptions
-from genarm.errors import ConfigError
+from genarm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +111,7 @@ class ServeOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm serve`."""
-    add_options(parser, ModelOptions, ServeOptions, EngineOptions, DraftOptions, ReadingOptions)
+    add_options(parser, ModelOptions, WishOptions, ServeOptions, EngineOptions, DraftOptions, ReadingOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -189,7 +189,11 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
     EngineOptions(streams=streams)
     Admission(streams=streams, queue=arguments.queue)
     more = None if arguments.vllm_options is None else read_options(arguments.vllm_options)
-    if _takes_vllm(arguments):
+    if _takes_vllm(arguments, session.files):
+        if wishes := [*session.files.wishes]:
+            raise UnsupportedError(
+                f"vLLM reads one prompt for all members, so it cannot run the wish {wishes[0]!r}; give --engine genarm"
+            )
         if option := _of_own_engine(arguments):
             raise ConfigError(f"{option} belongs to genarm's own engine; leave it out, or give --engine genarm")
         need_vllm()
@@ -200,13 +204,14 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
     return lambda: EngineBackend(lambda: session.engine(streams=streams, context=arguments.context))
 
 
-def _takes_vllm(arguments: argparse.Namespace) -> bool:
+def _takes_vllm(arguments: argparse.Namespace, files: ModelFiles) -> bool:
     """Whether vLLM serves; `auto` takes it where it runs on a GPU and nothing is asked that only our engine has."""
     from genarm.server.vllm_backend import why_not
 
     if arguments.engine != "auto":
         return bool(arguments.engine == "vllm")
-    return _of_own_engine(arguments) is None and arguments.device in (None, "cuda") and why_not() is None
+    only_here = bool(files.wishes) or _of_own_engine(arguments) is not None
+    return not only_here and arguments.device in (None, "cuda") and why_not() is None
 
 
 def _of_own_engine(arguments: argparse.Namespace) -> str | None:

@@ -13,7 +13,7 @@ from genarm.batch.plan import Plan
 from genarm.batch.requests import BatchRequest, content
 from genarm.batch.run import BatchJob, make_jobs
 from genarm.cli.arguments import settings_from
-from genarm.cli.options import ModelOptions
+from genarm.cli.options import ModelOptions, read_wishes
 from genarm.engine import Engine, EngineOptions
 from genarm.errors import ConfigError
 from genarm.model.references import ModelFiles, find_device, open_files
@@ -92,6 +92,7 @@ class Session:
             system=self.system,
             raw=self.raw,
             reading=asdict(self.files.reading),
+            wishes=self.files.added_wishes,
         )
 
 
@@ -110,6 +111,7 @@ def open_session(arguments: argparse.Namespace) -> Session:
     EngineOptions(speculate=speculate)
     device = find_device(wanted.device)
     files = open_files(wanted.folder, trust_remote_code=wanted.trust_remote_code, reading=_reading(arguments))
+    files = files.with_wishes(read_wishes(getattr(arguments, "wish", None)))
     max_kl = getattr(arguments, "max_kl", None)
     check_max_kl(max_kl)
     draft, weights = getattr(arguments, "draft", None), getattr(arguments, "weights", None)

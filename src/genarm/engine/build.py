@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from genarm.engine.device import cost, draft_cost, settle
 from genarm.engine.members import Members
 from genarm.engine.proof import expect, prove
+from genarm.engine.request import MOST_WISHES, wish_name
+from genarm.engine.request_state import BASE_MEMBER
 from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.model.config import BASE
@@ -46,9 +48,20 @@ class Built:
 
 @dataclass
 class _Group:
+    """One model's trunk in the making: several members may be one and the same there, reading other prompts."""
+
     model: PreTrainedModel
     members: list[TrunkMember]
     alignment: Alignment | None
+    names: list[str]
+
+    def place(self, member: Member) -> int:
+        """Which of the trunk's own members it is."""
+        adapters = [own.adapter for own in self.members]
+        if member.adapter not in adapters:
+            self.members.append(TrunkMember(name=member.name, adapter=member.adapter))
+            return len(adapters)
+        return adapters.index(member.adapter)
 
 
 def build(
@@ -73,6 +86,7 @@ def build(
         UnsupportedError: a member that the engine cannot run, or memory that does not suffice.
     """
     members, alignments, unknown = _members(model)
+    own = _own_wishes(model)
     if draft is not None:
         members.append(Member(name=DRAFT, model=draft))
         alignments.append(draft_alignment)
@@ -85,12 +99,16 @@ def build(
         index = next((i for i, group in enumerate(groups) if group.model is member.model), None)
         if index is None:
             index = len(groups)
-            groups.append(_Group(model=member.model, members=[], alignment=alignment))
-        places.append((index, len(groups[index].members)))
-        groups[index].members.append(TrunkMember(name=member.name, adapter=member.adapter))
+            groups.append(_Group(model=member.model, members=[], alignment=alignment, names=[]))
+        places.append((index, groups[index].place(member)))
+        if len(places) - 1 not in own:
+            groups[index].names.append(member.name)
     trunks, notes = [], []
     for group in groups:
-        trunk, note = _trunk(group, streams, capacity)
+        # Requests with wishes of their own take more rows, so that fewer run at once; a lone one finds all that it may
+        # need.
+        most_rows = len(group.names) + (MOST_WISHES if group is groups[0] else 0)
+        trunk, note = _trunk(group, streams, max(streams * len(group.names), most_rows), capacity)
         trunks.append(trunk)
         notes.append(note)
     costs = [cost(group.model) for group in groups]
@@ -99,9 +117,11 @@ def build(
     placed = Members(
         trunks=trunks,
         places=places,
-        reward_names=model.reward_names if isinstance(model, GuidedForCausalLM) else (),
-        references=model.references if isinstance(model, GuidedForCausalLM) else (),
+        reward_names=(*_reward_names(model), *(members[i].name for i in own)),
+        references=_references(model),
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
+        wishes={i: m.wish for i, m in enumerate(members) if m.wish is not None},
+        own_wishes=own,
     )
     return Built(
         members=placed,
@@ -113,14 +133,38 @@ def build(
 
 
 def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | None], list[Tensor | None]]:
-    if not isinstance(model, GuidedForCausalLM):
-        return [Member(name=BASE, model=model)], [None], []
-    masks = [alignment.mask() for alignment in model.alignments]
-    return list(model.members), [None, *model.alignments], masks
+    """The model's members, and after its rewards those that stand for the wishes of a request's own."""
+    if isinstance(model, GuidedForCausalLM):
+        members, alignments = list(model.members), [None, *model.alignments]
+    else:
+        members, alignments = [Member(name=BASE, model=model)], [None]
+    masks = [None if alignment is None else alignment.mask() for alignment in alignments[1:]]
+    at = len(_reward_names(model)) + 1
+    members[at:at] = [Member(name=wish_name(i), model=members[0].model) for i in range(MOST_WISHES)]
+    alignments[at:at] = [None] * MOST_WISHES
+    masks[at - 1 : at - 1] = [None] * MOST_WISHES
+    return members, alignments, masks
 
 
-def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
-    names = ", ".join(member.name for member in group.members)
+def _reward_names(model: PreTrainedModel) -> tuple[str, ...]:
+    return model.reward_names if isinstance(model, GuidedForCausalLM) else ()
+
+
+def _own_wishes(model: PreTrainedModel) -> range:
+    first = len(_reward_names(model)) + 1
+    return range(first, first + MOST_WISHES)
+
+
+def _references(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Of each reward, the model's and a request's own wishes, which are compared with the base."""
+    own = _own_wishes(model)
+    given = model.references if isinstance(model, GuidedForCausalLM) else ()
+    moved = [i if i is None or i < own.start else i + len(own) for i in given]
+    return (*moved, *[BASE_MEMBER for _ in own])
+
+
+def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk, str]:
+    names = ", ".join(group.names)
     try:
         path = settle(group.model)
         expected = expect(group.model, group.members, rows=min(2, streams), capacity=capacity)
@@ -128,7 +172,7 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
             group.model,
             group.members,
             group.alignment,
-            rows=streams * len(group.members),
+            rows=rows,
             capacity=capacity,
             graphs=path.graphs,
         )
@@ -142,9 +186,7 @@ def _trunk(group: _Group, streams: int, capacity: int) -> tuple[Trunk, str]:
                 "ask for fewer streams or a shorter context"
             ) from error
         raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
-    together = (
-        "" if len(group.members) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
-    )
+    together = "" if len(group.names) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
     return trunk, f"{names}: {path.why}{together}{replayed}; KV cache {_size(trunk.kv_cache.bytes)}"
 

@@ -8,7 +8,7 @@ task, a thread of the engine's own makes them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
@@ -32,6 +32,7 @@ from genarm.model.combine import coefficients
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.vocabulary import align, read_vocabulary
 from genarm.model.weights import weight_row
+from genarm.model.wishes import encode_wishes
 from genarm.sampling import Sampling, check_seed, stop_ids
 from genarm.text.prompts import check_prompt_ids, encode_prompt
 
@@ -88,7 +89,7 @@ class Engine:
             context=self.options.context,
         )
         self.context = built.context
-        self.members = len(built.members.places)
+        self.members = len(built.members.places) - len(built.members.own_wishes)
         self.default_weights = model.default_weights if isinstance(model, GuidedForCausalLM) else {}
         self._built = built
         costs = {m: c for m, c in built.guess_costs.items() if _can_draft(m, built.members)}
@@ -266,20 +267,28 @@ class Engine:
         check_seed(request.seed)
         ids = self._encode(request)
         members = self._built.members
-        weights = weight_row(request.weights, self.default_weights)
+        own = [float(wish.weight) for wish in request.wishes]
+        weights = [*weight_row(request.weights, self.default_weights), *own]
+        weights += [0.0] * (len(members.reward_names) - len(weights))
         request.check_ids(self._vocabulary_size)
         rewards = {i + 1: w for i, w in enumerate(weights) if w != 0}
-        factors = self._factors(weights)
+        contexts = self._contexts(request, rewards)
+        factors = prompt_factors = self._factors(weights)
+        if contexts:
+            prompt_factors = self._factors([0.0 if i + 1 in contexts else w for i, w in enumerate(weights)])
         guessers: dict[int, float] = {}
         drafts = next((m for m in self._guess_costs if members.is_draft_model(m)), None)
         arms = {m: w for m, w in rewards.items() if m in self._guess_costs and m in factors}
         if arms or drafts is not None:
             guessers = exponents(arms, drafts)
-        others = [member for member in guessers if member not in factors]
+        for_prompt = prompt_factors if request.prompt_log_probs is not None else ()
+        others = [member for member in {**dict.fromkeys(for_prompt), **guessers} if member not in factors]
         state = RequestState(
             request=request,
             ids=ids,
+            contexts=contexts,
             factors=factors,
+            prompt_factors=prompt_factors,
             rewards=frozenset(rewards),
             members=[*factors, *others],
             guessers=guessers,
@@ -303,19 +312,45 @@ class Engine:
             ids = encode_prompt(self.tokenizer, prompt, request.reading)
         else:
             ids = [int(item) for item in prompt]
-        size = self._built.members.trunks[0].embedding_size
-        check_prompt_ids(ids, size)
+        check_prompt_ids(ids, self._built.members.embedding_size)
         if request.prompt_log_probs is not None and max(ids) >= self._vocabulary_size:
             raise DataError(f"the model never says the token id {max(ids)}, so a prompt with it has no log-probs")
-        room = self.context - len(ids)
+        self._check_room(request, len(ids))
+        return ids
+
+    def _check_room(self, request: Request, length: int, wish: str = "") -> None:
+        room = self.context - length
         wanted = request.sampling.max_new_tokens if request.reply else 0
         if room < wanted:
             raise DataError(
-                f"{len(ids)} prompt tokens and up to {wanted} new ones are more than the "
+                f"{length} prompt tokens{wish} and up to {wanted} new ones are more than the "
                 f"{self.context} positions of this engine; shorten the prompt, lower max_new_tokens"
                 f"{f' to {room}' if room > 0 else ''}, or start it with a larger context"
             )
-        return ids
+
+    def _contexts(self, request: Request, rewards: Container[int]) -> dict[int, list[int]]:
+        """{member: the prompt as it reads it} of the wishes that have a weight."""
+        members = self._built.members
+        own = zip(members.own_wishes, request.wishes, strict=False)
+        wishes = {**members.wishes, **{member: wish.text for member, wish in own}}
+        texts = {members.reward_names[m - 1]: text for m, text in wishes.items() if m in rewards}
+        prompt: Any = request.prompt
+        if isinstance(prompt, str) or not all(isinstance(item, Integral) for item in prompt):
+            given: Mapping[str, Sequence[int]] = encode_wishes(self.tokenizer, prompt, texts, request.reading)
+        else:
+            given = request.contexts
+        contexts = {}
+        for name in texts:
+            if name not in given:
+                raise DataError(
+                    f"the prompt is token ids, in which the words of the wish {name!r} have no place; give text or "
+                    "messages, the ids as the wish reads them in contexts, or the wish the weight 0"
+                )
+            ids = [int(item) for item in given[name]]
+            check_prompt_ids(ids, members.embedding_size)
+            self._check_room(request, len(ids), f" (with the wish {name!r})")
+            contexts[members.reward_names.index(name) + 1] = ids
+        return contexts
 
     # --- making steps -------------------------------------------------------------------------------------------
 

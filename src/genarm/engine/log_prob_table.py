@@ -80,13 +80,18 @@ def _parts(said: Mapping[int, float], state: RequestState, members: Members) -> 
     parts = {}
     for place, (name, reference) in enumerate(zip(members.reward_names, members.references, strict=True), start=1):
         streams = {place} if reference is None else {place, reference}
-        if place in state.rewards and streams <= state.factors.keys():
+        if place in state.rewards and streams <= state.factors.keys() & said.keys():
             parts[name] = said[place] if reference is None else said[place] - said[reference]
     return parts
 
 
 def make_table(
-    spots: Sequence[Spot], outputs: Outputs, unknown: Sequence[Tensor | None], device: torch.device
+    spots: Sequence[Spot],
+    outputs: Outputs,
+    unknown: Sequence[Tensor | None],
+    device: torch.device,
+    *,
+    of_prompts: bool = False,
 ) -> LogProbTable:
     """Combine the members' log-probs, each request with its own weights.
 
@@ -95,6 +100,7 @@ def make_table(
         outputs: {(request, member): log-probs}, a row per spot of that request.
         unknown: masks of the ids that each member but the base cannot judge, or None.
         device: of the base.
+        of_prompts: the tokens are the prompts' own, not the replies'.
     """
     counts: dict[RequestState, int] = {}
     for state, _ in spots:
@@ -111,11 +117,12 @@ def make_table(
             ]
         )
     states = [state for state, _ in spots]
-    factors = [state.factors[BASE_MEMBER] for state in states]
+    factors = [state.prompt_factors if of_prompts else state.factors for state in states]
+    base = [of[BASE_MEMBER] for of in factors]
     given = Coefficients(
-        base_B=None if all(factor == 1 for factor in factors) else torch.tensor(factors),
-        streams_BS=torch.tensor([[state.factors.get(member, 0.0) for member in others] for state in states]),
-        guided_B=torch.tensor([state.guided for state in states]),
+        base_B=None if all(factor == 1 for factor in base) else torch.tensor(base),
+        streams_BS=torch.tensor([[of.get(member, 0.0) for member in others] for of in factors]),
+        guided_B=torch.tensor([len(of) > 1 for of in factors]),
     ).to(device)
     base_P1V = base_PV[:, None]
     guided_P1V = combine(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -30,10 +30,13 @@ class Members:
     """Which trunk runs each member, and as which of that trunk's own members: `places[member]`.
 
     Members are the base (0), the rewards (1 … R), references that are none of these (up to S) and perhaps a draft
-    model (S + 1).
+    model (S + 1). The last of the rewards stand for wishes that a request has of its own. Members with a wish read
+    prompts of their own; they may have the same place as the member that they are without it.
 
     Attributes:
         reward_names: of members 1 … R.
+        wishes: {member: system text} of the model's wishes.
+        own_wishes: the members that stand for a request's own.
         references: of each reward, the member that it is compared with, if any.
         unknown: for every member but the base a mask [V] of the ids that it does not know, or None.
     """
@@ -43,6 +46,8 @@ class Members:
     reward_names: Sequence[str]
     references: Sequence[int | None]
     unknown: Sequence[Tensor | None]
+    wishes: Mapping[int, str]
+    own_wishes: Sequence[int]
 
     @property
     def device(self) -> torch.device:

@@ -10,12 +10,20 @@ from typing import Any, Literal, TypeAlias
 
 from genarm.errors import ConfigError
 from genarm.model.weights import check_max_kl
+from genarm.model.wishes import Wish
 from genarm.sampling import Sampling
 from genarm.text.prompts import USUAL, Prompt, Reading
 
 Ending: TypeAlias = Literal["stop", "length", "cancelled"]
 
 _MOST_TOP = 100
+MOST_WISHES = 4
+"""How many wishes of its own a request may have."""
+
+
+def wish_name(index: int) -> str:
+    """What the wish of a request that comes so many places after its first is called; no reward can have this name."""
+    return f"wish {index + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,9 @@ class Request:
         weights: {reward: w} over the model's defaults. A reward of weight 0 is not run.
         max_kl: the most nats that a token's distribution may be from the base's; where the weights would lead farther,
             all of them are scaled down for that token. None sets no bound.
+        wishes: rewards in words that only this request has, up to four; in replies they are called "wish 1" and so on.
+        contexts: {wish: token ids of the prompt as that wish reads it}, needed where `prompt` is token ids and the wish
+            has a weight; of a text or a conversation they are made here.
         sampling: how tokens are drawn.
         seed: of everything random in this request; the same request gives the same reply in any company.
         stop: texts that end the reply, which then ends before them.
@@ -43,6 +54,8 @@ class Request:
     prompt: Prompt | Sequence[int]
     weights: Mapping[str, float] = field(default_factory=dict)
     max_kl: float | None = None
+    wishes: Sequence[Wish] = ()
+    contexts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop: Sequence[str] = ()
@@ -58,6 +71,8 @@ class Request:
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; it must be a list of texts, none of them empty")
         check_max_kl(self.max_kl)
+        if len(self.wishes) > MOST_WISHES or not all(isinstance(wish, Wish) for wish in self.wishes):
+            raise ConfigError(f"wishes is {self.wishes!r:.80}; it must be a list of up to {MOST_WISHES} Wish")
         for name in ("top_log_probs", "prompt_log_probs"):
             count = getattr(self, name) or 0
             if not isinstance(count, Integral) or not 0 <= int(count) <= _MOST_TOP:

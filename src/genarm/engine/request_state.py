@@ -37,8 +37,10 @@ class RequestState(GrowingReply):
 
     Attributes:
         ids: the prompt's and the reply's tokens so far.
+        contexts: {member: token ids of the prompt as it reads it} of those that read another one.
         factors: what the log-probs of each member that runs for it are multiplied by, the base's (0) first; members
             that only draft have none.
+        prompt_factors: likewise for the prompt's own tokens, of which wishes say nothing.
         rewards: those of them that are rewards with a weight.
         members: members that run for it, the base (0) first; rewards count from 1.
         guessers: {member: power} of those that draft for it.
@@ -48,7 +50,9 @@ class RequestState(GrowingReply):
     """
 
     ids: list[int]
+    contexts: Mapping[int, Sequence[int]]
     factors: Mapping[int, float]
+    prompt_factors: Mapping[int, float]
     rewards: frozenset[int]
     members: Sequence[int]
     guessers: Mapping[int, float]
@@ -64,18 +68,28 @@ class RequestState(GrowingReply):
         self._prompt = frozenset(self.ids) if self.request.sampling.repetition_penalty != 1 else frozenset()
 
     @property
-    def guided(self) -> bool:
-        """Whether anything but the base has a part."""
-        return len(self.factors) > 1
-
-    @property
     def scores_prompt(self) -> bool:
         """Whether log-probs are wanted at every token of the prompt."""
         return self.request.prompt_log_probs is not None
 
+    def read_by(self, member: int) -> Sequence[int]:
+        """The prompt as a member reads it."""
+        return self.contexts.get(member, self.ids[: self.prompt_tokens])
+
     def missing(self, member: int) -> list[int]:
         """Tokens that the member's row does not hold yet."""
-        return self.ids[len(self.rows[member].ids) :]
+        held = len(self.rows[member].ids)
+        context = self.contexts.get(member)
+        if context is None:
+            return self.ids[held:]
+        if held < len(context):
+            return [*context[held:], *self.ids[self.prompt_tokens :]]
+        return self.ids[held - len(context) + self.prompt_tokens :]
+
+    def length_for(self, member: int) -> int:
+        """How many tokens a member has to read, up to the last that is known."""
+        context = self.contexts.get(member)
+        return len(self.ids) + (0 if context is None else len(context) - self.prompt_tokens)
 
     def place(self, drafts: Sequence[int] = ()) -> Place:
         """Where the token after `drafts` is sampled."""
@@ -101,8 +115,8 @@ class RequestState(GrowingReply):
 
     def keep_rows(self, accepted: int) -> None:
         """Let rows forget the drafts that were not accepted; call before `append`."""
-        for row in self.rows.values():
-            del row.ids[len(self.ids) + accepted :]
+        for member, row in self.rows.items():
+            del row.ids[self.length_for(member) + accepted :]
 
     def flaw(self, size: int) -> Exception | None:
         """What goes wrong where its settings are applied to log-probs of `size` ids, if anything does."""

@@ -58,9 +58,11 @@ class Scheduler:
         """Let waiting requests run, in their order, while there are rows; each takes over the prefix that is cached."""
         while self.waiting and self._fits(self.waiting[0]):
             state = self.waiting.popleft()
-            # Log-probs are wanted at every token of a prompt that is scored, so every token must be run.
-            known = state.ids[:1] if state.scores_prompt else state.ids
             for member in state.members:
+                known = state.read_by(member)
+                # Log-probs are wanted at every token of a prompt that is scored, so every token must be run.
+                if state.scores_prompt and member not in state.contexts:
+                    known = known[:1]
                 trunk, place = self.members.places[member]
                 state.rows[member] = self.members.trunks[trunk].kv_cache.take(place, known)
             state.reused = len(state.rows[BASE_MEMBER].ids)
@@ -114,9 +116,13 @@ class Scheduler:
             # All members read the prompt's last token in one step: their log-probabilities are combined there.
             part = ids if whole else ids[: min(len(ids) - 1, share)]
             if part:
-                scores = state.scores_prompt and not self.members.is_draft_model(member)
+                scores = state.scores_prompt and self._speaks_of_prompts(state, member)
                 reads.append(Read(state, member, Feed(state.rows[member], part, len(part) if scores else int(whole))))
         return reads, whole
+
+    def _speaks_of_prompts(self, state: RequestState, member: int) -> bool:
+        """Whether a member has a say in a prompt's own tokens: not one that drafts, nor one that reads another."""
+        return not self.members.is_draft_model(member) and member not in state.contexts
 
     # --- ends ---------------------------------------------------------------------------------------------------
 

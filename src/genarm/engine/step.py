@@ -99,8 +99,10 @@ class Stepper:
         at: Outputs = {}
         last = dict(outputs)
         for state in {state: None for state, _, _ in reads if state.scores_prompt and not state.tokens}:
-            members = [member for member in state.members if not self.members.is_draft_model(member)]
-            read = len(outputs[state, BASE_MEMBER])  # as many tokens by every member
+            if (state, BASE_MEMBER) not in outputs:  # all but a wish have read it but for its last token
+                continue
+            members = [m for m in state.members if not self.members.is_draft_model(m) and m not in state.contexts]
+            read = len(outputs[state, BASE_MEMBER])  # as many tokens by every one of these
             end = len(state.rows[BASE_MEMBER].ids)
             next_ids = state.ids[end - read + 1 : end + 1]
             spots += [(state, i) for i in range(len(next_ids))]
@@ -110,7 +112,7 @@ class Stepper:
                     at[state, member] = outputs[state, member][: len(next_ids)]
                 last[state, member] = outputs[state, member][-1:]
         if spots:
-            table = make_table(spots, at, self.members.unknown, self.members.device)
+            table = make_table(spots, at, self.members.unknown, self.members.device, of_prompts=True)
             tops = [state.request.prompt_log_probs or 0 for state, _ in spots]
             looked_up = table.look_up(spots, tokens, tops, self.members)
             for (state, _), token in zip(spots, looked_up, strict=True):

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from genarm.errors import MemberError
+from genarm.errors import ConfigError, MemberError
 from genarm.model.adapter_files import check_settings
 from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder, reference_name
 from genarm.model.contract import check_finite, refusing
@@ -24,9 +24,12 @@ from genarm.model.loading import HubOptions, Member, load_members, load_tokenize
 from genarm.model.options import LoadOptions
 from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
 from genarm.model.weights import weight_row
+from genarm.model.wishes import check_wish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genarm.model.modeling import GuidedForCausalLM
 
 
 def load_guided(
@@ -50,23 +53,29 @@ def gather_guided(
     base: PreTrainedModel,
     rewards: Mapping[str, PreTrainedModel | PeftModel],
     references: Mapping[str, PreTrainedModel | PeftModel],
+    wishes: Mapping[str, str],
     weights: Mapping[str, float],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
 ) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
     """Members from memory; see `GuidedForCausalLM.from_members`."""
+    if twice := sorted({*rewards} & {*wishes}):
+        raise ConfigError(f"{twice[0]!r} is a reward and a wish; every reward needs a name of its own")
     members = [Member(name=BASE, model=base), *(_member(name, reward) for name, reward in rewards.items())]
+    members += [_wish(name, text, base) for name, text in wishes.items()]
     places: dict[str, int] = {}
     for name, reference in references.items():
         if name not in rewards:
             raise MemberError(f"there is a reference for {name!r}, which is no reward; the rewards are {[*rewards]}")
         found = _member(reference_name(name), reference)
-        same = [i for i, m in enumerate(members) if m.model is found.model and m.adapter == found.adapter]
+        same = [
+            i for i, m in enumerate(members) if m.model is found.model and m.adapter == found.adapter and m.wish is None
+        ]
         places[name] = same[0] if same else len(members)
         members += [] if same else [found]
     for model in {id(member.model): member.model for member in members}.values():
         check_finite(model.state_dict(), what="a member")
     _refuse_one_adapter_twice(members)
-    values = weight_row(weights, dict.fromkeys(rewards, 1.0))
+    values = weight_row(weights, dict.fromkeys([*rewards, *wishes], 1.0))
     where = [THE_BASE, *(_place(member, members) for member in members[1:])]
     specs = [
         RewardSpec(
@@ -75,7 +84,7 @@ def gather_guided(
             member=member,
             reference=where[places[name]] if name in places else None,
         )
-        for name, value, member in zip(rewards, values, where[1:], strict=False)
+        for name, value, member in zip([*rewards, *wishes], values, where[1:], strict=False)
     ]
     config = GuidedConfig.of(MemberSpec(model=_in_folder(BASE)), specs, [m.model.config for m in members])
     vocabularies = [
@@ -87,6 +96,24 @@ def gather_guided(
         for member in members
     ]
     return config, members, [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+
+
+def add_wishes(
+    model: GuidedForCausalLM, wishes: Mapping[str, str], weights: Mapping[str, float]
+) -> tuple[GuidedConfig, list[Member], list[Alignment]]:
+    """A model's members with those of further wishes; see `GuidedForCausalLM.with_wishes`."""
+    members = {member.name: member for member in model.members}
+    alignments = {member.name: of for member, of in zip(model.members[1:], model.alignments, strict=True)}
+    size = output_rows(model.base)
+    for name, text in wishes.items():
+        if name in members:
+            raise ConfigError(f"the guided model has a reward {name!r} already; name the wish otherwise")
+        members[name] = _wish(name, text, model.base)
+        alignments[name] = Alignment(base_size=size, reward_size=size)
+    values = weight_row(weights, dict.fromkeys(wishes, 1.0))
+    config = model.config.with_wishes(wishes, values)
+    names = [*config.member_specs]
+    return config, [members[name] for name in names], [alignments[name] for name in names[1:]]
 
 
 def read_guided_config(folder: Path) -> GuidedConfig:
@@ -104,7 +131,7 @@ def _refuse_one_adapter_twice(members: list[Member]) -> None:
     """Two `PeftModel`s made around one model under one adapter name hold the same weights: the later ones."""
     seen: dict[tuple[int, str], str] = {}
     for member in members:
-        if member.adapter is not None:
+        if member.adapter is not None and member.wish is None:
             first = seen.setdefault((id(member.model), member.adapter), member.name)
             if first != member.name:
                 raise MemberError(
@@ -149,12 +176,19 @@ def _member(name: str, reward: PreTrainedModel | PeftModel) -> Member:
     return Member(name=name, model=cast(PreTrainedModel, reward.get_base_model()), peft=reward, adapter=active[0])
 
 
+def _wish(name: str, text: str, base: PreTrainedModel) -> Member:
+    check_wish(text)
+    return Member(name=name, model=base, wish=text)
+
+
 def _in_folder(name: str) -> str:
     return f"./members/{name}"
 
 
 def _place(member: Member, members: Sequence[Member]) -> MemberSpec:
     """Where `save_pretrained` will put a member that has no files yet; what adapters go on is with the first."""
+    if member.wish is not None:
+        return MemberSpec(wish=member.wish)
     if member.adapter is None:
         on_it = [other for other in members if other.model is member.model and other.adapter is not None]
         return MemberSpec(model=_in_folder(host_folder(on_it[0].name) if on_it else member.name))

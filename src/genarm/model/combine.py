@@ -32,6 +32,10 @@ class Coefficients(NamedTuple):
     streams_BS: Tensor
     guided_B: Tensor
 
+    def needs(self, stream: int) -> bool:
+        """Whether some row makes use of a stream."""
+        return bool((self.streams_BS[:, stream] != 0).any())
+
     def take(self, streams: Sequence[int]) -> Coefficients:
         """Of some streams only."""
         return self._replace(streams_BS=self.streams_BS[:, list(streams)])

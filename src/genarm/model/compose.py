@@ -71,6 +71,7 @@ def compose(
     *,
     tuned: Mapping[str, str | os.PathLike[str]] | None = None,
     references: Mapping[str, str | os.PathLike[str]] | None = None,
+    wishes: Mapping[str, str] | None = None,
     weights: Mapping[str, float] | None = None,
     descriptions: Mapping[str, str] | None = None,
     adapter_models: Mapping[str, str] | None = None,
@@ -88,6 +89,7 @@ def compose(
         tuned: {name: tuned model}, written likewise: any result of DPO, SFT or RL. The reward is what it says more
             than its reference, so that with the base as the reference w = 1 is the tuned model and w = 0 the base.
         references: {name: untuned model} of tuned ones; by default the base.
+        wishes: {name: system text}: the base that reads it, less the base that does not.
         weights: default weight w = α/β of each reward, 1.0 where not named.
         descriptions: {name: a line about what the reward prefers}.
         adapter_models: {name: model} for a reward whose adapter names a model that has since moved.
@@ -110,7 +112,8 @@ def compose(
         )
     base_spec, present = _flattened(given, hub)
     tuned, references = tuned or {}, references or {}
-    new = _one_of_each(rewards, tuned)
+    wishes = wishes or {}
+    new = _one_of_each(rewards, tuned, wishes)
     _check_names([*present, *new], descriptions, settings)
     _check_names(new, adapter_models)
     if stray := sorted({*references} - {*tuned}):
@@ -125,7 +128,9 @@ def compose(
     base_spec = replace(base_spec, **settings.get(BASE, {}))
     members = {name: reward.member for name, reward in present.items()}
     against = {name: reward.reference for name, reward in present.items()}
-    for name, path in new.items():
+    for name, text in wishes.items():
+        members[name], against[name] = MemberSpec(wish=text), None
+    for name, path in {**rewards, **tuned}.items():
         members[name] = _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub)
         against[name] = THE_BASE if name in tuned else None
         if name in references:
@@ -164,17 +169,19 @@ def compose(
     return ComposeReport(folder=Path(output), config=config, notes=tuple(notes))
 
 
-def _one_of_each(
-    rewards: Mapping[str, str | os.PathLike[str]], tuned: Mapping[str, str | os.PathLike[str]]
-) -> dict[str, str | os.PathLike[str]]:
-    if twice := sorted({*rewards} & {*tuned}):
+def _one_of_each(*kinds: Mapping[str, Any]) -> list[str]:
+    """All names (raises ConfigError where one comes twice)."""
+    names = [name for kind in kinds for name in kind]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two rewards are named {twice[0]!r}; every reward needs a name of its own")
-    return {**rewards, **tuned}
+    return names
 
 
 def _check_names(rewards: Collection[str], *others: Mapping[str, Any] | None) -> None:
     if not rewards:
-        raise ConfigError("a guided model needs at least one reward; give --reward NAME=PATH or --tuned NAME=PATH")
+        raise ConfigError(
+            "a guided model needs at least one reward; give --reward NAME=PATH, --tuned NAME=PATH or --wish NAME=TEXT"
+        )
     for mapping in others:
         for name in mapping or {}:
             if name != BASE and name not in rewards:
@@ -310,6 +317,8 @@ def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub
     `host` is the model that the reward is, or is an adapter on.
     """
     member = reward.member
+    if member == MemberSpec(wish=member.wish):  # the base itself
+        return []
     tokenizer = host.tokenizer
     where, revision = str(member.model), member.revision
     if member.adapter is not None:
@@ -372,7 +381,9 @@ def _bundled(
     base = replace(base, model=carry(base.model, base.revision, BASE), revision=None)
     records: list[dict[str, Any]] = []
     for reward in rewards:
-        reference = reward.reference and carried(reward.reference, reference_name(reward.name))
+        reference = None
+        if reward.reference is not None and reward.member.wish is None:
+            reference = carried(reward.reference, reference_name(reward.name))
         records.append(replace(reward, member=carried(reward.member, reward.name), reference=reference).to_dict())
     config.base, config.rewards = base.to_dict(), records
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import re
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from genarm.errors import ConfigError, MemberError, UnsupportedError
 from genarm.model.weights import is_finite_number
+from genarm.model.wishes import check_wish
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 BASE = "base"
@@ -40,7 +42,7 @@ _AUTO_MAP = {"AutoConfig": "genarm_model.GuidedConfig", "AutoModelForCausalLM": 
 
 @dataclass(frozen=True, kw_only=True)
 class MemberSpec:
-    """Where one member's weights are and how to load them.
+    """One stream of log-probs: a model, an adapter on it if any, and the context that it reads.
 
     Attributes:
         model: a hub id, or a path: absolute, or relative to the guided folder. None, for a reward only: the
@@ -51,6 +53,7 @@ class MemberSpec:
         dtype: "float32", "bfloat16", "float16" or None for the checkpoint's own.
         device_map: as transformers' `from_pretrained`.
         quantization_config: as transformers writes it in a config.json (bitsandbytes, GPTQ, AWQ, …).
+        wish: a system text that this member reads before every prompt, for rewards only.
     """
 
     model: str | None = None
@@ -60,12 +63,15 @@ class MemberSpec:
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
+    wish: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("model", "revision", "adapter", "adapter_revision"):
             value = getattr(self, field)
             if value is not None and not (isinstance(value, str) and value):
                 raise ConfigError(f"{field} of a member is {value!r:.50}; it must be a text, or be left out")
+        if self.wish is not None:
+            check_wish(self.wish)
         if not isinstance(self.device_map, str | int | dict | None):
             raise ConfigError(f"device_map is {self.device_map!r:.50}; it must be a device or a mapping to devices")
         if not isinstance(self.quantization_config, dict | None):
@@ -102,7 +108,11 @@ class RewardSpec:
 
     With a `reference` the reward is a difference, log π_member − log π_reference: what a tuned model has learned over
     its untuned self, say (method of proxy tuning, arXiv 2401.08565, and of emulated fine-tuning, 2310.12962). The
-    reference `THE_BASE` is the base itself, which costs no forward.
+    The reference `THE_BASE` is the base itself, which costs no forward.
+
+    With a wish the member reads a system text of its own, and the reference is always the member without it: at
+    weight 1 a wish of the base is the base with that system text, prompted (classifier-free guidance for language
+    models, arXiv 2306.17806).
     """
 
     name: str
@@ -121,20 +131,28 @@ class RewardSpec:
             raise ConfigError(f"the weight of reward {self.name!r} is {self.weight!r:.50}; it must be a finite number")
         if not isinstance(self.description, str):
             raise ConfigError(f"the description of reward {self.name!r} is {self.description!r:.50}; it must be a text")
-        if self.member.model is None and self.member.adapter is None:
-            raise ConfigError(f"reward {self.name!r} names neither a model nor an adapter; give one of them")
+        if self.member.wish is not None:
+            silent = replace(self.member, wish=None)
+            if self.reference not in (None, silent):
+                raise ConfigError(f"the wish {self.name!r} is compared with its member without it; leave reference out")
+            object.__setattr__(self, "reference", silent)
+        elif self.member == THE_BASE:
+            raise ConfigError(f"reward {self.name!r} names neither a model nor an adapter nor a wish; give one of them")
+        if self.reference is not None and self.reference.wish is not None:
+            raise ConfigError(f"the reference of reward {self.name!r} has a wish; a wish is a reward of its own")
         if self.reference == self.member:
             raise ConfigError(f"the reference of reward {self.name!r} is the reward itself, so it would change nothing")
 
     def moved(self, move: Callable[[MemberSpec], MemberSpec]) -> RewardSpec:
         """The same with its member, and its reference if there is one, as `move` puts them."""
-        reference = None if self.reference is None else move(self.reference)
+        # A wish's reference is its member without it, wherever that is.
+        reference = None if self.reference is None or self.member.wish is not None else move(self.reference)
         return replace(self, member=move(self.member), reference=reference)
 
     def to_dict(self) -> dict[str, Any]:
         """The record in config.json."""
         record: dict[str, Any] = {"name": self.name, "weight": self.weight, **self.member.to_dict()}
-        if self.reference is not None:
+        if self.reference is not None and self.member.wish is None:
             record["reference"] = BASE if self.reference == THE_BASE else self.reference.to_dict()
         return {**record, "description": self.description} if self.description else record
 
@@ -187,6 +205,8 @@ class GuidedConfig(PreTrainedConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"two rewards are named {twice[0]!r}; every reward needs a name of its own")
+        if self.base is not None and self.base_spec.wish is not None:
+            raise ConfigError("the base cannot have a wish; make it a reward, whose weight says how much it counts")
         if self.base is not None and (self.base_spec.model is None or self.base_spec.adapter is not None):
             raise ConfigError("the base must name a model and no adapter; merge an adapter into the base first")
         super().__post_init__(**kwargs)
@@ -301,6 +321,21 @@ class GuidedConfig(PreTrainedConfig):
             None if reference is None else 0 if reference == THE_BASE else members.index(reference)
             for reference in (reward.reference for reward in self.reward_specs)
         )
+
+    def with_wishes(self, wishes: Mapping[str, str], weights: Sequence[float]) -> GuidedConfig:
+        """The same with further wishes {name: system text} and their weights (raises ConfigError)."""
+        specs = [
+            RewardSpec(name=name, member=MemberSpec(wish=text), weight=weight)
+            for (name, text), weight in zip(wishes.items(), weights, strict=True)
+        ]
+        twin = copy.deepcopy(self)
+        twin.rewards = [*(self.rewards or []), *(spec.to_dict() for spec in specs)]
+        return twin
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """{reward: system text} of the rewards that are wishes."""
+        return {reward["name"]: reward["wish"] for reward in self.rewards or [] if reward.get("wish") is not None}
 
     @property
     def default_weights(self) -> dict[str, float]:

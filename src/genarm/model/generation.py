@@ -21,6 +21,7 @@ from genarm.model.combine import Coefficients
 from genarm.model.config import GuidedConfig
 from genarm.model.loading import Member
 from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
+from genarm.model.wishes import Contexts
 
 
 class _Call(NamedTuple):
@@ -116,6 +117,8 @@ class GuidedGeneration(GenerationMixin):
             model_kwargs.get("reward_weights"), self.config.default_weights, rows
         )
         model_kwargs["max_kl"] = resolve_max_kl(model_kwargs.get("max_kl"), rows)
+        if isinstance(contexts := model_kwargs.get("contexts"), Contexts):
+            model_kwargs["contexts"] = contexts.repeated(expand_size)
         parent: Any = super()  # transformers types `self` there as a protocol of its own
         input_ids, model_kwargs = parent._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -127,12 +130,19 @@ class GuidedGeneration(GenerationMixin):
         return input_ids, model_kwargs
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Let each member that will run make the cache its own architecture needs (static, sliding, …)."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             parent: Any = super()
-            parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
             return
         needed_BS = self.coefficients(model_kwargs["reward_weights"]).streams_BS != 0
         caches: dict[str, Cache] = {}
@@ -140,7 +150,11 @@ class GuidedGeneration(GenerationMixin):
             if i == 0 or bool(needed_BS[:, i - 1].any()):
                 own: dict[str, Any] = {}
                 model: Any = member.model
-                model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+                contexts = model_kwargs.get("contexts")
+                extra = 0 if member.wish is None or contexts is None else contexts.extra(member.name)
+                model._prepare_cache_for_generation(
+                    generation_config, own, generation_mode, batch_size, max_cache_length + extra
+                )
                 caches[member.name] = own["past_key_values"]
         model_kwargs["past_key_values"] = GuidedCache(caches)
 
@@ -148,7 +162,8 @@ class GuidedGeneration(GenerationMixin):
         # An assistant with other rewards, or with none, would refuse the weights.
         assistant = kwargs.get("assistant_model")
         if getattr(assistant, "default_weights", {}).keys() != self.config.default_weights.keys():
-            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("reward_weights", "max_kl")}
+            own = ("reward_weights", "max_kl", "contexts")
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in own}
         parent: Any = super()
         return parent._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 

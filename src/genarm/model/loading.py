@@ -49,13 +49,15 @@ class HubOptions:
 class Member:
     """A loaded member: a causal LM, and the LoRA adapter to switch on while it runs (None: no adapter).
 
-    `peft` holds the adapter's settings and weights; several members may share `model`.
+    `peft` holds the adapter's settings and weights; several members may share `model`, and an adapter. `wish` is the
+    system text that this one reads before every prompt, if any.
     """
 
     name: str
     model: PreTrainedModel
     peft: PeftModel | None = None
     adapter: str | None = None
+    wish: str | None = None
 
 
 def locate(reference: str, folder: Path | None) -> str:
@@ -112,9 +114,12 @@ def load_members(
         adapter = None
         if spec.adapter is not None:
             own = adapters.setdefault(id(model), {})
-            adapter = adapter_name(len(own))
-            own[name] = spec
-        members.append(Member(name=name, model=model, adapter=adapter))
+            files = replace(spec, wish=None)
+            at = next((i for i, other in enumerate(own.values()) if other == files), len(own))
+            adapter = adapter_name(at)
+            if at == len(own):
+                own[name] = files
+        members.append(Member(name=name, model=model, adapter=adapter, wish=spec.wish))
     pefts = {
         key: add_adapters(model, adapters[key], folder, hub)
         for key, model in {id(model): model for model in models.values()}.items()

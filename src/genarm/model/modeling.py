@@ -25,7 +25,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from genarm.errors import MemberError, UnsupportedError, kind_of
 from genarm.model.adapters import running, share_adapters
-from genarm.model.assembly import gather_guided, load_guided
+from genarm.model.assembly import add_wishes, gather_guided, load_guided
 from genarm.model.cache import GuidedCache
 from genarm.model.combine import Coefficients, coefficients, combine, log_probs, within_budget
 from genarm.model.config import GuidedConfig
@@ -36,8 +36,9 @@ from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards
 from genarm.model.vocabulary import Alignment, embedding_rows, readable
 from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
+from genarm.model.wishes import Contexts, WishedForward, encode_wishes, padded, positions
 from genarm.text.detokenizer import token_texts
-from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, end_ids
+from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, encode_prompt, end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ _PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "c
 class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # by this name transformers knows it
     """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193).
 
-    A reward with a reference is a difference: π_i / π_reference takes the place of π_i.
+    A reward with a reference is a difference: π_i / π_reference takes the place of π_i. So is a wish: the base with a
+    system text of its own, less the base; `encode` makes the inputs for a model with wishes.
 
     Make one with `from_pretrained(folder)`, a folder written by `compose`, or from models in memory with
     `from_members`. Members are frozen and in evaluation mode. Threads may share one instance, and instances may
@@ -171,6 +173,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         rewards: Mapping[str, PreTrainedModel | PeftModel],
         *,
         references: Mapping[str, PreTrainedModel | PeftModel] | None = None,
+        wishes: Mapping[str, str] | None = None,
         weights: Mapping[str, float] | None = None,
         tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> GuidedForCausalLM:
@@ -182,6 +185,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
                 another model; several may wrap one model.
             references: {reward name: model} of rewards that are differences, such as a tuned model less its untuned
                 self; the base object, the model under a reward's adapter, or another one.
+            wishes: {name: system text} of rewards in words; they come after the others.
             weights: default weight of each reward (1.0 where not named).
             tokenizers: {"base" or reward name: tokenizer} to align vocabularies by token; needed where sizes differ.
 
@@ -190,7 +194,22 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             VocabularyError: two members have different vocabularies.
             WeightsError: a weight for a reward that is not there.
         """
-        return cls(*gather_guided(base, rewards, references or {}, weights or {}, tokenizers or {}))
+        return cls(*gather_guided(base, rewards, references or {}, wishes or {}, weights or {}, tokenizers or {}))
+
+    def with_wishes(
+        self, wishes: Mapping[str, str], *, weights: Mapping[str, float] | None = None
+    ) -> GuidedForCausalLM:
+        """Another guided model, with further wishes; it shares this one's members, so that it costs nothing.
+
+        Args:
+            wishes: {name: system text}.
+            weights: default weight of each (1.0 where not named).
+
+        Raises:
+            ConfigError: a name that is taken, or a wish that is no text.
+            WeightsError: a weight for a wish that is not named.
+        """
+        return type(self)(*add_wishes(self, wishes, weights or {}), self.folder)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
@@ -269,6 +288,43 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
 
     # --- running it ---------------------------------------------------------------------------------------------
 
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reading: Reading = USUAL,
+    ) -> dict[str, Any]:
+        """The inputs of `generate` and `forward` for prompts, which each wish of this model reads in its own way.
+
+        Args:
+            prompts: text, or a list of messages for the chat template; or a list of either.
+            tokenizer: the base's; read from the guided folder where not given.
+            reading: how prompts become token ids.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T], padded on the left, and `contexts`, where there are wishes.
+
+        Raises:
+            DataError: no prompts, or one without tokens.
+            ConversationError: a conversation that the chat template refuses.
+        """
+        tokenizer = tokenizer or self._own_tokenizer()
+        alone = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
+        given: Sequence[Any] = [prompts] if alone else prompts
+        pad = tokenizer.pad_token_id or 0
+        ids, mask = padded([encode_prompt(tokenizer, prompt, reading) for prompt in given], pad)
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if self.config.wishes:
+            rows = [encode_wishes(tokenizer, prompt, self.config.wishes, reading) for prompt in given]
+            read = {name: padded([row[name] for row in rows], pad) for name in self.config.wishes}
+            inputs["contexts"] = Contexts(
+                columns=ids.shape[1],
+                ids={name: own.to(self.device) for name, (own, _) in read.items()},
+                masks={name: own.to(self.device) for name, (_, own) in read.items()},
+            )
+        return inputs
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -280,6 +336,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         logits_to_keep: int | Tensor = 0,
         reward_weights: RewardWeights | None = None,
         max_kl: float | Tensor | None = None,
+        contexts: Contexts | None = None,
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -299,6 +356,8 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
                 this forward, or the defaults. A reward whose weight is 0 in every row is not run.
             max_kl: the most nats, KL(π ‖ π_base), that each position may be from the base, a number or a tensor [B];
                 where the weights lead farther, all of them are scaled down there.
+            contexts: the prompts as wishes read them, by `encode`; needed where a wish has a weight. Wishes have a say
+                from the prompt's last token on; before it the other members speak alone.
             inputs_embeds, output_attentions, output_hidden_states: refused, as members differ in all three.
             **kwargs: what transformers passes to any model: it reaches the members that take it (token_type_ids,
                 lengths of packed sequences), or the loss (num_items_in_batch, shift_labels).
@@ -317,11 +376,12 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         max_kl_B = self._row_budgets(max_kl, input_ids.shape[0])
         cache = self._cache(past_key_values, use_cache)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
+            position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
         logits = self._combined(
             weights_BR,
             max_kl_B,
             cache,
+            self._wished(weights_BR, contexts, cache, input_ids, attention_mask, logits_to_keep),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -334,25 +394,103 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _combined(
-        self, weights_BR: Tensor, max_kl_B: Tensor | None, cache: GuidedCache | None, **inputs: Any
+        self,
+        weights_BR: Tensor,
+        max_kl_B: Tensor | None,
+        cache: GuidedCache | None,
+        wished: WishedForward | None,
+        **inputs: Any,
     ) -> Tensor:
         given = self.coefficients(weights_BR)
-        active = [i for i in range(len(self.members) - 1) if bool((given.streams_BS[:, i] != 0).any())]
-        running_members = [self.members[0], *(self.members[i + 1] for i in active)]
+        silent = None if wished is None or not wished.before else self.coefficients(self._without_wishes(weights_BR))
+        active = [i for i in range(len(self.members) - 1) if given.needs(i) or (silent is not None and silent.needs(i))]
+        if wished is not None and not wished.reads:
+            active = [i for i in active if self.members[i + 1].wish is None]
+        running_members = [0, *(i + 1 for i in active)]
         # All caches are opened before anything runs: they must agree on the tokens seen so far.
-        caches = [None if cache is None else cache.member(m.name, m.model) for m in running_members]
-        base_BTV = self._member_log_probs(0, cache=caches[0], **inputs)
-        rewards = [
-            self._member_log_probs(i + 1, cache=own, **inputs).to(base_BTV.device)
-            for i, own in zip(active, caches[1:], strict=True)
+        caches = [self._member_cache(i, cache, wished) for i in running_members]
+        said = [
+            self._member_log_probs(
+                i, cache=own, **(inputs if wished is None or not self.members[i].wish else self._as_wish(i, wished))
+            ).to(self.base.device)
+            for i, own in zip(running_members, caches, strict=True)
         ]
-        unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, active)]
-        guided_BTV = combine(base_BTV, rewards, given.take(active).to(base_BTV.device), unknown)
+        if wished is None or not wished.before:
+            return self._sum(said, active, given, max_kl_B)
+        guided_BTV = torch.empty_like(said[0])
+        for places, part in ((wished.before, silent), (wished.after, given)):
+            assert part is not None
+            speak = [n for n, i in enumerate(active) if part is given or self.members[i + 1].wish is None]
+            if places:
+                # A wish has said nothing but after the prompt.
+                here = [
+                    member[:, places] if n == 0 or not self.members[active[n - 1] + 1].wish else member
+                    for n, member in enumerate(said)
+                    if n == 0 or n - 1 in speak
+                ]
+                guided_BTV[:, places] = self._sum(here, [active[n] for n in speak], part, max_kl_B)
+        return guided_BTV
+
+    def _sum(
+        self, said: Sequence[Tensor], streams: Sequence[int], given: Coefficients, max_kl_B: Tensor | None
+    ) -> Tensor:
+        """The combination of the base's log-probs, the first of `said`, and of those of `streams`."""
+        base_BTV, *others = said
+        unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, streams)]
+        guided_BTV = combine(base_BTV, others, given.take(streams).to(base_BTV.device), unknown)
         return guided_BTV if max_kl_B is None else within_budget(base_BTV, guided_BTV, max_kl_B.to(base_BTV.device))
 
     def coefficients(self, weights_BR: Tensor) -> Coefficients:
         """What weights [B, R] mean for the base and the other members."""
         return coefficients(weights_BR, self.references, len(self.members) - 1)
+
+    # --- wishes -------------------------------------------------------------------------------------------------
+
+    def _without_wishes(self, weights_BR: Tensor) -> Tensor:
+        """The same weights, those of wishes 0."""
+        return weights_BR.masked_fill(torch.tensor([name in self.config.wishes for name in self.reward_names]), 0.0)
+
+    def _wished(
+        self,
+        weights_BR: Tensor,
+        contexts: Contexts | None,
+        cache: GuidedCache | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+    ) -> WishedForward | None:
+        """How wishes take part in a forward; None where none has a weight."""
+        weighty = (weights_BR != 0).any(dim=0).tolist()
+        wishes = [name for name, w in zip(self.reward_names, weighty, strict=True) if w and name in self.config.wishes]
+        if not wishes:
+            return None
+        if contexts is None or not {*wishes} <= {*contexts.ids}:
+            raise UnsupportedError(
+                f"the wish {wishes[0]!r} has a weight, so the prompt must be read with its words, too: make the inputs "
+                "from text or messages with model.encode(prompts), or set its weight to 0"
+            )
+        columns = range(input_ids.shape[1])
+        kept = logits_to_keep.tolist() if isinstance(logits_to_keep, Tensor) else columns[-logits_to_keep:]
+        return WishedForward(
+            contexts=contexts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            seen=0 if cache is None else cache.get_seq_length(),
+            kept=[*kept],
+        )
+
+    def _member_cache(self, index: int, cache: GuidedCache | None, wished: WishedForward | None) -> Cache | None:
+        member = self.members[index]
+        if cache is None:
+            return None
+        if wished is None or member.wish is None:
+            return cache.member(member.name, member.model)
+        cache.extra[member.name] = wished.contexts.extra(member.name)
+        return cache.member(member.name, member.model, wished.already(member.name))
+
+    def _as_wish(self, index: int, wished: WishedForward) -> dict[str, Any]:
+        """What a member with a wish is given in a forward."""
+        return wished.inputs(self.members[index].name)
 
     def _others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Further arguments for members, without those that plain models ignore (raises UnsupportedError)."""
@@ -442,14 +580,14 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             WeightsError: an unknown name or a value that is not finite.
         """
         tokenizer = tokenizer or self._own_tokenizer()
+        contexts = encode_wishes(tokenizer, prompt, self.config.wishes, reading)
         weights_1R = resolve_weights(dict(reward_weights or {}), self.default_weights, 1)
         ends = end_ids(self.generation_config, tokenizer)
         prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, reading, ends=ends)
-        ids_1T = torch.tensor([prompt_ids + response_ids], device=self.device)
         members = [
             self._member_log_probs(
                 i,
-                input_ids=ids_1T,
+                input_ids=self._read_by(i, prompt_ids, contexts, response_ids),
                 attention_mask=None,
                 position_ids=None,
                 cache=None,
@@ -461,7 +599,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         guided = combine(members[0], members[1:], self.coefficients(weights_1R).to(self.device), unknown)
         if (budget := resolve_max_kl(max_kl, 1)) is not None:
             guided = within_budget(members[0], guided, budget.to(self.device))
-        targets = ids_1T[:, -len(response_ids) :, None]
+        targets = torch.tensor(response_ids, device=self.device)[None, :, None]
         said = [m.gather(-1, targets)[0, :, 0] for m in (*members, guided)]
         for i, reference in enumerate(self.references, start=1):
             said.append(said[i] if reference is None else said[i] - said[reference])
@@ -477,6 +615,13 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             weights=dict(zip(self.reward_names, weights_1R[0].tolist(), strict=True)),
             differences=tuple(n for n, r in zip(self.reward_names, self.references, strict=True) if r is not None),
         )
+
+    def _read_by(
+        self, index: int, prompt_ids: list[int], contexts: Mapping[str, list[int]], response_ids: list[int]
+    ) -> Tensor:
+        """Prompt and response [1, T] as a member reads them."""
+        ids = contexts.get(self.members[index].name, prompt_ids)
+        return torch.tensor([ids + response_ids], device=self.device)
 
     def _own_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = None if self.folder is None else load_tokenizer(str(self.folder), None, HubOptions())
@@ -508,11 +653,6 @@ def _refuse(
         )
     if return_dict is False:
         raise UnsupportedError("a guided model returns a CausalLMOutputWithPast only; leave return_dict out")
-
-
-def _positions(attention_mask_BT: Tensor) -> Tensor:
-    """Position of each token counted from the row's first real one; padding gets 0."""
-    return (attention_mask_BT.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def _takes(arguments: frozenset[str], name: str) -> bool:

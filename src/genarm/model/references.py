@@ -7,7 +7,7 @@ loaded. A guided folder and an ordinary causal LM are opened in the same way; th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, load_generation_config, load_model, load_model_config, load_tokenizer
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import weight_row
+from genarm.model.wishes import encode_wishes
 from genarm.text.prompts import (
     USUAL,
     Prompt,
@@ -46,6 +47,7 @@ class ModelFiles:
         tokenizer: its tokenizer; of a guided folder, the base's.
         hub: how to reach the hub.
         reading: how prompts become token ids.
+        without: the same before wishes were added.
     """
 
     reference: str
@@ -54,10 +56,36 @@ class ModelFiles:
     tokenizer: PreTrainedTokenizerBase
     hub: HubOptions
     reading: Reading = USUAL
+    without: ModelFiles | None = None
+
+    def with_wishes(self, wishes: Mapping[str, str]) -> ModelFiles:
+        """The model with rewards in words, {name: system text}, which any causal LM can have.
+
+        Raises:
+            ConfigError: a name that is taken or cannot be one, or an empty text.
+        """
+        if not wishes:
+            return self
+        if taken := sorted({*wishes} & {*self.default_weights}):
+            raise ConfigError(f"{self.reference} has a reward {taken[0]!r} already; name the wish otherwise")
+        own = self.config
+        if not isinstance(own, GuidedConfig):
+            own = GuidedConfig.of(MemberSpec(model=self.reference, revision=self.revision), (), [own])
+        return replace(self, config=own.with_wishes(wishes, [1.0] * len(wishes)), without=self)
+
+    @property
+    def added_wishes(self) -> dict[str, str]:
+        """Wishes that are not the folder's own."""
+        return {} if self.without is None else {n: t for n, t in self.wishes.items() if n not in self.without.wishes}
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """{reward: system text} of the rewards that are wishes."""
+        return self.config.wishes if isinstance(self.config, GuidedConfig) else {}
 
     @property
     def guided(self) -> bool:
-        """Whether this is a guided folder."""
+        """Whether it has rewards."""
         return isinstance(self.config, GuidedConfig)
 
     @property
@@ -92,8 +120,8 @@ class ModelFiles:
         """
         if given and not self.guided:
             raise WeightsError(
-                f"{self.reference} is not a guided model, so it takes no reward weights; leave them out, or make a "
-                "guided folder with genarm compose"
+                f"{self.reference} is not a guided model, so it takes no reward weights; leave them out, give it a "
+                "--wish, or make a guided folder with genarm compose"
             )
         defaults = self.default_weights if defaults is None else defaults
         return dict(zip(defaults, weight_row(given, defaults), strict=True))
@@ -127,6 +155,11 @@ class ModelFiles:
         """
         return encode_prompt(self.tokenizer, prompt, self.reading)
 
+    def contexts(self, prompt: Prompt, weights: Mapping[str, float]) -> dict[str, list[int]]:
+        """Ids of `prompt` as each wish with a weight reads it (raises DataError, as `encode`)."""
+        weighty = {name: text for name, text in self.wishes.items() if weights[name] != 0}
+        return encode_wishes(self.tokenizer, prompt, weighty, self.reading)
+
     def encode_pair(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
         """Ids of `prompt` and of `response`, its end of turn included (raises DataError, as `encode`)."""
         return encode_pair(self.tokenizer, prompt, response, self.reading, ends=self.end_ids)
@@ -142,6 +175,11 @@ class ModelFiles:
             ConfigError: there is no such device.
             MemberError: a member cannot be loaded.
         """
+        if self.without is not None:
+            model, wishes = self.without.load(dtype=dtype, device=device), self.added_wishes
+            if isinstance(model, GuidedForCausalLM):
+                return model.with_wishes(wishes)
+            return GuidedForCausalLM.from_members(model, {}, wishes=wishes)
         options: dict[str, Any] = {"dtype": dtype, "device_map": find_device(device)}
         if not self.guided:
             spec = MemberSpec(model=self.reference, revision=self.revision)

@@ -246,6 +246,8 @@ class VllmEngine:
         return stream
 
     def _encode(self, request: Request) -> list[int]:
+        if request.wishes:
+            raise UnsupportedError("vLLM reads one prompt for a request, so it takes no wishes; --engine genarm does")
         prompt: Any = request.prompt
         if isinstance(prompt, str) or not all(isinstance(item, Integral) for item in prompt):
             ids = encode_prompt(self._files.tokenizer, prompt, request.reading)

@@ -88,7 +88,17 @@ class ServedConfig(GuidedConfig):
         return result
 
     def describe(self, reference: str) -> None:
-        """Read the members' configurations and answer vLLM's questions with the base's (raises MemberError)."""
+        """Read the members' configurations and answer vLLM's questions with the base's.
+
+        Raises:
+            MemberError: they cannot be read.
+            UnsupportedError: a wish, for which one request would have to be read twice.
+        """
+        if self.wishes:
+            raise UnsupportedError(
+                f"vLLM reads one prompt for all members, so it cannot run the wish {next(iter(self.wishes))!r}; genarm "
+                "serve --engine genarm does, or compose the folder without it"
+            )
         hub = HubOptions()
         folder = local_folder(reference, None, hub)
         self.folder = str(folder)
