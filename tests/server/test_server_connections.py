@@ -265,6 +265,36 @@ def test_every_request_of_a_crowd_gets_its_own_answer(server: Running) -> None:
     assert server.idle()
 
 
+@pytest.mark.parametrize("body", [0, 300_000])
+def test_a_flood_of_requests_waits_outside(server: Running, monkeypatch: pytest.MonkeyPatch, body: int) -> None:
+    """Of what a client sends ahead a connection holds one piece, however many requests it was given answers to."""
+    held: list[int] = []
+    usual = _Parser.receive_data
+
+    def receive_data(self: _Parser, data: bytes) -> None:
+        usual(self, data)
+        held.append(self.waiting)
+
+    monkeypatch.setattr(_Parser, "receive_data", receive_data)
+    fields: dict[str, Any] = {"model": "tiny", "prompt": "w1", "max_tokens": 1}
+    one = request(random.Random(0), fields, "X-Pad: 0")
+    other = head("POST", TEXTS, FORM, f"Content-Length: {body}") + b" " * body  # an error, which is quick
+    count = 60
+    flood = one * (2_000_000 // len(one)) if not body else (one + other) * (count // 2)
+
+    async def main() -> list[int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        writer.write(flood)
+        found = [(await asyncio.wait_for(answer(reader), 60))[0] for _ in range(count)]
+        writer.transport.abort()
+        return found
+
+    assert asyncio.run(main()) == ([200] * count if not body else [200, 400] * (count // 2))
+    assert sum(held) > 0
+    assert max(held) <= 2**18 + 2**15  # as much as asyncio reads at once, and what a head may have
+    assert server.idle()
+
+
 def test_what_is_no_request_is_told_to_its_client(server: Running) -> None:
     async def main() -> Answer:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))

@@ -19,6 +19,7 @@ from typing import Any
 import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from genarm.errors import ConfigError
@@ -185,6 +186,11 @@ class _Parser(h11.Connection):
         """For a server, with a limit of its own for heads: h11's would let one pass that comes in one piece."""
         super().__init__(h11.SERVER, max_incomplete_event_size=sys.maxsize)
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that have arrived and belong to no request yet that was begun."""
+        return len(self._receive_buffer)
+
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """See `h11.Connection`. Line breaks before a request (RFC 9112, 2.2) and bytes after the last one are skipped.
 
@@ -205,9 +211,27 @@ class _Parser(h11.Connection):
         return event
 
 
+class _Flow(FlowControl):
+    """uvicorn's, which takes no more from a client as long as requests of its wait to be answered.
+
+    Each time an application asks for more of a request's body uvicorn reads on, and what belongs to later requests
+    would pile up: a quarter of a megabyte for each request that is answered, however short.
+    """
+
+    def __init__(self, transport: _Transport, parser: _Parser) -> None:
+        super().__init__(transport)  # type: ignore[arg-type]
+        self._parser = parser
+
+    def resume_reading(self) -> None:
+        """Unless more has arrived already than the head of a request may have."""
+        if self._parser.waiting <= _LARGEST_HEAD:
+            super().resume_reading()
+
+
 class _Connection(H11Protocol):
     """A connection that knows since when it has been waiting for its client."""
 
+    conn: _Parser
     _counted: _Transport
     since: float
     _taken: int = 0
@@ -223,6 +247,7 @@ class _Connection(H11Protocol):
         self.since = time.monotonic()
         self._taken_at = self.since
         super().connection_made(self._counted)  # type: ignore[arg-type]
+        self.flow = _Flow(self._counted, self.conn)
         there = [c for c in self.connections if isinstance(c, _Connection) and not c.transport.is_closing()]
         if len(there) > most_connections():
             idle = [each for each in there if each.idle]  # this one at least
@@ -232,6 +257,8 @@ class _Connection(H11Protocol):
         """A request has its answer; from now on the next one is waited for."""
         self.since = time.monotonic()
         super().on_response_complete()
+        if self.idle:  # nothing that waited has become a request
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no request; client and operator are told why. A connection amid an answer is cut."""
