@@ -22,9 +22,10 @@ from builders.judge_server import JudgeServer, says
 from builders.tiny import save_member, tiny_lora, tiny_model
 from builders.toy_training import write_toy
 from genarm.cli.main import main
+from genarm.data.sources import SUFFIXES
 from genarm.errors import DataError
 from genarm.model.compose import compose
-from genarm.provenance import AT, claim, code_record, difference, digest, file_content, model_record
+from genarm.provenance import AT, claim, code_record, data_record, difference, digest, file_content, model_record
 from genarm.training.config import TrainConfig
 from genarm.training.run import train
 
@@ -67,13 +68,17 @@ def named(path: Path, edit: Callable[[Path], None], command: list[str], capsys: 
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """`guided` with a base, an ARM of its own weights and an adapter inside of it; the same beside it."""
+    """`guided` with a base, an ARM of its own weights, an adapter and a tuned model's gain inside; the same beside it."""
     root = tmp_path / "models"
     base = tiny_model(seed=0)
     save_member(base, root / "base")
     save_member(tiny_model(seed=1), root / "full")
     tiny_lora(base, root / "adapter", seed=2, base_path=str(root / "base"))
-    compose(root / "base", {"own": root / "full", "low": root / "adapter"}, root / "guided", bundle=True)
+    for name, seed in (("tuned", 3), ("untuned", 4)):
+        save_member(tiny_model(seed=seed), root / name)
+    rewards, tuned = {"own": root / "full", "low": root / "adapter"}, {"more": root / "tuned"}
+    references = {"more": root / "untuned"}
+    compose(root / "base", rewards, root / "guided", tuned=tuned, references=references, bundle=True)
     return root
 
 
@@ -94,6 +99,12 @@ INPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "guided/members/low/adapter_config.json",
         lambda p: replace(p, '"lora_alpha": 8', '"lora_alpha": 9'),
         "adapter_config.json of reward low (",
+    ),
+    "a tuned model": ("guided/members/more/model.safetensors", nudge, "model.safetensors of reward more ("),
+    "what it was before": (
+        "guided/members/more.reference/model.safetensors",
+        nudge,
+        "model.safetensors of reference (",
     ),
     "tokenizer": ("guided/tokenizer.json", lambda p: replace(p, '"w1"', '"w1x"'), "tokenizer.json of model ("),
     "chat template": (
@@ -307,6 +318,30 @@ def test_resumed_training_knows_its_inputs(tmp_path: Path) -> None:
 def test_the_first_difference_in_words(before: Any, now: Any, words: str | None) -> None:
     assert difference(before, now) == words
     assert (digest(before) == digest(now)) == (words is None)
+
+
+def test_what_a_reward_is_compared_with_decides(models: Path, tmp_path: Path) -> None:
+    """The base, another model, or nothing."""
+    folders = [tmp_path / name for name in ("base", "other", "nothing")]
+    tuned = {"more": models / "tuned"}
+    compose(models / "base", {}, folders[0], tuned=tuned)
+    compose(models / "base", {}, folders[1], tuned=tuned, references={"more": models / "untuned"})
+    compose(models / "base", tuned, folders[2])
+    base, other, nothing = (model_record(str(folder)) for folder in folders)
+    for before, now in ((base, other), (other, base), (other, nothing), (nothing, base)):
+        assert str(difference(before, now)).startswith("reference ")
+
+
+@pytest.mark.parametrize("ending", [*SUFFIXES, ".jsonl.xz", ".jsonl.bz2", ".ndjson", ".txt"])
+def test_whatever_lies_in_a_folder_of_data_decides(ending: str, tmp_path: Path) -> None:
+    found = []
+    for said in (b"one", b"other"):
+        (tmp_path / f"train{ending}").write_bytes(said)
+        found.append(data_record(str(tmp_path)))
+    assert difference(*found) == f"train{ending} has changed"
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "notes").write_bytes(b"")
+    assert difference(found[1], data_record(str(tmp_path))) is None
 
 
 def test_claims(tmp_path: Path) -> None:

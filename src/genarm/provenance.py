@@ -44,9 +44,6 @@ _MODEL_FILES = (
 )
 """What decides of a model's folder; cards, logs and checkpoints do not."""
 
-_DATA_FILES = ("*.jsonl", "*.json", "*.parquet", "*.csv", "*.arrow", "*.gz", "*.zst", "README.md")
-"""What decides of a folder of data; a card may name its splits."""
-
 
 # --- records --------------------------------------------------------------------------------------------------
 
@@ -224,8 +221,10 @@ def data_record(source: str) -> Record:
     if path.is_file():
         return {AT: str(path), "content": file_content(path)}
     if path.is_dir():
-        files = sorted({file for pattern in _DATA_FILES for file in path.rglob(pattern) if file.is_file()})
-        return {AT: str(path), **{str(file.relative_to(path)): file_content(file) for file in files}}
+        # All of them, whatever can be read as data; a card may name its splits.
+        names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        shown = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
+        return {AT: str(path), **{name: file_content(path / name) for name in shown}}
     return {"hub": source}
 
 
@@ -303,7 +302,11 @@ def _member(spec: Any, folder: Path) -> Record:
     ]
     found = [_files(name, revision, folder) for name, revision in models if isinstance(name, str)]
     own = {key: spec[key] for key in ("dtype", "device_map", "quantization_config") if key in spec}
-    return {**(found[0] if found else {}), **({"model": found[1]} if len(found) > 1 else {}), **own}
+    record = {**(found[0] if found else {}), **({"model": found[1]} if len(found) > 1 else {}), **own}
+    reference = spec.get("reference")
+    if reference is not None:
+        record["reference"] = _member(reference, folder) if isinstance(reference, dict) else reference
+    return record
 
 
 def _files(reference: str, revision: str | None, beside: Path | None) -> Record:
