@@ -7,6 +7,7 @@
     ├── MemberError       a base or a reward cannot be found, loaded or combined
     │   └── VocabularyError   the tokenizers of two members really differ
     ├── WeightsError      reward weights that name no reward, or are not finite numbers
+    │   └── BudgetError       a bound on nats per token that is none
     ├── UnsupportedError  something that a guided model cannot do
     └── MissingExtraError an optional dependency is not installed
 
@@ -16,6 +17,8 @@ Each message says what was got, what is allowed and what to do. The command line
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class GenarmError(ValueError):
@@ -46,6 +49,10 @@ class WeightsError(GenarmError):
     """Reward weights that name no reward, have the wrong shape or are not finite."""
 
 
+class BudgetError(WeightsError):
+    """A bound on how far a token's distribution may be from the base's that is no number of nats."""
+
+
 class UnsupportedError(GenarmError):
     """Something that a guided model cannot do."""
 
@@ -60,7 +67,7 @@ class MissingExtraError(GenarmError):
 def kind_of(value: object) -> str:
     """What `value` is, in JSON's words where it has some, for messages."""
     if value is None:
-        return "missing"
+        return "null"
     if value == []:
         return "an empty list"
     kinds = {
@@ -73,6 +80,11 @@ def kind_of(value: object) -> str:
     }
     name = type(value).__name__
     return kinds.get(type(value), f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}")
+
+
+def kind_at(record: Mapping[str, object], key: str) -> str:
+    """What `record` has under `key`, for messages: as `kind_of`, or that there is nothing."""
+    return kind_of(record[key]) if key in record else "missing"
 
 
 class EngineFailure(RuntimeError):  # noqa: N818 (not the caller's error)

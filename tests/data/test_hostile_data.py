@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from genarm.data.preferences import load_preferences, to_preferences
 from genarm.data.sources import load_rows
 from genarm.errors import DataError
 
@@ -171,3 +172,23 @@ def test_what_cannot_be_read_twice_is_refused() -> None:
         load_rows("-", split="train")
     with pytest.raises(DataError, match="/dev/null is no file"):
         load_rows("/dev/null", split="train")
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda turns: repr(turns).replace("}, {", "}\n {")])
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_messages_written_as_text_are_no_text(written: Any, column: str, tmp_path: Path) -> None:
+    """As pandas writes a column of messages into a CSV, whichever library made it."""
+    turns = [{"content": "Hi", "role": "user"}, {"content": "Hello", "role": "assistant"}]
+    row = {"prompt": "p", "chosen": '[{"a": 1}] is JSON', "rejected": "b", column: written(turns)}
+    (tmp_path / "data.csv").write_text(as_csv([row]), encoding="utf-8")
+    with pytest.raises(DataError, match=f"'{column}' holds messages written as text"):
+        load_preferences(str(tmp_path / "data.csv"))
+
+
+def test_null_is_told_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[null]")
+    with pytest.raises(DataError, match="element 1 of the list is null"):
+        load_rows(str(tmp_path / "data.json"), split="train")
+    rows: list[dict[str, Any]] = [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    found = to_preferences([*rows, {"prompt": "p", "chosen": "a"}, {**rows[0], "rejected": None}], source="x")
+    assert found.malformed == {f"'rejected' is {what}, expected a text": 1 for what in ("missing", "null")}

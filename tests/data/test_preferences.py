@@ -185,7 +185,7 @@ def test_malformed_rows_are_counted_by_reason() -> None:
     found = to_preferences(rows, source="rows")
     assert len(found.pairs) == 1
     assert sum(found.malformed.values()) == 7
-    assert found.malformed["'rejected' is missing, expected a list of messages"] == 1
+    assert found.malformed["'rejected' is null, expected a list of messages"] == 1
     assert found.malformed["chosen and rejected answer different prompts"] == 1
     bad_label = {**PKU, "safer_response_id": -1}
     assert to_preferences([PKU, bad_label], source="rows", objective="safer").malformed == {
@@ -302,7 +302,7 @@ def test_a_system_message_needs_a_template() -> None:
 def test_nothing_usable_is_an_error() -> None:
     with pytest.raises(DataError, match="has no rows"):
         to_preferences([], source="rows")
-    with pytest.raises(DataError, match=r"none of 2 rows gives a pair .* 'rejected' is missing"):
+    with pytest.raises(DataError, match=r"none of 2 rows gives a pair .* 'rejected' is null"):
         to_preferences([{"prompt": "a", "chosen": "b", "rejected": None}] * 2, source="rows")
 
 

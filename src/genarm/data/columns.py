@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any, TypeGuard
 
-from genarm.errors import ConversationError, DataError, kind_of
+from genarm.errors import ConversationError, DataError, kind_at
 from genarm.text.prompts import Message, text_of
 
 Row = Mapping[str, Any]
@@ -42,6 +42,11 @@ _ABOUT = frozenset(
     """,
     )
 )
+
+
+# Of JSON, and of Python's and numpy's way to write lists.
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"]""")
+_ROLE = re.compile(r"""['"](role|from)['"]\s*:\s*['"](system|developer|user|assistant|tool|human|gpt)['"]""")
 
 
 class MalformedError(ValueError):
@@ -89,8 +94,16 @@ def read_messages(row: Row, column: str) -> list[Message]:
     """
     value = row.get(column)
     if not is_messages(value):
-        raise MalformedError(f"'{column}' is {kind_of(value)}, expected a list of messages")
+        raise MalformedError(f"'{column}' is {kind_at(row, column)}, expected a list of messages")
     return [_message(message, column) for message in value]
+
+
+def refuse_written_messages(text: str, column: str) -> None:
+    """Refuse messages that somebody wrote down as text, as tables in CSV hold them (raises MalformedError)."""
+    if _WRITTEN.match(text) and _ROLE.search(text):
+        raise MalformedError(
+            f"'{column}' holds messages written as text, as a CSV file has them; save the data as JSON lines or Parquet"
+        )
 
 
 def is_messages(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
@@ -133,7 +146,7 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
         if not told and (key in _UNREAD_KEYS or (not _is_about(key) and _holds_text(value))):
             raise MalformedError(f"a message of '{column}' has '{key}', which training does not read")
     if not isinstance(role, str):
-        raise MalformedError(f"a message of '{column}' has a role that is {kind_of(role)}, expected a text")
+        raise MalformedError(f"a message of '{column}' has a role that is {kind_at(message, 'role')}, expected a text")
     try:
         return {"role": role, "content": text_of(content)}
     except ConversationError as error:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from genarm.data.columns import PROMPTS, MalformedError, Row, is_messages, read_messages
-from genarm.errors import kind_of
+from genarm.data.columns import PROMPTS, MalformedError, Row, is_messages, read_messages, refuse_written_messages
+from genarm.errors import kind_at, kind_of
 from genarm.text.prompts import Message, Prompt, as_conversation
 
 
@@ -98,9 +98,10 @@ class Format:
 def asked_of(prompt: Any, context: list[Message], *, chat: bool) -> str | list[Message]:
     """The prompt of a row, as a conversation where there is a chat template to go through."""
     if isinstance(prompt, str):
+        refuse_written_messages(prompt, "prompt")
         return [*context, *as_conversation(prompt)] if chat else prompt
     if not is_messages(prompt):
-        raise MalformedError(f"'prompt' is {kind_of(prompt)}, expected text or messages")
+        raise MalformedError(f"'prompt' is {'missing' if prompt is None else kind_of(prompt)}, expected text or messages")
     messages = read_messages({"prompt": prompt}, "prompt")
     if not chat:
         raise MalformedError("messages need a chat template")
@@ -111,7 +112,8 @@ def text_in(row: Row, column: str) -> str:
     """The text in a column (raises MalformedError if there is none)."""
     value = row.get(column)
     if not isinstance(value, str):
-        raise MalformedError(f"'{column}' is {kind_of(value)}, expected a text")
+        raise MalformedError(f"'{column}' is {kind_at(row, column)}, expected a text")
+    refuse_written_messages(value, column)
     return value
 
 
