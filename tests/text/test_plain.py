@@ -83,7 +83,7 @@ def test_a_template_that_does_more_than_write_messages_down() -> None:
     assert encode_prompt(tokenizer, kept, PLAIN) == encode_prompt(tokenizer, kept)
     with pytest.raises(ConversationError, match="cannot be read as ordinary text; take it out"):
         encode_prompt(tokenizer, chat("x", "hi", "<think>why</think> hello<end>", "more"), PLAIN)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{% endfor %}"
     with pytest.raises(ConversationError, match="does more with messages"):
         encode_prompt(tokenizer, chat("x", "hi <end>"), PLAIN)
 

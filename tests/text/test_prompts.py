@@ -112,6 +112,39 @@ def test_a_message_that_the_template_changes_is_not_continued() -> None:
         encode_prompt(tokenizer, messages, continued=True)
 
 
+# Chat templates that do not write down all that they are given.
+_TURNS = "{% for m in messages %}{% if m['role'] == 'user' %}<user> USER {% elif m['role'] == 'assistant' %}<assistant> "
+_REST = " <end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+
+
+@pytest.mark.parametrize("user", ["{{ m['content'] }}", "{{ m['content'] | replace('w3', 'w4') }}", "", "{{ loop.index }}"])
+@pytest.mark.parametrize("reply", ["{{ m['content'] | trim }}", "{{ m['content'].split('</think>')[-1] }}"])
+def test_what_a_template_leaves_out_is_refused(user: str, reply: str) -> None:
+    """Every word that is said is read, or the conversation is refused; what an assistant thought earlier may go."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = _TURNS.replace("USER", user) + reply + _REST
+    said = {"role": "user", "content": " w1\n w3 "}
+    thought = "w5 </think> w6"
+    for role in ("system", "developer", "human", "tool", "user"):
+        messages = [{"role": role, "content": "w7"}, said]
+        if role == "user" and "index" not in user and user:
+            messages[0] = said
+        elif user:
+            with pytest.raises(ConversationError, match=f"leaves out or changes the message of the role '{role}'"):
+                encode_prompt(tokenizer, messages)
+    if user != "{{ m['content'] }}":
+        with pytest.raises(ConversationError, match="of the role 'user', so the model would not read it; use another"):
+            encode_prompt(tokenizer, [said])
+        return
+    earlier = [said, {"role": "assistant", "content": thought}, said]
+    assert "w6" in tokenizer.decode(encode_prompt(tokenizer, earlier))
+    if "trim" in reply:
+        assert tokenizer.decode(encode_pair(tokenizer, earlier, f" {thought}")[1]).startswith("w5")
+    else:
+        with pytest.raises(ConversationError, match="does not write the response down as it is"):
+            encode_pair(tokenizer, earlier, thought)
+
+
 def test_plain_text_ends_with_one_eos() -> None:
     tokenizer = tiny_tokenizer()
     for response in ("w3 w4", "w3 w4 <end>"):
@@ -220,9 +253,9 @@ def test_what_a_template_sets_for_itself_is_no_argument() -> None:
         "{% if not date is defined %}{% set date = 'w2' %}{% endif %}",
         "{% set date = date if date is defined else 'w2' %}",
     ):
-        tokenizer.chat_template = reads + "{{ date }}"
+        tokenizer.chat_template = reads + "{{ date }} {{ messages[0]['content'] }}"
         ids = encode_prompt(tokenizer, as_conversation("w1"), Reading(template_args={"date": "w9"}))
-        assert tokenizer.decode(ids) == "w9"
+        assert tokenizer.decode(ids) == "w9 w1"
 
 
 def test_names_that_are_not_the_users_are_all_of_the_librarys() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError, meta, nodes
 
-from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_of
+from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_at, kind_of
 from genarm.text.plain import plain
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def encode_prompt(
         check_end(prompt, continued=continued)
         render = _render_open if continued else partial(_render, add_generation_prompt=True)
         text = render(tokenizer, prompt, reading)
+        _check_said(prompt, text)
         parts = _parts(tokenizer, prompt, reading, text, render) if reading.plain_user_text else None
         if parts is None:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -220,7 +221,7 @@ def _part(part: Any) -> str:
             raise ConversationError(f"the content has a part with the key {key!r:.80}; {_CONTENT}")
     text = part.get("text")
     if not isinstance(text, str):
-        raise ConversationError(f"the content has a part whose text is {kind_of(text)}; {_CONTENT}")
+        raise ConversationError(f"the content has a part whose text is {kind_at(part, 'text')}; {_CONTENT}")
     return text
 
 
@@ -278,8 +279,32 @@ def encode_pair(
             f"begin with the text that asks for it (…{before[-60:]!r} against …{whole[: len(before)][-60:]!r}); "
             "use a template whose generation prompt is a prefix of the assistant turn"
         )
+    if not _says(whole[len(before) :], response):
+        raise ConversationError(
+            "the chat template does not write the response down as it is (it leaves out what was thought, say), so "
+            "that something else would be read; use another template, or text without one"
+        )
     response_ids = _continuation(tokenizer, prompt_ids, before, whole[len(before) :], special=False)
     return prompt_ids, _close(tokenizer, response, response_ids, ends)
+
+
+def _check_said(messages: Sequence[Message], text: str) -> None:
+    """Refuse a conversation of which `text`, which a template made of it, leaves a message out.
+
+    What an assistant said earlier a template may shorten on purpose: its thoughts, say.
+    """
+    for message in messages:
+        if message["role"] != "assistant" and not _says(text, message["content"]):
+            hint = "" if message["role"] == "user" else "put its text into the user's first, or "
+            raise ConversationError(
+                f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the model "
+                f"would not read it; {hint}use another template"
+            )
+
+
+def _says(text: str, said: str) -> bool:
+    """Whether `text` has all of `said`; templates trim and break lines."""
+    return said.strip() in text or "".join(said.split()) in "".join(text.split())
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, **options: Any) -> str:
