@@ -68,7 +68,7 @@ def named(path: Path, edit: Callable[[Path], None], command: list[str], capsys: 
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """`guided` with a base, an ARM of its own weights, an adapter and a tuned model's gain inside; the same beside it."""
+    """`guided` with a base, a whole ARM, an adapter and a tuned model's gain inside of it; the same beside it."""
     root = tmp_path / "models"
     base = tiny_model(seed=0)
     save_member(base, root / "base")

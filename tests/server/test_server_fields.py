@@ -161,9 +161,10 @@ def test_what_a_client_says_of_caches_changes_nothing(server: Running) -> None:
         {"messages": CHAT},
         {"messages": marked},
         {"messages": CHAT, "max_completion_tokens": 5},
+        {"messages": [{**marked[0], "cache_control": 1}]},
     ]
     found = [server.post("/v1/chat/completions", {**body, **fields}).json() for fields in asked]
-    assert [(answer["choices"], answer["usage"]) for answer in found] == [(found[0]["choices"], found[0]["usage"])] * 3
+    assert [(answer["choices"], answer["usage"]) for answer in found] == [(found[0]["choices"], found[0]["usage"])] * 4
     assert found[0]["usage"]["completion_tokens"] == 5
 
 

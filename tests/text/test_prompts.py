@@ -113,26 +113,24 @@ def test_a_message_that_the_template_changes_is_not_continued() -> None:
 
 
 # Chat templates that do not write down all that they are given.
-_TURNS = "{% for m in messages %}{% if m['role'] == 'user' %}<user> USER {% elif m['role'] == 'assistant' %}<assistant> "
+_USER = "{% for m in messages %}{% if m['role'] == 'user' %}<user> "
+_REPLY = " {% elif m['role'] == 'assistant' %}<assistant> "
 _REST = " <end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+_SAID = "{{ m['content'] }}"
 
 
-@pytest.mark.parametrize("user", ["{{ m['content'] }}", "{{ m['content'] | replace('w3', 'w4') }}", "", "{{ loop.index }}"])
+@pytest.mark.parametrize("user", [_SAID, "{{ m['content'] | replace('w3', 'w4') }}", "", "{{ loop.index }}"])
 @pytest.mark.parametrize("reply", ["{{ m['content'] | trim }}", "{{ m['content'].split('</think>')[-1] }}"])
 def test_what_a_template_leaves_out_is_refused(user: str, reply: str) -> None:
     """Every word that is said is read, or the conversation is refused; what an assistant thought earlier may go."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = _TURNS.replace("USER", user) + reply + _REST
+    tokenizer.chat_template = _USER + user + _REPLY + reply + _REST
     said = {"role": "user", "content": " w1\n w3 "}
     thought = "w5 </think> w6"
-    for role in ("system", "developer", "human", "tool", "user"):
-        messages = [{"role": role, "content": "w7"}, said]
-        if role == "user" and "index" not in user and user:
-            messages[0] = said
-        elif user:
-            with pytest.raises(ConversationError, match=f"leaves out or changes the message of the role '{role}'"):
-                encode_prompt(tokenizer, messages)
-    if user != "{{ m['content'] }}":
+    for role in ("system", "developer", "human", "tool"):
+        with pytest.raises(ConversationError, match=f"leaves out or changes the message of the role '{role}'"):
+            encode_prompt(tokenizer, [{"role": role, "content": "w7"}, said])
+    if user != _SAID:
         with pytest.raises(ConversationError, match="of the role 'user', so the model would not read it; use another"):
             encode_prompt(tokenizer, [said])
         return

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from genarm.errors import WeightsError, kind_of
+from genarm.errors import BudgetError, WeightsError, kind_of
 
 RewardWeights: TypeAlias = Mapping[str, float] | Tensor
 """{name: number}, where rewards not named keep their default, or a tensor [batch, rewards]."""
@@ -78,22 +78,22 @@ def resolve_weights(weights: RewardWeights | None, defaults: Mapping[str, float]
 
 
 def check_max_kl(value: Any) -> None:
-    """Raise WeightsError where `value` is no budget: nats per token, a finite number of at least 0, or None."""
+    """Raise BudgetError where `value` is no budget: nats per token, a finite number of at least 0, or None."""
     if value is not None and not (is_finite_number(value) and value >= 0):
-        raise WeightsError(f"max_kl is {value!r:.50}; it must be a number of nats per token, 0 or more")
+        raise BudgetError(f"max_kl is {value!r:.50}; it must be a number of nats per token, 0 or more")
 
 
 def resolve_max_kl(max_kl: float | Tensor | None, batch_size: int) -> Tensor | None:
     """A float32 budget per sequence, [batch_size], of one for all, of a tensor of as many, or of None.
 
     Raises:
-        WeightsError: a value below 0 or not finite, or as many as there are not sequences.
+        BudgetError: a value below 0 or not finite, or as many as there are not sequences.
     """
     if not isinstance(max_kl, Tensor):
         check_max_kl(max_kl)
         return None if max_kl is None else torch.full((batch_size,), float(max_kl))
     if tuple(max_kl.shape) != (batch_size,):
-        raise WeightsError(f"max_kl has shape {tuple(max_kl.shape)}; expected one number for each of {batch_size} rows")
+        raise BudgetError(f"max_kl has shape {tuple(max_kl.shape)}; expected one number for each of {batch_size} rows")
     for value in max_kl.tolist():
         check_max_kl(value)
     return max_kl.detach().to(device="cpu", dtype=torch.float32)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from genarm.errors import DataError, EngineFailure, GenarmError, MemberError, WeightsError
+from genarm.errors import BudgetError, DataError, EngineFailure, GenarmError, MemberError, WeightsError
 
 _LONGEST_MESSAGE = 2000
 _LONGEST_PARAM = 200
@@ -118,6 +118,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """The answer to give for `error`; what is nobody's known mistake becomes a 500 that does not say more."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, BudgetError):
+        return ApiError(400, str(error), param="max_kl", code="invalid_value")
     if isinstance(error, WeightsError):
         return ApiError(400, str(error), param="reward_weights", code="invalid_weights")
     if isinstance(error, DataError):

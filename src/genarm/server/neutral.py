@@ -52,7 +52,7 @@ _MARKED = "nothing is watermarked"
 _BANS = "ban or allow tokens with logit_bias"
 Label: TypeAlias = str | None
 """A label or hint of the client's own, which changes no reply: accepted and not used."""
-CacheHint: TypeAlias = Annotated[dict[str, Any] | None, Field(description="of a cache; accepted and not used")]
+CacheHint: TypeAlias = Annotated[Any, Field(description="of a cache; accepted and not used")]
 
 
 class NeutralFields(BaseModel):

@@ -297,8 +297,8 @@ def _check_said(messages: Sequence[Message], text: str) -> None:
         if message["role"] != "assistant" and not _says(text, message["content"]):
             hint = "" if message["role"] == "user" else "put its text into the user's first, or "
             raise ConversationError(
-                f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the model "
-                f"would not read it; {hint}use another template"
+                f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the "
+                f"model would not read it; {hint}use another template"
             )
 
 

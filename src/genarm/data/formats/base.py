@@ -101,7 +101,9 @@ def asked_of(prompt: Any, context: list[Message], *, chat: bool) -> str | list[M
         refuse_written_messages(prompt, "prompt")
         return [*context, *as_conversation(prompt)] if chat else prompt
     if not is_messages(prompt):
-        raise MalformedError(f"'prompt' is {'missing' if prompt is None else kind_of(prompt)}, expected text or messages")
+        raise MalformedError(
+            f"'prompt' is {'missing' if prompt is None else kind_of(prompt)}, expected text or messages"
+        )
     messages = read_messages({"prompt": prompt}, "prompt")
     if not chat:
         raise MalformedError("messages need a chat template")
