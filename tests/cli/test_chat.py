@@ -225,7 +225,8 @@ BAD = {
     "/kl much": "cannot read 'much' as a number of nats; write /kl 0.3, or /kl off",
     "/kl -1": "max_kl is -1.0; it must be a number of nats per token, 0 or more",
     "/reset all": "/reset takes nothing after it",
-    "/wieghts": "there is no command '/wieghts'; there are /weights, /kl, /compare, /tokens, /system, /reset, /help, "
+    "/wieghts": "there is no command '/wieghts'; there are /weights, /wish, /kl, /compare, /tokens, /system, "
+    "/reset, /help, "
     "/quit",
     "/": "there is no command '/'",
     "w1 "
@@ -296,6 +297,33 @@ def test_an_ordinary_causal_lm_can_chat_but_has_no_rewards(folder: Path, screen:
         chat.handle(line)
     assert len(screen.errors) == 4
     assert all("is not a guided model" in error for error in screen.errors)
+
+
+def test_wishes_are_made_weighed_and_taken_back(folder: Path, opened: tuple[Engine, ModelFiles]) -> None:
+    files = open_files(str(folder.parent / "m0"))
+    model = files.load(device="cpu")
+    plain = Engine(model, files.tokenizer, EngineOptions(streams=3))
+    prompted = greedy(model, [{"role": "system", "content": "w7 w8"}, user("w1")], n=6)
+    silent = {"helpful": 0.0, "harmless": 0.0}
+    for engine, own, weights in ((plain, files, {}), (*opened, silent)):
+        screen = Memory()
+        chat = Chat(engine, own, screen, Sampling(max_new_tokens=6, temperature=0), weights=weights)
+        for line in ("/wish kind=w7 w8", "w1", "/tokens", "/reset", "/weights kind=0", "w1", "/wish kind=off", "/wish"):
+            chat.handle(line)
+        assert not screen.errors
+        assert [answer.text for answer in screen.answers] == [prompted, greedy(model, [user("w1")], n=6)]
+        assert screen.answers[0].kl
+        assert not screen.answers[1].kl
+        assert "kind" in screen.heats[0].rewards
+        assert screen.notes[0].startswith("kind=1: w7 w8")
+        assert "no wishes" in screen.notes[-1]
+        assert "kind" not in chat.weights
+        for line in ("/wish kind", "/wish =x", "/wish kind=off", "/wish base=x", "/wish 9=x"):
+            chat.handle(line)
+        for name in "abcde":
+            chat.handle(f"/wish {name}=w1")
+        assert len(screen.errors) == 6
+        assert "there are 4 wishes already" in screen.errors[-1]
 
 
 def test_a_message_that_is_too_long_alone(opened: tuple[Engine, ModelFiles], screen: Memory) -> None:

@@ -1,7 +1,7 @@
 """Talk to a guided model, change its reward weights in mid-conversation and see what they change.
 
-Type /help for the commands: /weights, /compare, /tokens, /system, /reset, /quit. A pasted text of several lines is
-one message. Reads plain lines where the input is not a terminal.
+Type /help for the commands: /weights, /wish, /kl, /compare, /tokens, /system, /reset, /quit. A pasted text of several
+lines is one message. Reads plain lines where the input is not a terminal.
 """
 
 from __future__ import annotations

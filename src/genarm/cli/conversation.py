@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from genarm.engine import Engine, Request, Stream
+from genarm.engine.request import MOST_WISHES
 from genarm.errors import ConfigError, DataError, GenarmError, UnsupportedError
 from genarm.model.config import GuidedConfig
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.references import ModelFiles
 from genarm.model.weights import check_max_kl, parse_weights
+from genarm.model.wishes import Wish
 from genarm.sampling import Sampling, derive_seed
 from genarm.text.prompts import Message, Prompt
 
@@ -25,13 +27,15 @@ if TYPE_CHECKING:
 HELP = """\
 /weights              show the reward weights
 /weights NAME=W …     change them from the next answer on; those not named stay as they are
+/wish NAME=TEXT       a new reward in words, of weight 1: the model with the system message TEXT, less the model without
+                      it; /weights NAME=2 then makes it count more; /wish lists them, /wish NAME=off takes one back
 /kl E                 keep every token within E nats of the base from the next answer on; /kl shows the bound and how
                       far the last answer went, /kl off removes it
 /compare [TEXT]       the base's and the guided model's answer to the last message, or to TEXT, side by side, and
                       the base's at the lower temperature that rewards which learnt nothing would amount to
 /tokens               heat map of the last answer: which tokens each reward likes more than the base does
 /system TEXT          set the system message from the next answer on; /system shows it, /system off removes it
-/reset                begin a new conversation; weights and system message stay
+/reset                begin a new conversation; weights, wishes and system message stay
 /help                 this list
 /quit                 leave; so does Ctrl-D
 Ctrl-C stops an answer. What was shown of it stays in the conversation.
@@ -126,10 +130,12 @@ class Chat:
         self.max_kl = max_kl
         self.system = system
         self.history: list[Message] = []
-        self._last: tuple[Prompt, ChatReply] | None = None
+        self._given = files
+        self._last: tuple[Prompt, ChatReply, ModelFiles] | None = None
         self._drawn = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "/weights": self._weights,
+            "/wish": self._wish,
             "/kl": self._kl,
             "/compare": self._compare,
             "/tokens": self._tokens,
@@ -174,19 +180,28 @@ class Chat:
         self.screen.answered(answer)
         if not answer.text and answer.ended == "interrupted":
             return  # nothing was said: as if it had not been asked
-        self._last = (prompt, answer)
+        self._last = (prompt, answer, self.files)
         self.history = [*messages, {"role": "assistant", "content": answer.text}]
 
     def _begin(
         self, prompt: Prompt, weights: Mapping[str, float], seed: int, sampling: Sampling | None = None
     ) -> Stream:
         """Begin an answer to `prompt`."""
-        ids = self.files.encode(prompt)
-        room = self._room(prompt, len(ids))
+        contexts = self.files.contexts(prompt, weights)
+        room = self._room(prompt, max(map(len, (self.files.encode(prompt), *contexts.values()))))
         sampling = sampling or self.sampling
         sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
+        own = _added(self.files, self.engine)
         return self.engine.stream(
-            Request(prompt=ids, weights=weights, max_kl=self.max_kl, sampling=sampling, seed=seed)
+            Request(
+                prompt=prompt,
+                weights={name: w for name, w in weights.items() if name not in own},
+                wishes=[Wish(text=text, weight=weights[name]) for name, text in own.items()],
+                max_kl=self.max_kl,
+                sampling=sampling,
+                seed=seed,
+                reading=self.files.reading,
+            )
         )
 
     def _prompt(self, messages: list[Message]) -> Prompt:
@@ -223,6 +238,25 @@ class Chat:
         if text:
             self.weights = self.files.weights(parse_weights(text), self.weights)
         self.screen.note(describe_weights(self.weights))
+
+    def _wish(self, text: str) -> None:
+        if text:
+            name, equals, words = text.partition("=")
+            name, words = name.strip(), words.strip()
+            if not (name and equals and words):
+                raise ConfigError(f"cannot read {text!r:.80}; write /wish NAME=TEXT, or /wish NAME=off")
+            wishes = {key: value for key, value in _added(self.files, self.engine).items() if key != name}
+            if words != "off":
+                wishes[name] = words
+            elif len(wishes) == len(_added(self.files, self.engine)):
+                raise ConfigError(f"no wish {name!r} was made here; /wish lists them")
+            if len(wishes) > MOST_WISHES:
+                raise ConfigError(f"there are {MOST_WISHES} wishes already; take one back with /wish NAME=off")
+            self.files = self._given.with_wishes(wishes)
+            kept = {key: w for key, w in self.weights.items() if key in self.files.default_weights}
+            self.weights = self.files.weights(kept)
+        listed = [f"{name}={self.weights[name]:g}: {words}" for name, words in self.files.wishes.items()]
+        self.screen.note("\n".join(listed) or "no wishes; /wish NAME=TEXT makes one")
 
     def _kl(self, text: str) -> None:
         self._need_rewards()
@@ -272,11 +306,14 @@ class Chat:
             raise ConfigError(f"/tokens takes nothing after it, got {text!r}; it shows the last answer")
         if self._last is None:
             raise ConfigError("there is no answer to show yet; say something first")
-        prompt, answer = self._last
+        prompt, answer, files = self._last
         if not answer.text:
             raise ConfigError("the last answer is empty; there are no tokens to show")
-        model = self.engine.model
-        assert isinstance(model, GuidedForCausalLM)
+        model, own = self.engine.model, _added(files, self.engine)
+        if not isinstance(model, GuidedForCausalLM):
+            model = GuidedForCausalLM.from_members(model, {}, wishes=own)
+        elif own:
+            model = model.with_wishes(own)
         rewards = model.token_rewards(
             prompt,
             answer.text,
@@ -306,8 +343,14 @@ class Chat:
     def _need_rewards(self) -> None:
         if not self.files.guided:
             raise UnsupportedError(
-                f"{self.files.reference} is not a guided model, so it has no rewards; make one with genarm compose"
+                f"{self.files.reference} is not a guided model, so it has no rewards; make one in words with /wish "
+                "NAME=TEXT, or a guided folder with genarm compose"
             )
+
+
+def _added(files: ModelFiles, engine: Engine) -> dict[str, str]:
+    """{name: system text} of wishes that the engine's model does not have itself."""
+    return {name: text for name, text in files.wishes.items() if name not in engine.default_weights}
 
 
 def describe_weights(weights: Mapping[str, float]) -> str:
