@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+import pytest
 import torch
 
 # The models here are so small that a second thread costs more than it brings, and on a busy machine very much more.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and of the commands that tests run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_stays() -> None:
+    """Each training and each engine that is let go collects garbage: half a second where it looks through all modules."""
+    gc.collect()
+    gc.freeze()
