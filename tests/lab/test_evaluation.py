@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from genarm.cli.main import main
 from genarm.errors import DataError
 from genarm.lab.demo.world import overall
 from genarm.lab.evaluation.answers import answering, read_answers
-from genarm.lab.evaluation.recipe import slug
+from genarm.lab.evaluation.recipe import Recipe, slug
 from genarm.lab.evaluation.recipe_file import load_recipe, scales
 from genarm.lab.evaluation.run import RunOptions, evaluate
 from genarm.lab.evaluation.world import WorldSettings, make_world
@@ -63,13 +64,31 @@ def test_world(tmp_path: Path) -> None:
     assert sum(margin > 0 for margin in margins) > sum(margin < 0 for margin in margins)
 
 
+def command(folder: Path) -> list[str]:
+    return ["eval", str(folder / "recipe.toml"), "--output", str(folder / "run"), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Recipe, Path]]:
+    """Runs a tiny recipe as a user would run it, shrunk, but each only once: the recipe, and the folder of both."""
+    done: dict[Path, tuple[Recipe, Path]] = {}
+
+    def run(path: Path) -> tuple[Recipe, Path]:
+        if path not in done:
+            folder = tmp_path_factory.mktemp(path.stem)
+            recipe = shrunk(path, folder / "recipe.toml")
+            assert main(command(folder)) == 0
+            done[path] = recipe, folder
+        return done[path]
+
+    return run
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_tiny_recipes_smoke(path: Path, tmp_path: Path) -> None:
-    """Every tiny recipe runs as a user would run it, shrunk, and a second call finds nothing to do."""
-    recipe = shrunk(path, tmp_path / "recipe.toml")
-    command = ["eval", str(tmp_path / "recipe.toml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    assert main(command) == 0
-    run = tmp_path / "run"
+def test_tiny_recipes_smoke(path: Path, ran: Callable[[Path], tuple[Recipe, Path]]) -> None:
+    """Every tiny recipe comes to its end, and a second call finds nothing to do."""
+    recipe, folder = ran(path)
+    run = folder / "run"
     report = (run / "report.html").read_text()
     results = json.loads((run / "results.json").read_text())
     assert {spec.name for spec in recipe.methods} == {row["name"] for row in results["rows"]}
@@ -81,7 +100,7 @@ def test_tiny_recipes_smoke(path: Path, tmp_path: Path) -> None:
     assert set(answers) == set(replies) | {f"{name}.settings.json" for name in replies}
     for rows in replies.values():
         assert [json.loads(line)["index"] for line in rows.splitlines()] == list(range(6))
-    assert main(command) == 0
+    assert main(command(folder)) == 0
     assert {file.name: file.read_bytes() for file in (run / "answers").iterdir()} == answers
     assert (run / "report.html").read_text() == report
 
@@ -100,11 +119,20 @@ SMALL = {
 }
 
 
-def test_killed_and_gone_on_with(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe with two methods and nothing trained, and its run, to be copied."""
+    folder = tmp_path_factory.mktemp("small")
+    recipe = shrunk(EXPERIMENTS[0], folder / "recipe.toml", **SMALL)
+    evaluate(recipe, options(folder / "run"), QUIET)
+    return recipe, folder / "run"
+
+
+def test_killed_and_gone_on_with(small: tuple[Recipe, Path], tmp_path: Path) -> None:
     """Whatever is left of a run, the report is that of an unbroken one, but for the time that it took."""
-    recipe = shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml", **SMALL)
-    evaluate(recipe, options(tmp_path / "whole"), QUIET)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    recipe, whole = small
+    shutil.copytree(whole, tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "killed")
     file = tmp_path / "killed" / "answers" / "base.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:5]) + lines[5][:17])  # a whole batch, a row of the next, and a torn one
@@ -127,9 +155,9 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert [row["scores"] for row in scores[0]] == [row["scores"] for row in scores[1]]
 
 
-def test_changed_settings_are_never_mixed(tmp_path: Path) -> None:
-    recipe = shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml", **SMALL)
-    evaluate(recipe, options(tmp_path / "run"), QUIET)
+def test_changed_settings_are_never_mixed(small: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, whole = small
+    shutil.copytree(whole, tmp_path / "run")
     methods = SMALL["methods"]
     assert isinstance(methods, list)
     warm = {"kind": "sample", "name": "warm", "model": "@world/base", "sampling": {"temperature": 0.7}}
@@ -194,8 +222,7 @@ def test_a_method_that_dies_loses_its_batch_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda part: getattr(part, "stem", part))
 def test_plans(path: Path, scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["eval", str(path), "--scale", scale, "--plan", "--output", str(tmp_path / "run")]
-    assert main(command) == 0
+    assert main(["eval", str(path), "--scale", scale, "--plan", "--output", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     recipe = load_recipe(path, scale)
     for spec in recipe.methods:
@@ -207,25 +234,24 @@ def test_plans(path: Path, scale: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "run").exists()
 
 
-def test_forwards_of_a_plan_are_the_most_that_a_method_does(tmp_path: Path) -> None:
-    recipe = shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml")
-    evaluate(recipe, options(tmp_path / "run"), QUIET)
+def test_forwards_of_a_plan_are_the_most_that_a_method_does(ran: Callable[[Path], tuple[Recipe, Path]]) -> None:
+    recipe, folder = ran(EXPERIMENTS[0])
     for spec in recipe.methods:
         tokens = recipe.draw(spec).max_new_tokens
         planned = sum(METHODS[spec.kind].forwards(spec, tokens).values()) * recipe.prompts.count
-        lines = (tmp_path / "run" / "answers" / f"{slug(spec.name)}.jsonl").read_text().splitlines()
+        lines = (folder / "run" / "answers" / f"{slug(spec.name)}.jsonl").read_text().splitlines()
         counts = [json.loads(line).get("batch_cost", {"counts": {}})["counts"] for line in lines]
         done = sum(count["forwards"] for each in counts for count in each.values())
         assert 0 < done <= planned
 
 
-def test_wrong_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_inputs(small: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path / "none.toml")]) == 2
     assert "cannot read the recipe" in capsys.readouterr().err
     assert main(["eval", str(EXPERIMENTS[0]), "--scale", "huge"]) == 2
     assert "it has tiny, paper" in capsys.readouterr().err
-    shrunk(
-        EXPERIMENTS[0], tmp_path / "r.toml", **{**SMALL, "prompts": {"data": "@world/prompts.jsonl", "count": 99999}}
-    )
-    assert main(["eval", str(tmp_path / "r.toml"), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    too_many = {**SMALL, "prompts": {"data": "@world/prompts.jsonl", "count": 99999}}
+    shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml", **too_many)
+    shutil.copytree(small[1], tmp_path / "run")
+    assert main(command(tmp_path)) == 2
     assert "lower prompts.count" in capsys.readouterr().err
