@@ -15,6 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # and of the commands that tests 
 
 @pytest.fixture(scope="module", autouse=True)
 def what_is_imported_stays() -> None:
-    """Each training and each engine that is let go collects garbage: half a second where it looks through all modules."""
+    """Each training collects garbage, which takes half a second where all that was imported is looked through."""
     gc.collect()
     gc.freeze()

@@ -122,26 +122,27 @@ def test_weights_of_zero_give_the_base(places: Any) -> None:
             assert math.isclose(entry.logprob, base[token].logprob, abs_tol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.7}, {"frequency_penalty": 0.9, "presence_penalty": 0.6}])
-def test_penalties_act_on_the_combination(places: Any, options: dict[str, float]) -> None:
+def test_penalties_act_on_the_combination(places: Any) -> None:
     guided = folder(*places["llama"], {"helpful": "lora", "arm": "small"})
     weights = {"helpful": 1.2, "arm": -0.4}
-    asked = Asked(prompt=[7, 8, 9], weights=weights, tokens=25, options=options)
+    kinds: list[dict[str, float]] = [{"repetition_penalty": 1.7}, {"frequency_penalty": 0.9, "presence_penalty": 0.6}]
+    asked = [Asked(prompt=[7, 8, 9], weights=weights, tokens=25, options=options) for options in kinds]
     with engine(guided) as llm:
-        got = list(ask(llm, [asked])[0].outputs[0].token_ids)
+        got = [list(output.outputs[0].token_ids) for output in ask(llm, asked)]
     model = oracle(guided)
-    ids: list[int] = list(asked.prompt)
-    with torch.no_grad():
-        for _ in range(asked.tokens):
-            scores = model(torch.tensor([ids]), reward_weights=weights).logits[0, -1].clone()
-            reply = ids[len(asked.prompt) :]
-            if "repetition_penalty" in options:  # of the prompt too; log-probs are never positive
-                scores[list(set(ids))] *= options["repetition_penalty"]
-            else:
-                counts = torch.bincount(torch.tensor(reply, dtype=torch.long), minlength=len(scores))
-                scores -= options["frequency_penalty"] * counts + options["presence_penalty"] * (counts > 0)
-            ids.append(int(scores.argmax()))
-    assert got == ids[len(asked.prompt) :]
+    for request, options, reply in zip(asked, kinds, got, strict=True):
+        ids: list[int] = list(request.prompt)
+        with torch.no_grad():
+            for _ in range(request.tokens):
+                scores = model(torch.tensor([ids]), reward_weights=weights).logits[0, -1].clone()
+                if "repetition_penalty" in options:  # of the prompt too; log-probs are never positive
+                    scores[list(set(ids))] *= options["repetition_penalty"]
+                else:
+                    own = torch.tensor(ids[len(request.prompt) :], dtype=torch.long)
+                    counts = torch.bincount(own, minlength=len(scores))
+                    scores -= options["frequency_penalty"] * counts + options["presence_penalty"] * (counts > 0)
+                ids.append(int(scores.argmax()))
+        assert reply == ids[len(request.prompt) :]
 
 
 def test_a_reward_that_lacks_some_of_the_bases_tokens(tmp_path: Path) -> None:

@@ -42,14 +42,3 @@ def test_two_processes(tmp_path: Path, options: dict[str, Any]) -> None:
     model = oracle(guided)
     for request, output in zip(asked, outputs, strict=True):
         agree(model, request, output)
-
-
-def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    guided = folder(tmp_path, members(tmp_path), {"helpful": "lora", "arm": "small"})
-    asked = [Asked(prompt=[7, 8, 9, 10]), Asked(prompt=list(range(6, 40)), weights={"helpful": -0.8}, tokens=30)]
-    with engine(guided, enforce_eager=False) as llm:
-        outputs = ask(llm, asked)
-    model = oracle(guided)
-    for request, output in zip(asked, outputs, strict=True):
-        agree(model, request, output)
