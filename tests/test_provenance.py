@@ -332,6 +332,15 @@ def test_what_a_reward_is_compared_with_decides(models: Path, tmp_path: Path) ->
         assert str(difference(before, now)).startswith("reference ")
 
 
+def test_the_words_of_a_wish_decide(models: Path, tmp_path: Path) -> None:
+    records = []
+    for name, words in (("one", "w1 w2"), ("same", "w1 w2"), ("other", "w1 w3")):
+        compose(models / "base", {}, tmp_path / name, wishes={"kind": words})
+        records.append(model_record(str(tmp_path / name)))
+    assert difference(records[0], records[1]) is None
+    assert str(difference(records[0], records[2])).startswith("wish of reward kind was 'w1 w2' and is 'w1 w3'")
+
+
 @pytest.mark.parametrize("ending", [*SUFFIXES, ".jsonl.xz", ".jsonl.bz2", ".ndjson", ".txt"])
 def test_whatever_lies_in_a_folder_of_data_decides(ending: str, tmp_path: Path) -> None:
     found = []

@@ -293,6 +293,13 @@ def model_record(reference: str, revision: str | None = None) -> Record:
     return record
 
 
+_FOLLOWED = (
+    *("name", "weight", "description"),
+    *("model", "revision", "adapter", "adapter_revision", "reference"),
+)
+"""Of a member, what a run has of its own, and what leads to files; anything else is recorded as it is."""
+
+
 def _member(spec: Any, folder: Path) -> Record:
     """A member of a guided folder; its name, weight and description decide nothing, since a run has its own."""
     if not isinstance(spec, dict):
@@ -301,7 +308,7 @@ def _member(spec: Any, folder: Path) -> Record:
         (spec.get(key), spec.get(f"{prefix}revision")) for key, prefix in (("adapter", "adapter_"), ("model", ""))
     ]
     found = [_files(name, revision, folder) for name, revision in models if isinstance(name, str)]
-    own = {key: spec[key] for key in ("dtype", "device_map", "quantization_config") if key in spec}
+    own = {key: value for key, value in spec.items() if key not in _FOLLOWED}
     record = {**(found[0] if found else {}), **({"model": found[1]} if len(found) > 1 else {}), **own}
     reference = spec.get("reference")
     if reference is not None:
