@@ -33,7 +33,7 @@ from genarm.model.generation import GuidedGeneration, forward_arguments, last_po
 from genarm.model.loading import HubOptions, Member, load_generation_config, load_tokenizer
 from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
-from genarm.model.token_rewards import TokenRewards
+from genarm.model.token_rewards import TokenRewards, check_numbers
 from genarm.model.vocabulary import Alignment, embedding_rows, readable
 from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
 from genarm.model.wishes import Contexts, WishedForward, encode_wishes, padded, positions
@@ -601,6 +601,7 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             guided = within_budget(members[0], guided, budget.to(self.device))
         targets = torch.tensor(response_ids, device=self.device)[None, :, None]
         said = [m.gather(-1, targets)[0, :, 0] for m in (*members, guided)]
+        check_numbers(dict(zip([*self.config.member_specs, "guided"], said, strict=True)))
         for i, reference in enumerate(self.references, start=1):
             said.append(said[i] if reference is None else said[i] - said[reference])
         base, total, *rewards = (

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
+
+from genarm.errors import MemberError, WeightsError
+
+
+def check_numbers(said: Mapping[str, Tensor]) -> None:
+    """Refuse NaN in the log-probs of a response, by member and, last, of all together.
+
+    Raises:
+        MemberError: a member's own are no numbers.
+        WeightsError: only their sum is none.
+    """
+    silent = [name for name, values in said.items() if bool(values.isnan().any())]
+    if silent and silent[0] != [*said][-1]:
+        raise MemberError(
+            f"{silent[0]!r} gives NaN instead of log-probabilities; its weights are broken, or too large for its "
+            "dtype: try float32"
+        )
+    if silent:
+        raise WeightsError("the sum of log-probabilities overflows with these reward weights; use smaller ones")
 
 
 @dataclass(frozen=True, kw_only=True)
