@@ -19,7 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from builders.tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm import GuidedConfig, GuidedForCausalLM, compose
 from genarm.engine import Engine, EngineOptions, Request
-from genarm.errors import ConfigError, DataError, GenarmError, MemberError, UnsupportedError, VocabularyError
+from genarm.errors import (
+    ConfigError,
+    DataError,
+    GenarmError,
+    MemberError,
+    UnsupportedError,
+    VocabularyError,
+    WeightsError,
+)
 from genarm.model.references import open_files
 from genarm.sampling import Sampling
 
@@ -257,6 +265,20 @@ def test_token_rewards(members: dict[str, Path], tmp_path: Path) -> None:
     json.dumps(scores.to_dict())
 
 
+def test_a_member_without_numbers_is_named() -> None:
+    """Its weights are all finite, and what it computes with them is not."""
+    broken = tiny_model(seed=1)
+    for name, parameter in broken.named_parameters():
+        if name.endswith(("up_proj.weight", "down_proj.weight")):
+            parameter.data.mul_(1e20)
+    model = GuidedForCausalLM.from_members(tiny_model(seed=0), {"r": broken, "good": tiny_model(seed=2)})
+    with pytest.raises(MemberError, match="'r' gives NaN instead of log-probabilities"):
+        model.token_rewards("w1", "w2", tokenizer=tiny_tokenizer())
+    sound = GuidedForCausalLM.from_members(tiny_model(seed=0), {"good": tiny_model(seed=2)})
+    with pytest.raises(WeightsError, match="overflows with these reward weights"):
+        sound.token_rewards("w1", "w2", tokenizer=tiny_tokenizer(), reward_weights={"good": 3e38})
+
+
 def test_the_names_of_rewards_are_the_users(members: dict[str, Path], tmp_path: Path) -> None:
     """Names of peft's attributes, of modules, and of what the engine and a bundle have beside the rewards."""
     names = ("model", "draft", "keys", "weight", "default", "layers", "small-model", "small")
@@ -329,6 +351,13 @@ def test_adapters_in_memory_keep_the_same_promise(members: dict[str, Path]) -> N
     adapted.base_model.set_adapter(["one", "two"])
     with pytest.raises(MemberError, match="has the active adapters"):
         GuidedForCausalLM.from_members(base, {"r": adapted})
+    adapted.base_model.set_adapter("one")
+    adapted.merge_adapter(["two"])
+    for base_of in (base, adapted.get_base_model()):
+        with pytest.raises(MemberError, match="'two' is merged into the model that it is on"):
+            GuidedForCausalLM.from_members(base_of, {"r": adapted})
+    adapted.unmerge_adapter()
+    GuidedForCausalLM.from_members(base, {"r": adapted})
     base.lm_head.weight.data[0, 0] = torch.nan
     with pytest.raises(MemberError, match=r"NaN or infinity in lm_head\.weight"):
         GuidedForCausalLM.from_members(base, {})
@@ -342,6 +371,27 @@ def test_an_adapter_that_began_as_pissa_is_saved_as_what_it_is(members: dict[str
     model.save_pretrained(tmp_path / "guided")
     again = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_adapters_scaled_in_memory_or_on_tied_embeddings_are_saved_as_they_are(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_model(seed=0).config)
+    config.tie_word_embeddings = True
+    base = AutoModelForCausalLM.from_config(config).eval()
+    for number, options in enumerate(({"use_rslora": True}, {"alpha_pattern": {"lm_head": 3, "down_proj": 5}})):
+        targets = ["q_proj", "down_proj", "lm_head", "embed_tokens"]
+        adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets, **options))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        for name, module in adapted.named_modules():
+            if name.endswith(("down_proj", "embed_tokens", "layers.0.self_attn.q_proj")):
+                module.scale_layer(0.5)
+        expected = by_hand(base, [(copy.deepcopy(adapted), 1.0)])
+        model = GuidedForCausalLM.from_members(adapted.get_base_model(), {"r": adapted})
+        model.save_pretrained(tmp_path / str(number))
+        again = GuidedForCausalLM.from_pretrained(tmp_path / str(number))
+        for each in (model, again):
+            torch.testing.assert_close(each(IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from genarm.errors import ConfigError, MemberError
 from genarm.model.adapter_files import check_settings
+from genarm.model.adapters import adapter_layers
 from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder, reference_name
 from genarm.model.contract import check_finite, refusing
 from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
@@ -74,6 +75,7 @@ def gather_guided(
         members += [] if same else [found]
     for model in {id(member.model): member.model for member in members}.values():
         check_finite(model.state_dict(), what="a member")
+        _refuse_merged(model)
     _refuse_one_adapter_twice(members)
     values = weight_row(weights, dict.fromkeys([*rewards, *wishes], 1.0))
     where = [THE_BASE, *(_place(member, members) for member in members[1:])]
@@ -138,6 +140,16 @@ def _refuse_one_adapter_twice(members: list[Member]) -> None:
                     f"rewards {first!r} and {member.name!r} are both the adapter {member.adapter!r} on one model; load "
                     "each with an adapter_name of its own (peft's load_adapter), or each on a copy of the model"
                 )
+
+
+def _refuse_merged(model: PreTrainedModel) -> None:
+    """An adapter that is added into a model's weights makes the model itself another one."""
+    names = {name for layer in adapter_layers(model) for name in getattr(layer, "merged_adapters", ())}
+    if names:
+        raise MemberError(
+            f"the adapter {min(names)!r} is merged into the model that it is on, which others share; take it out with "
+            "peft's unmerge_adapter, or make a model of its own of it with merge_and_unload"
+        )
 
 
 def output_rows(model: PreTrainedModel) -> int:

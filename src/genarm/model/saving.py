@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -140,8 +143,23 @@ def write_model(model: PreTrainedModel, folder: Path, **sharding: Any) -> None:
 def write_adapter(peft: PeftModel, name: str, folder: Path) -> None:
     """One LoRA adapter, in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(peft, adapter_name=name)
+    state = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
     settings: Any = copy.copy(peft.peft_config[name])
     settings.init_lora_weights = True  # A and B go on the model as it is now, whatever they began from
+    settings.alpha_pattern = _alphas(peft, name)
     settings.save_pretrained(str(folder))
+
+
+def _alphas(peft: PeftModel, name: str) -> dict[str, float]:
+    """The `alpha_pattern` that the layers have now: peft can scale an adapter in memory."""
+    settings: Any = peft.peft_config[name]
+    given: dict[str, float] = settings.alpha_pattern or {}
+    found, as_given = {}, True
+    for layer, module in peft.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            rank = module.r[name]
+            found[layer] = module.scaling[name] * (math.sqrt(rank) if settings.use_rslora else rank)
+            usual = given.get(get_pattern_key([*given], layer), settings.lora_alpha)
+            as_given &= math.isclose(found[layer], usual, rel_tol=1e-9)
+    return given if as_given else found
