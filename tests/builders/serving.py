@@ -34,8 +34,8 @@ PRESETS = {"cautious": {"harmless": 2.0, "helpful": -0.5}, "plain": {"harmless":
 CHAT: list[Any] = [{"role": "user", "content": "w1 w2"}]
 
 
-def guided_model() -> GuidedForCausalLM:
-    """A base, a full ARM and a LoRA ARM."""
+def guided_model(wishes: Mapping[str, str] | None = None) -> GuidedForCausalLM:
+    """A base, a full ARM and a LoRA ARM; wishes have the weight 1."""
     base = tiny_model("llama", seed=0, layers=3)
     torch.manual_seed(2)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -45,7 +45,7 @@ def guided_model() -> GuidedForCausalLM:
             torch.nn.init.normal_(parameter, std=0.2)
     arm = tiny_model("llama", seed=1, layers=1, hidden=16)
     return GuidedForCausalLM.from_members(
-        base, {"harmless": arm, "helpful": adapted}, weights={"harmless": 1.0, "helpful": 0.5}
+        base, {"harmless": arm, "helpful": adapted}, wishes=wishes, weights={"harmless": 1.0, "helpful": 0.5}
     )
 
 
@@ -123,9 +123,11 @@ def running(
     presets: Mapping[str, Mapping[str, float]] = PRESETS,
     log_prompts: bool = False,
     template: str | None = TEMPLATE,
+    wishes: Mapping[str, str] | None = None,
+    request_wishes: bool = True,
 ) -> Iterator[Running]:
     """Serve until the block ends."""
-    model, pace, made = guided_model(), Pace(), []
+    model, pace, made = guided_model(wishes), Pace(), []
     model.base.register_forward_pre_hook(pace.hook)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -139,7 +141,13 @@ def running(
 
     backend = EngineBackend(make)
     rewards = tuple(
-        RewardInfo(name=name, default=weight, description=f"likes {name} words")
+        RewardInfo(
+            name=name,
+            default=weight,
+            description=f"likes {name} words",
+            difference=name in (wishes or {}),
+            wish=(wishes or {}).get(name),
+        )
         for name, weight in model.default_weights.items()
     )
     service = Service(
@@ -150,6 +158,7 @@ def running(
         metrics=Metrics(backend),
         timeout=timeout,
         log_prompts=log_prompts,
+        request_wishes=request_wishes,
         started=1_700_000_000,
     )
     listener = bind("127.0.0.1", 0)

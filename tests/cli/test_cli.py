@@ -55,7 +55,7 @@ OPTIONS = {
     "serve": {
         *("folder", "--dtype", "--device", "--trust-remote-code", "--host", "--port", "--served-name"),
         *("--engine", "--vllm-options", "--streams", "--context", "--queue", "--timeout", "--presets"),
-        *("--max-weight", "--api-keys", "--cors", "--allowed-host", "--log-prompts", "--wish"),
+        *("--max-weight", "--api-keys", "--cors", "--allowed-host", "--no-request-wishes", "--log-prompts", "--wish"),
         *READING,
         *ENGINE,
     },

@@ -467,11 +467,13 @@ def test_rewards(server: Running) -> None:
                 "maximum": 5.0,
                 "description": f"likes {name} words",
                 "difference": False,
+                "wish": None,
             }
             for name, weight in (("harmless", 1.0), ("helpful", 0.5))
         ],
-        "presets": [{"name": name, "weights": weights} for name, weights in PRESETS.items()],
+        "presets": [{"name": name, "weights": weights, "max_kl": None} for name, weights in PRESETS.items()],
         "return_rewards": True,
+        "request_wishes": {"most": 4, "characters": 4000, "minimum": -5.0, "maximum": 5.0},
     }
 
 

@@ -15,6 +15,7 @@ from builders.tiny import save_member, tiny_model
 from genarm.cli import serve
 from genarm.cli.main import build_parser, main
 from genarm.errors import ConfigError, MissingExtraError, UnsupportedError
+from genarm.model.references import open_files
 from genarm.server import vllm_backend
 from genarm.server.vllm_backend import VllmOptions, need_vllm, read_options, why_not
 from genarm.vllm import VERSIONS
@@ -54,10 +55,18 @@ NEWEST = f"{VERSIONS[-1]}.0"
     ],
 )
 def test_the_engine_that_is_taken(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, gpu: bool, options: tuple[str, ...], vllm: bool
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    version: str | None,
+    gpu: bool,
+    options: tuple[str, ...],
+    vllm: bool,
 ) -> None:
     installed(monkeypatch, version, gpu=gpu)
-    assert serve._takes_vllm(arguments(*options)) is vllm
+    files = open_files(str(folder))
+    assert serve._takes_vllm(arguments(*options), files) is vllm
+    wished = files.with_wishes({"warm": "Be warm."})  # which vLLM cannot run
+    assert serve._takes_vllm(arguments(*options), wished) is (vllm and "--engine" in options)
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -452,6 +452,7 @@ REWARDS = (RewardInfo(name="kind", default=1.0, description=""), RewardInfo(name
         ({"presets": {"a b": {}}}, ConfigError, "a preset cannot be named 'a b'"),
         ({"presets": {"x": {"odd": 1}}}, ConfigError, "the preset 'x': no reward is named 'odd'"),
         ({"presets": {"x": {"kind": 9}}}, ConfigError, "the preset 'x': .* 'kind' is 9"),
+        ({"presets": {"x": {"max_kl": -1}}}, ConfigError, "the preset 'x': max_kl is -1; it must be a number of nats"),
         ({"presets": {"x": {"kind": "1"}}}, ConfigError, "the preset 'x': .* must be a finite number"),
     ],
 )

@@ -43,7 +43,7 @@ def test_it_says_where_it_is_drains_and_ends_well(folder: Path, tmp_path: Path) 
     """SIGTERM lets a stream and a whole answer come to their ends, and takes no new connections."""
     keys = tmp_path / "keys"
     keys.write_text("sk-file\n")
-    (tmp_path / "presets.toml").write_text("[bold]\nharmless = -1.5\n")
+    (tmp_path / "presets.toml").write_text("[bold]\nharmless = -1.5\nmax_kl = 0.3\n")
     options = ("--streams", "2", "--api-keys", str(keys), "--presets", str(tmp_path / "presets.toml"))
     with serving(folder, *options, GENARM_API_KEYS="sk-env") as (process, url, lines):
         assert "2 streams of 2048 tokens" in lines[0]
@@ -59,10 +59,11 @@ def test_it_says_where_it_is_drains_and_ends_well(folder: Path, tmp_path: Path) 
                 "maximum": 5.0,
                 "description": "avoids harm",
                 "difference": False,
+                "wish": None,
             }
             assert rewards["presets"] == [
-                {"name": "cautious", "weights": {"harmless": 2.0, "helpful": 1.0}},
-                {"name": "bold", "weights": {"harmless": -1.5, "helpful": 1.0}},
+                {"name": "cautious", "weights": {"harmless": 2.0, "helpful": 1.0}, "max_kl": None},
+                {"name": "bold", "weights": {"harmless": -1.5, "helpful": 1.0}, "max_kl": 0.3},
             ]
             expected = client.post("/v1/completions", json=LONG).json()["choices"][0]["text"]
             found: list[Any] = []

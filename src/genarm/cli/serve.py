@@ -78,7 +78,7 @@ class ServeOptions:
     )
     presets: Path | None = field(
         default=None,
-        metadata={"metavar": "FILE", "help": "TOML, a table of weights for each preset, as in [cautious]"},
+        metadata={"metavar": "FILE", "help": "TOML, a table of weights, and max_kl, for each preset, as in [cautious]"},
     )
     max_weight: float = field(default=5.0, metadata={"metavar": "W", "help": "reward weights from -W to W are taken"})
     api_keys: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "API keys, one a line"})
@@ -91,6 +91,9 @@ class ServeOptions:
             "help": "requests may call the server by this name, beside localhost; repeatable. Without keys and on "
             "this machine alone, other names are refused"
         },
+    )
+    no_request_wishes: bool = field(
+        default=False, metadata={"help": "requests may have no wishes of their own, which anybody may write"}
     )
     log_prompts: bool = field(default=False, metadata={"help": "write prompts and replies to the log as well"})
 
@@ -238,5 +241,6 @@ def _service(options: ServeOptions, files: ModelFiles, names: Names, backend: Ba
         metrics=Metrics(backend),
         timeout=options.timeout,
         log_prompts=options.log_prompts,
+        request_wishes=not options.no_request_wishes,
         started=int(time.time()),
     )

@@ -13,13 +13,16 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 import genarm
+from genarm.engine.request import MOST_WISHES
 from genarm.server import metrics
 from genarm.server.bodies import schemas
 from genarm.server.chat import chat_routes
 from genarm.server.completions import completion_routes
 from genarm.server.errors import ENGINE_PAUSE, ERRORS, ApiError, add_error_handlers
+from genarm.server.guidance import no_wishes
 from genarm.server.job import Service
-from genarm.server.replies import Health, Model, Models, Preset, Reward, Rewards
+from genarm.server.replies import Health, Model, Models, Preset, Reward, Rewards, WishLimits
+from genarm.server.schema import LONGEST_WISH
 from genarm.server.security import protected
 
 PAGE = Path(__file__).parent / "page"
@@ -71,7 +74,7 @@ def _listing_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/rewards")
     async def rewards() -> Rewards:
-        """The rewards, the weights that they take, and the presets."""
+        """The rewards, the weights that they take, the presets, and which wishes requests may have."""
         data = [
             Reward(
                 id=reward.name,
@@ -80,16 +83,21 @@ def _listing_routes(service: Service) -> APIRouter:
                 maximum=names.largest,
                 description=reward.description,
                 difference=reward.difference,
+                wish=reward.wish,
             )
             for reward in names.rewards
         ]
-        presets = [Preset(name=name, weights=names.preset(name)) for name in names.presets]
+        presets = [
+            Preset(name=name, weights=names.preset(name), max_kl=names.preset_budget(name)) for name in names.presets
+        ]
+        limits = WishLimits(most=MOST_WISHES, characters=LONGEST_WISH, minimum=-names.largest, maximum=names.largest)
         return Rewards(
             object="list",
             model=names.model,
             data=data,
             presets=presets,
             return_rewards=service.backend.explains,
+            request_wishes=None if no_wishes(service) else limits,
         )
 
     return router

@@ -1,4 +1,4 @@
-"""What both ways to ask have in common: weights, sampling, seeds, room, counts."""
+"""What both ways to ask have in common: sampling, seeds, room, what wishes read, counts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
 from genarm.engine import Completion
+from genarm.errors import ConversationError
+from genarm.model.wishes import with_wish
 from genarm.sampling import Sampling, derive_seed
 from genarm.server.errors import ApiError
+from genarm.server.guidance import Guidance
 from genarm.server.job import Service
 from genarm.server.replies import Usage
 from genarm.server.schema import ChatRequest, CompletionRequest
@@ -36,11 +40,6 @@ def check_explained(service: Service, asked: ChatRequest | CompletionRequest) ->
             param="return_rewards",
             code="unsupported_parameter",
         )
-
-
-def weights_of(service: Service, asked: ChatRequest | CompletionRequest) -> dict[str, float]:
-    """All weights of a request (raises what `Names.resolve` raises)."""
-    return service.names.resolve(asked.model, asked.reward_weights)
 
 
 def sampling_of(asked: ChatRequest | CompletionRequest, limit: int) -> Sampling:
@@ -92,8 +91,8 @@ def check_characters(service: Service, prompts: Sequence[Prompt], *, param: str)
             )
 
 
-def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param: str) -> int:
-    """The most tokens of a reply: `limit`, or all that there is room for.
+def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param: str, wish: str = "") -> int:
+    """The most tokens of a reply: `limit`, or all that there is room for; `wish` names the one that reads the prompt.
 
     Raises:
         ApiError: the prompt, or the prompt and `limit` tokens, are too long.
@@ -101,14 +100,46 @@ def check_room(service: Service, prompt_tokens: int, limit: int | None, *, param
     room = service.backend.context - prompt_tokens
     if room < (1 if limit is None else limit):
         asked = "" if limit is None else f" and {limit} for the reply"
+        read = f" with the wish {wish!r}" if wish else ""
         raise ApiError(
             400,
             f"This model's maximum context length is {service.backend.context} tokens; the request has "
-            f"{prompt_tokens} in the {param}{asked}. Shorten the {param}{' or lower max_tokens' if asked else ''}.",
+            f"{prompt_tokens} in the {param}{read}{asked}. Shorten the {param}"
+            f"{' or lower max_tokens' if asked else ''}.",
             param=param,
             code="context_length_exceeded",
         )
     return room if limit is None else limit
+
+
+async def contexts_of(
+    service: Service,
+    guidance: Guidance,
+    prompt: Prompt,
+    limit: int | None,
+    *,
+    param: str,
+    template_args: Mapping[str, Any] | None = None,
+    continued: bool | None = None,
+) -> dict[str, list[int]]:
+    """{wish: ids of `prompt` as that wish reads it} of the wishes that count.
+
+    `prompt` itself is known to fit, so that each of them is hardly longer; each waits for its turn among others'
+    texts. The other arguments are those of `check_room` and `Texts.encode`.
+
+    Raises:
+        ApiError: with a wish, prompt and reply are too long.
+        DataError, ConfigError: what `Texts.encode` raises.
+    """
+    contexts = {}
+    for name, text in guidance.heard.items():
+        try:
+            ids = await service.texts.encode(with_wish(prompt, text), template_args, continued=continued)
+        except ConversationError as error:
+            raise ConversationError(f"with the wish {name!r} as its system message, {error}") from error
+        check_room(service, len(ids), limit, param=param, wish=name)
+        contexts[name] = ids
+    return contexts
 
 
 def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> Usage:
@@ -130,7 +161,8 @@ def request_id(http: HttpRequest) -> str:
     return str(http.state.request_id)
 
 
-def log_text(service: Service, http: HttpRequest, what: str, text: object, weights: Mapping[str, float]) -> None:
+def log_text(service: Service, http: HttpRequest, what: str, text: object, guidance: Guidance) -> None:
     """Prompts and replies, only where the server was asked to log them."""
     if service.log_prompts:
-        _log.info("%s %s %r weights %s", request_id(http), what, text, dict(weights))
+        wishes = f" wishes {[wish.text for wish in guidance.wishes]}" if guidance.wishes else ""
+        _log.info("%s %s %r weights %s%s", request_id(http), what, text, guidance.all_weights, wishes)

@@ -47,11 +47,13 @@ class Backend(Protocol):
         streams: how many run at once; others wait.
         context: the most tokens of a prompt and its reply together.
         explains: tokens come with what the base and each reward say of them.
+        wishes: requests may have wishes.
     """
 
     streams: int
     context: int
     explains: bool
+    wishes: bool
 
     def describe(self) -> str:
         """What runs, for the log."""
@@ -120,15 +122,16 @@ class RestartingBackend(Generic[Running]):
     A step that fails may leave anything behind, so everything is made anew, from the files on.
     """
 
-    def __init__(self, make: Callable[[], Running], *, explains: bool) -> None:
+    def __init__(self, make: Callable[[], Running], *, explains: bool, wishes: bool) -> None:
         """Make the engine now; raises what `make` raises.
 
         Args:
             make: loads the model and makes the engine; called again after a failure.
-            explains: see `Backend`.
+            explains, wishes: see `Backend`.
         """
         self._make = make
         self.explains = explains
+        self.wishes = wishes
         engine = make()
         self.streams = engine.streams
         self.context = engine.context
@@ -215,7 +218,7 @@ class EngineBackend(RestartingBackend[Engine]):
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         """Make the engine now; `make` is called again after a failure."""
-        super().__init__(lambda: Engine.in_own_thread(make), explains=True)
+        super().__init__(lambda: Engine.in_own_thread(make), explains=True, wishes=True)
 
 
 class _EngineReply:

@@ -18,16 +18,17 @@ from genarm.server.asking import (
     check_characters,
     check_explained,
     check_room,
+    contexts_of,
     log_text,
     request_id,
     sampling_of,
     seeds_of,
     usage_of,
-    weights_of,
     written,
 )
 from genarm.server.bodies import body_of
 from genarm.server.errors import ERRORS, as_api_error, log_failure
+from genarm.server.guidance import Guidance, guidance_of
 from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_chat
 from genarm.server.replies import (
@@ -72,7 +73,7 @@ class _Chat:
     asked: ChatRequest
     http: HttpRequest
     job: Job
-    weights: Mapping[str, float]
+    guidance: Guidance
     prompt_tokens: int
     labels: list[Labels]
     created: int
@@ -80,18 +81,24 @@ class _Chat:
     @classmethod
     async def begin(cls, service: Service, job: Job, asked: ChatRequest, http: HttpRequest) -> _Chat:
         check_explained(service, asked)
-        weights = weights_of(service, asked)
+        guidance = guidance_of(service, asked)
         messages: list[Message] = [{"role": _ROLES.get(m.role, m.role), "content": m.text} for m in asked.messages]
         check_characters(service, [messages], param="messages")
-        log_text(service, http, "messages", messages, weights)
-        ids = await service.texts.encode(messages, asked.chat_template_kwargs, continued=asked.continued)
-        sampling = sampling_of(asked, check_room(service, len(ids), asked.limit, param="messages"))
+        log_text(service, http, "messages", messages, guidance)
+        how: dict[str, Any] = {"template_args": asked.chat_template_kwargs, "continued": asked.continued}
+        ids = await service.texts.encode(messages, **how)
+        check_room(service, len(ids), asked.limit, param="messages")
+        contexts = await contexts_of(service, guidance, messages, asked.limit, param="messages", **how)
+        longest = max(map(len, (ids, *contexts.values())))
+        sampling = sampling_of(asked, check_room(service, longest, asked.limit, param="messages"))
         top = (asked.top_logprobs or 0) if asked.logprobs else 0
         requests = [
             Request(
                 prompt=ids,
-                weights=weights,
-                max_kl=asked.max_kl,
+                weights=guidance.weights,
+                max_kl=guidance.max_kl,
+                wishes=guidance.wishes,
+                contexts=contexts,
                 sampling=sampling,
                 seed=seed,
                 stop=asked.stops,
@@ -108,9 +115,9 @@ class _Chat:
             asked=asked,
             http=http,
             job=job,
-            weights=weights,
+            guidance=guidance,
             prompt_tokens=len(ids),
-            labels=[Labels(service.texts, weights, fresh=not asked.continued) for _ in requests],
+            labels=[Labels(service.texts, guidance.all_weights, fresh=not asked.continued) for _ in requests],
             created=int(time.time()),
         )
 
@@ -126,7 +133,7 @@ class _Chat:
                 rewards[index] += shares
             elif isinstance(event, Completion):
                 completions[index] = event
-                log_text(self.service, self.http, "reply", event.text, self.weights)
+                log_text(self.service, self.http, "reply", event.text, self.guidance)
         return await written(self.service, lambda: self._written(logprobs, rewards, completions), completions.values())
 
     def _written(
@@ -168,7 +175,7 @@ class _Chat:
                         yield self._chunk(index, delta, logprobs=logprobs, rewards=rewards)
                 elif isinstance(event, Completion):
                     completions.append(event)
-                    log_text(self.service, self.http, "reply", event.text, self.weights)
+                    log_text(self.service, self.http, "reply", event.text, self.guidance)
                     yield self._chunk(index, ChatDelta(), finish=finish_reason(event))
             if self.asked.wants_usage:
                 yield self._usage(completions)

@@ -17,18 +17,19 @@ from genarm.server.asking import (
     check_characters,
     check_explained,
     check_room,
+    contexts_of,
     log_text,
     request_id,
     sampling_of,
     seeds_of,
     usage_of,
-    weights_of,
     written,
 )
 from genarm.server.backend import Event
 from genarm.server.bodies import body_of
 from genarm.server.chat import DONE, error_event, finish_reason
 from genarm.server.errors import ERRORS
+from genarm.server.guidance import Guidance, check_readable, guidance_of
 from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_text
 from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenShares
@@ -130,10 +131,11 @@ class _Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
-    """A prompt as text and as ids, with the place in the text of each of them where it is to be echoed."""
+    """A prompt as text and as ids, as each wish reads it, and where in the text its ids are if it is to be echoed."""
 
     text: str
     ids: list[int]
+    contexts: Mapping[str, list[int]]
     offsets: list[int]
 
 
@@ -150,7 +152,7 @@ class _Completion:
     http: HttpRequest
     service: Service
     job: Job
-    weights: Mapping[str, float]
+    guidance: Guidance
     prompts: list[_Prompt]
     choices: list[_Choice]
     created: int
@@ -158,22 +160,23 @@ class _Completion:
     @classmethod
     async def begin(cls, service: Service, job: Job, asked: CompletionRequest, http: HttpRequest) -> _Completion:
         check_explained(service, asked)
-        weights = weights_of(service, asked)
+        guidance = guidance_of(service, asked)
+        check_readable(guidance, asked.prompts)
         check_characters(service, [text for text in asked.prompts if isinstance(text, str)], param="prompt")
         limit = _USUAL_LIMIT if asked.max_tokens is None else asked.max_tokens
         for ids in asked.prompts:
             if isinstance(ids, list):
                 check_room(service, len(ids), limit, param="prompt")
-        log_text(service, http, "prompt", asked.prompt, weights)
-        prompts = [await _prompt(service, asked, prompt) for prompt in asked.prompts]
-        for prompt in prompts:
-            check_room(service, len(prompt.ids), limit, param="prompt")
+        log_text(service, http, "prompt", asked.prompt, guidance)
+        prompts = [await _prompt(service, asked, prompt, guidance, limit) for prompt in asked.prompts]
         sampling = sampling_of(asked, max(1, limit))
         requests = [
             Request(
                 prompt=prompt.ids,
-                weights=weights,
-                max_kl=asked.max_kl,
+                weights=guidance.weights,
+                max_kl=guidance.max_kl,
+                wishes=guidance.wishes,
+                contexts=prompt.contexts,
                 sampling=sampling,
                 seed=seed,
                 stop=asked.stops,
@@ -194,9 +197,9 @@ class _Completion:
             http=http,
             service=service,
             job=job,
-            weights=weights,
+            guidance=guidance,
             prompts=prompts,
-            choices=[_Choice(service, asked, prompts[i // each], weights) for i in range(len(requests))],
+            choices=[_Choice(service, asked, prompts[i // each], guidance.all_weights) for i in range(len(requests))],
             created=int(time.time()),
         )
 
@@ -264,10 +267,12 @@ class _Completion:
 
     def _log_replies(self) -> None:
         for completion in self._completed():
-            log_text(self.service, self.http, "reply", completion.text, self.weights)
+            log_text(self.service, self.http, "reply", completion.text, self.guidance)
 
 
-async def _prompt(service: Service, asked: CompletionRequest, prompt: str | list[int]) -> _Prompt:
+async def _prompt(
+    service: Service, asked: CompletionRequest, prompt: str | list[int], guidance: Guidance, limit: int
+) -> _Prompt:
     texts = service.texts
     if isinstance(prompt, str):
         text, ids = prompt, await texts.encode(prompt)
@@ -275,8 +280,10 @@ async def _prompt(service: Service, asked: CompletionRequest, prompt: str | list
         text, ids = texts.decode(prompt), prompt
     else:
         text, ids = await service.workers.writer.run(lambda: texts.decode(prompt)), prompt
+    check_room(service, len(ids), limit, param="prompt")
+    contexts = await contexts_of(service, guidance, text, limit, param="prompt")
     offsets = await texts.offsets(text, ids) if asked.echo and wants_numbers(asked) else []
-    return _Prompt(text=text, ids=ids, offsets=offsets)
+    return _Prompt(text=text, ids=ids, contexts=contexts, offsets=offsets)
 
 
 def _joined(pieces: list[_Piece]) -> _Piece:

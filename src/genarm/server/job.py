@@ -46,6 +46,7 @@ class Service:
     Attributes:
         timeout: seconds for one request from its arrival, waiting included.
         log_prompts: prompts and replies may be logged.
+        request_wishes: requests may have wishes of their own, where the backend takes them.
         started: when, in seconds of the epoch.
         workers: for what takes as long as a request is large.
     """
@@ -58,6 +59,7 @@ class Service:
     timeout: float
     log_prompts: bool
     started: int
+    request_wishes: bool = True
     workers: Workers = field(default_factory=Workers)
 
     def close(self) -> None:
@@ -104,7 +106,7 @@ class Job:
                     self._replies[-1].cancel()
                     return
 
-        if sum(len(request.prompt) for request in requests) > _MANY_IDS:
+        if sum(len(ids) for request in requests for ids in (request.prompt, *request.contexts.values())) > _MANY_IDS:
             await self.service.workers.writer.run(submit)
         else:
             submit()

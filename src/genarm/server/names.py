@@ -1,4 +1,7 @@
-"""Which weights a request means: `name`, `name@preset` or `name@harmless=2,helpful=0.5`, then `reward_weights`."""
+"""Which weights a request means: `name`, `name@preset` or `name@harmless=2,helpful=0.5`, then `reward_weights`.
+
+An item `max_kl` among the weights of a name or a preset is the budget in nats per token.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from pydantic import FiniteFloat
 from genarm.data.tables import read_table
 from genarm.errors import ConfigError, WeightsError
 from genarm.model.config import GuidedConfig
-from genarm.model.weights import parse_weights, weight_row
+from genarm.model.weights import check_max_kl, parse_weights, weight_row
 from genarm.server.errors import ApiError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PRESETS_FILE = "presets.json"
+BUDGET = "max_kl"
 _PRESET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -34,6 +38,8 @@ class RewardInfo:
     description: str
     difference: bool = False
     """It is what a model says more than its reference."""
+    wish: str | None = None
+    """The text of one that is a wish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ class Names:
         model: the name that clients ask for.
         rewards: in the model's order.
         largest: weights go from −largest to it.
-        presets: {name: {reward: weight}}; rewards not named have their default.
+        presets: {name: {reward: weight}}; rewards not named have their default, and "max_kl" is the budget.
     """
 
     model: str
@@ -59,12 +65,13 @@ class Names:
             )
         if not self.largest > 0:
             raise ConfigError(f"--max-weight is {self.largest:g}; it must be above 0")
-        self._check(self.defaults, "raise --max-weight")
+        self.check_range(self.defaults, "raise --max-weight")
         for name, weights in self.presets.items():
             if not _PRESET.fullmatch(name):
                 raise ConfigError(f"a preset cannot be named {name!r}; use letters, digits, '_', '-' and '.'")
             try:
-                self._check(self._complete(weights), "raise --max-weight")
+                check_max_kl(self._budget(weights))
+                self.check_range(self._complete(self._weights(weights)), "raise --max-weight")
             except WeightsError as error:
                 raise ConfigError(f"the preset {name!r}: {error}") from error
 
@@ -78,9 +85,18 @@ class Names:
         """What /v1/models lists."""
         return [self.model, *(f"{self.model}@{preset}" for preset in self.presets)]
 
+    @property
+    def wishes(self) -> dict[str, str]:
+        """{reward: text} of those that are wishes."""
+        return {reward.name: reward.wish for reward in self.rewards if reward.wish is not None}
+
     def preset(self, name: str) -> dict[str, float]:
         """All weights of a preset."""
-        return self._complete(self.presets[name])
+        return self._complete(self._weights(self.presets[name]))
+
+    def preset_budget(self, name: str) -> float | None:
+        """The most nats from the base for each token that a preset allows, or None."""
+        return self._budget(self.presets[name])
 
     def resolve(self, model: str, given: Mapping[str, float] | None) -> dict[str, float]:
         """All weights of a request for `model` with the field `reward_weights`.
@@ -89,25 +105,42 @@ class Names:
             ApiError: no such model or preset.
             WeightsError: an unknown reward, a weight that is not finite or out of range.
         """
-        name, _, setting = model.partition("@")
-        if name != self.model:
-            raise self._no_model(model)
-        if "=" in setting:
-            alias: Mapping[str, float] = parse_weights(setting)
-        elif setting:
-            if setting not in self.presets:
-                raise self._no_model(model)
-            alias = self.presets[setting]
-        else:
-            alias = {}
-        weights = self._complete({**alias, **(given or {})})
-        self._check(weights, "give a smaller one")
+        weights = self._complete({**self._weights(self._named(model)), **(given or {})})
+        self.check_range(weights, "give a smaller one")
         return weights
+
+    def budget(self, model: str) -> float | None:
+        """The most nats from the base for each token that the name `model` allows, or None.
+
+        Raises:
+            ApiError: no such model or preset.
+            BudgetError: no such number.
+            WeightsError: what follows the "@" cannot be read.
+        """
+        budget = self._budget(self._named(model))
+        check_max_kl(budget)
+        return budget
+
+    def _named(self, model: str) -> Mapping[str, float]:
+        """What the name of a model says, as it is written there."""
+        name, _, setting = model.partition("@")
+        if name != self.model or (setting and "=" not in setting and setting not in self.presets):
+            raise self._no_model(model)
+        if not setting:
+            return {}
+        return parse_weights(setting) if "=" in setting else self.presets[setting]
+
+    def _budget(self, named: Mapping[str, float]) -> float | None:
+        return None if BUDGET in self.defaults else named.get(BUDGET)
+
+    def _weights(self, named: Mapping[str, float]) -> dict[str, float]:
+        return {name: weight for name, weight in named.items() if name != BUDGET or name in self.defaults}
 
     def _complete(self, weights: Mapping[str, float]) -> dict[str, float]:
         return dict(zip(self.defaults, weight_row(weights, self.defaults), strict=True))
 
-    def _check(self, weights: Mapping[str, float], remedy: str) -> None:
+    def check_range(self, weights: Mapping[str, float], remedy: str) -> None:
+        """Raise WeightsError for a weight beyond what this server takes, with what to do against it."""
         for name, weight in weights.items():
             if abs(weight) > self.largest:
                 raise WeightsError(
@@ -135,13 +168,14 @@ def rewards_of(config: PreTrainedConfig) -> tuple[RewardInfo, ...]:
             default=spec.weight,
             description=spec.description,
             difference=spec.reference is not None,
+            wish=spec.member.wish,
         )
         for spec in config.reward_specs
     )
 
 
 def read_presets(folder: Path, file: Path | None) -> dict[str, dict[str, float]]:
-    """The presets of a model's folder, and those of a TOML file over them; one table of weights for each preset.
+    """The presets of a model's folder, and those of a TOML file over them: a table of weights and "max_kl" for each.
 
     Raises:
         ConfigError: a file that is not there or not what it should be.

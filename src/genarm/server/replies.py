@@ -179,7 +179,10 @@ class Models(_Reply):
 
 
 class Reward(_Reply):
-    """A reward and the weights it takes; a `difference` is what a model says more than its reference."""
+    """A reward and the weights it takes.
+
+    A `difference` is what a model says more than its reference; `wish` is the text of one that is a wish.
+    """
 
     id: str
     default_weight: float
@@ -187,23 +190,39 @@ class Reward(_Reply):
     maximum: float
     description: str
     difference: bool
+    wish: str | None
 
 
 class Preset(_Reply):
-    """Weights by a name; the model NAME@PRESET has them."""
+    """Weights and a budget by a name; the model NAME@PRESET has them."""
 
     name: str
     weights: dict[str, float]
+    max_kl: float | None
+
+
+class WishLimits(_Reply):
+    """What wishes of its own a request may have: how many, how long, and with which weights."""
+
+    most: int
+    characters: int
+    minimum: float
+    maximum: float
 
 
 class Rewards(_Reply):
-    """The answer of /v1/rewards; `return_rewards` says whether requests may ask for what the rewards say."""
+    """The answer of /v1/rewards.
+
+    `return_rewards` says whether requests may ask for what the rewards say; `request_wishes` is null where they may
+    have no wishes of their own.
+    """
 
     object: Literal["list"]
     model: str
     data: list[Reward]
     presets: list[Preset]
     return_rewards: bool
+    request_wishes: WishLimits | None
 
 
 class Health(_Reply):

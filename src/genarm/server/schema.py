@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from genarm.engine.request import MOST_WISHES
+from genarm.model.wishes import check_wish
 from genarm.server.neutral import CacheHint, NeutralChatFields, NeutralFields, NeutralTextFields, Only
 from genarm.text.prompts import Reading, check_end, text_of
 
@@ -35,6 +37,8 @@ _MOST_MESSAGES = 2**14
 _MOST_PARTS = 2**10
 _MOST_WEIGHTS = 2**8
 _MOST_BIASES = 2**13
+LONGEST_WISH = 4_000
+"""The most characters of a wish."""
 
 
 class _Strict(BaseModel):
@@ -103,12 +107,28 @@ class StreamOptions(_Strict):
     continuous_usage_stats: Literal[False] | None = Field(default=None, description="vLLM's; usage comes at the end")
 
 
+class RequestWish(_Strict):
+    """A reward in words: what the base says more with this system text than without it."""
+
+    text: str = Field(max_length=LONGEST_WISH)
+    weight: float = Field(default=1.0, description="1 is the base with the text; below 0 the opposite is wished for")
+
+    @field_validator("text")
+    @classmethod
+    def _said(cls, text: str) -> str:
+        check_wish(text)
+        return text
+
+
 class _Request(_Strict, NeutralFields):
     """What both ways to ask have in common."""
 
     model: str = Field(description="a name of /v1/models, NAME@PRESET, or NAME@REWARD=W,…")
     reward_weights: Annotated[dict[str, float], _at_most(_MOST_WEIGHTS, "weights")] | None = Field(
         default=None, description="{reward: weight} over the model's defaults; /v1/rewards lists them"
+    )
+    wishes: Annotated[list[RequestWish], Field(max_length=MOST_WISHES), _at_most(MOST_WISHES, "wishes")] | None = Field(
+        default=None, description='rewards in words for this request alone; in replies they are "wish 1" and so on'
     )
     max_kl: float | None = Field(
         default=None,

@@ -136,7 +136,7 @@ class VllmBackend(RestartingBackend["VllmEngine"]):
 
     def __init__(self, files: ModelFiles, options: VllmOptions) -> None:
         """Start it now (raises what `VllmEngine` raises)."""
-        super().__init__(lambda: VllmEngine(files, options), explains=not files.guided)
+        super().__init__(lambda: VllmEngine(files, options), explains=not files.guided, wishes=False)
 
     @property
     def state(self) -> State:
