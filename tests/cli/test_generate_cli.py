@@ -370,6 +370,9 @@ LINES = {
     '{"prompt": "w1", "reward_weights": {"helpful": NaN}}': "in.jsonl, line 2: NaN is no JSON number",
     '{"prompt": "w1", "reward_weights": {"helpful": 1e999}}': "(prompt 1): the weight of 'helpful' is inf",
     '{"prompt": "w1", "response": "w2"}': "in.jsonl, line 2: the key 'response' would clash",
+    '{"prompt": "w1", "prompt": "w2"}': "in.jsonl, line 2: the key 'prompt' comes twice in one object",
+    '{"prompt": "w1", "system": "w2"}': "in.jsonl, line 2: the key 'system' decides nothing here",
+    '{"prompt": "w1", "temperature": 0}': "in.jsonl, line 2: the key 'temperature' decides nothing here",
     json.dumps({"prompt": " ".join(WORDS * 3)}): "in.jsonl, line 2 (prompt 1): 123 prompt tokens and up to 8 new ones",
 }
 

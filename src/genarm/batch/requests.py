@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genarm.data.sources import read_text
+from genarm.data.sources import read_text, unique_keys
 from genarm.errors import ConversationError, DataError, WeightsError, kind_of
 from genarm.model.weights import check_max_kl
 from genarm.provenance import content_of
+from genarm.sampling import Sampling
 from genarm.text.prompts import Prompt, check_end, plain_message
 
 ROW_KEYS = (
@@ -31,6 +32,14 @@ ROW_KEYS = (
 """Keys of every output row, in order; what else an input row has comes after them."""
 
 _INPUT_KEYS = ("prompt", "id", "reward_weights", "max_kl")
+# What a reply would depend on, by its name, in rows of other tools; other keys are carried along.
+_SETTINGS = frozenset(
+    {
+        *("system", "system_prompt", "history", "messages", "tools", "functions", "documents", "images", "image"),
+        *(field.name for field in fields(Sampling)),
+        *("max_tokens", "max_completion_tokens", "stop", "n", "chat_template_kwargs", "template_args"),
+    }
+)
 _EXPECTED = 'expected an object like {"prompt": "…", "id": "…", "reward_weights": {"helpful": 1}}'
 
 
@@ -71,6 +80,13 @@ class BatchRequest:
             raise DataError(
                 f"{self.where}: the key 'weights' decides nothing; write 'reward_weights' to weigh the rewards of this "
                 "prompt, or rename the key"
+            )
+        given = (key for key, value in self.carried.items() if value not in (None, "", [], {}))
+        ignored = next((key for key in given if key in _SETTINGS), None)
+        if ignored is not None:
+            raise DataError(
+                f"{self.where}: the key {ignored!r} decides nothing here; make it part of the prompt (a list of "
+                "messages takes a system message and earlier turns), give it to the command, or rename the key"
             )
         clash = sorted(set(self.carried) & set(ROW_KEYS))
         if clash:
@@ -120,7 +136,7 @@ def content(requests: Sequence[BatchRequest]) -> str:
 
 def _request(line: str, where: str) -> BatchRequest:
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}, column {error.colno}: {error.msg}; {_EXPECTED}") from error
     except (ValueError, RecursionError) as error:

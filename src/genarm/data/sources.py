@@ -124,7 +124,7 @@ def _read_json(path: Path, text: str) -> Rows:
 def _parse(path: Path, text: str, line: int) -> Any:
     """The value of `text`, which begins in `line`."""
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         if "\\ud" in text.lower():  # half of a character, which no text can hold
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -134,7 +134,8 @@ def _parse(path: Path, text: str, line: int) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for `json.loads` (raises ValueError where a key comes twice)."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
