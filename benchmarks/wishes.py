@@ -11,7 +11,7 @@ Five wishes at weights from -1 to 4, at weight 4 within two budgets, and the sam
 over the same prompts, one reply each. What a wish asks for is measured by rules (words, exclamation marks,
 contractions) and by judges that nobody here has trained (the Flesch reading ease of `textstat`, the sentiment of
 `vaderSentiment`); how far a reply went from the model, in nats per token; and garbling by the share of words that stand
-neither in the prompts nor in the replies of the model itself without a wish.
+in no prompt and in no other reply of the plain model, with and without a system message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,25 +87,29 @@ def tables(replies: Path) -> Iterator[str]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["wish"], row["setting"]].append(row)
-    known = {word for row in rows for word in words_of(row["text"])}
-    known |= {word for row in groups["", "w = 0"] for word in words_of(row["response"])}
+    asked_words = {word for row in rows for word in words_of(row["text"])}
+    plain = [row for (_, setting), group in groups.items() if setting in ("w = 0", "prompted") for row in group]
+    said_by = Counter(word for row in plain for word in {*words_of(row["response"])})
 
     def strange(row: dict[str, Any]) -> float:
+        """Words that nobody else has said, in percent."""
+        others = 1 if row["setting"] in ("w = 0", "prompted") else 0
         said = words_of(row["response"])
-        return 100 * sum(word not in known for word in said) / max(1, len(said))
+        return 100 * sum(w not in asked_words and said_by[w] <= others for w in said) / max(1, len(said))
 
     for wish in WISHES:
         asked = measures()[wish]
         settings = [("", "w = 0"), *(key for key in groups if key[0] == wish)]
         order = sorted(settings, key=lambda key: (key[1] == "prompted", "nats" in key[1], number(key[1])))
         lines = [f"**{wish}**: “{WISHES[wish]}”", ""]
-        heads = [*asked, "words unknown, %", "nats per token"]
+        heads = [*asked, "words of its own, %", "nats per token"]
         lines += ["| setting | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         for key in order:
             group = groups[key]
             cells = [shown([measure(row["response"]) for row in group]) for measure in asked.values()]
             cells += [shown([strange(row) for row in group])]
-            cells += [shown([row["kl"] / max(1, row["tokens"]) for row in group])]
+            far = shown([row["kl"] / max(1, row["tokens"]) for row in group])
+            cells += ["" if key[1] == "prompted" else far]
             lines.append(f"| {key[1]} | " + " | ".join(cells) + " |")
         yield "\n".join(lines)
 

@@ -346,14 +346,14 @@ def test_a_wish_of_an_adapter_is_that_adapter_reading_it(tmp_path: Path) -> None
     config = GuidedForCausalLM.from_pretrained(tmp_path / "guided").config
     adapter = config.reward_specs[0].member.adapter
     config.rewards = [RewardSpec(name="w", member=MemberSpec(adapter=adapter, wish="w1 w2")).to_dict(), *config.rewards]
-    model = GuidedForCausalLM.from_pretrained(tmp_path / "guided", config=config)
+    model = GuidedForCausalLM.from_pretrained(tmp_path / "guided", config=config).to(DEVICE)
     prompt = PROMPTS[0]
-    alone = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
+    alone = GuidedForCausalLM.from_pretrained(tmp_path / "guided").to(DEVICE)
 
     @torch.no_grad()
     def adapted(ids: list[int]) -> torch.Tensor:
         base = says(alone.base, ids)
-        both = alone(torch.tensor([ids]), reward_weights={"one": 1.0}).logits[0, -1]
+        both = alone(torch.tensor([ids], device=DEVICE), reward_weights={"one": 1.0}).logits[0, -1].cpu()
         return (both - base).log_softmax(-1)
 
     base_says, plain, wishing = (
