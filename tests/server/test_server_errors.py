@@ -43,6 +43,8 @@ CHATS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"reward_weights": {"helpful": "1"}}, 400, "valid number", "reward_weights.helpful"),
     ({"reward_weights": {"helpful": True}}, 400, "valid number", "reward_weights.helpful"),
     ({"reward_weights": [1, 2]}, 400, "valid dictionary", "reward_weights"),
+    ({"stop": "x" * 1001}, 400, "none of them empty or longer than 1000 characters", "stop"),
+    ({"stop": ["x", " " * 400_000]}, 400, "none of them empty or longer than 1000 characters", "stop"),
     ({"max_kl": -1}, 400, "greater than or equal to 0", "max_kl"),
     ({"max_kl": 1e39}, 400, r"max_kl is 1e\+39; it must be a number of nats per token", "max_kl"),
     ({"messages": []}, 400, "at least 1 item", "messages"),

@@ -26,6 +26,8 @@ from genarm.text.prompts import Reading, check_end, text_of
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
+_LONGEST_STOP = 1_000
+"""Characters; each is looked for at every token of every reply."""
 _MOST_STOP_IDS = 128
 _SEED = 2**63
 _MOST_TEMPLATE_ARGS = 10_000
@@ -79,10 +81,12 @@ def _one_message(words: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-_Text: TypeAlias = Annotated[str, Field(min_length=1)]
+_Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Stop: TypeAlias = Annotated[
     _Text | Annotated[list[_Text], Field(max_length=_MOST_STOPS, fail_fast=True)],
-    _one_message(f"a text or a list of up to {_MOST_STOPS} texts, none of them empty"),
+    _one_message(
+        f"a text or a list of up to {_MOST_STOPS} texts, none of them empty or longer than {_LONGEST_STOP} characters"
+    ),
 ]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
