@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -21,22 +20,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import TransformersKwargs
 
 from genarm.errors import MemberError, UnsupportedError, kind_of
-from genarm.model.adapters import running, share_adapters
+from genarm.model.adapters import share_adapters
 from genarm.model.assembly import add_wishes, gather_guided, load_guided
-from genarm.model.cache import GuidedCache
-from genarm.model.combine import Coefficients, coefficients, combine, log_probs, within_budget
+from genarm.model.combine import combine, within_budget
 from genarm.model.config import GuidedConfig
-from genarm.model.generation import GuidedGeneration, forward_arguments, last_positions
+from genarm.model.forward import GuidedForward
+from genarm.model.generation import GuidedGeneration, forward_arguments
 from genarm.model.loading import HubOptions, Member, load_generation_config, load_tokenizer
 from genarm.model.options import sort_options
 from genarm.model.saving import push_guided, save_guided
 from genarm.model.token_rewards import TokenRewards, check_numbers
-from genarm.model.vocabulary import Alignment, embedding_rows, readable
+from genarm.model.vocabulary import Alignment
 from genarm.model.weights import RewardWeights, resolve_max_kl, resolve_weights
-from genarm.model.wishes import Contexts, WishedForward, encode_wishes, padded, positions
+from genarm.model.wishes import Contexts, encode_wishes, padded, positions
 from genarm.text.detokenizer import token_texts
 from genarm.text.prompts import USUAL, Prompt, Reading, encode_pair, encode_prompt, end_ids
 
@@ -48,7 +46,9 @@ _LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_ms
 _PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
 
 
-class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # by this name transformers knows it
+class GuidedForCausalLM(
+    GuidedForward, GuidedGeneration, PreTrainedModel, GenerationMixin
+):  # by this name transformers knows it
     """A causal LM whose next-token distribution is π ∝ π_base · Π_i π_i^{w_i} (GenARM, arXiv 2410.08193).
 
     A reward with a reference is a difference: π_i / π_reference takes the place of π_i. So is a wish: the base with a
@@ -251,19 +251,9 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
     # --- what it is ---------------------------------------------------------------------------------------------
 
     @property
-    def reward_names(self) -> tuple[str, ...]:
-        """Names of the rewards, in the order of the columns of a weights tensor."""
-        return tuple(self.config.default_weights)
-
-    @property
     def default_weights(self) -> dict[str, float]:
         """{name: weight} used where a call gives none."""
         return self.config.default_weights
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """The frozen base. Its own forward is the unguided model."""
-        return self.members[0].model
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's embedding; each reward has its own."""
@@ -393,167 +383,6 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _combined(
-        self,
-        weights_BR: Tensor,
-        max_kl_B: Tensor | None,
-        cache: GuidedCache | None,
-        wished: WishedForward | None,
-        **inputs: Any,
-    ) -> Tensor:
-        given = self.coefficients(weights_BR)
-        silent = None if wished is None or not wished.before else self.coefficients(self._without_wishes(weights_BR))
-        active = [i for i in range(len(self.members) - 1) if given.needs(i) or (silent is not None and silent.needs(i))]
-        if wished is not None and not wished.reads:
-            active = [i for i in active if self.members[i + 1].wish is None]
-        running_members = [0, *(i + 1 for i in active)]
-        # All caches are opened before anything runs: they must agree on the tokens seen so far.
-        caches = [self._member_cache(i, cache, wished) for i in running_members]
-        said = [
-            self._member_log_probs(
-                i, cache=own, **(inputs if wished is None or not self.members[i].wish else self._as_wish(i, wished))
-            ).to(self.base.device)
-            for i, own in zip(running_members, caches, strict=True)
-        ]
-        if wished is None or not wished.before:
-            return self._sum(said, active, given, max_kl_B)
-        guided_BTV = torch.empty_like(said[0])
-        for places, part in ((wished.before, silent), (wished.after, given)):
-            assert part is not None
-            speak = [n for n, i in enumerate(active) if part is given or self.members[i + 1].wish is None]
-            if places:
-                # A wish has said nothing but after the prompt.
-                here = [
-                    member[:, places] if n == 0 or not self.members[active[n - 1] + 1].wish else member
-                    for n, member in enumerate(said)
-                    if n == 0 or n - 1 in speak
-                ]
-                guided_BTV[:, places] = self._sum(here, [active[n] for n in speak], part, max_kl_B)
-        return guided_BTV
-
-    def _sum(
-        self, said: Sequence[Tensor], streams: Sequence[int], given: Coefficients, max_kl_B: Tensor | None
-    ) -> Tensor:
-        """The combination of the base's log-probs, the first of `said`, and of those of `streams`."""
-        base_BTV, *others = said
-        unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, streams)]
-        guided_BTV = combine(base_BTV, others, given.take(streams).to(base_BTV.device), unknown)
-        return guided_BTV if max_kl_B is None else within_budget(base_BTV, guided_BTV, max_kl_B.to(base_BTV.device))
-
-    def coefficients(self, weights_BR: Tensor) -> Coefficients:
-        """What weights [B, R] mean for the base and the other members."""
-        return coefficients(weights_BR, self.references, len(self.members) - 1)
-
-    # --- wishes -------------------------------------------------------------------------------------------------
-
-    def _without_wishes(self, weights_BR: Tensor) -> Tensor:
-        """The same weights, those of wishes 0."""
-        return weights_BR.masked_fill(torch.tensor([name in self.config.wishes for name in self.reward_names]), 0.0)
-
-    def _wished(
-        self,
-        weights_BR: Tensor,
-        contexts: Contexts | None,
-        cache: GuidedCache | None,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        logits_to_keep: int | Tensor,
-    ) -> WishedForward | None:
-        """How wishes take part in a forward; None where none has a weight."""
-        weighty = (weights_BR != 0).any(dim=0).tolist()
-        wishes = [name for name, w in zip(self.reward_names, weighty, strict=True) if w and name in self.config.wishes]
-        if not wishes:
-            return None
-        if contexts is None or not {*wishes} <= {*contexts.ids}:
-            raise UnsupportedError(
-                f"the wish {wishes[0]!r} has a weight, so the prompt must be read with its words, too: make the inputs "
-                "from text or messages with model.encode(prompts), or set its weight to 0"
-            )
-        columns = range(input_ids.shape[1])
-        kept = logits_to_keep.tolist() if isinstance(logits_to_keep, Tensor) else columns[-logits_to_keep:]
-        return WishedForward(
-            contexts=contexts,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            seen=0 if cache is None else cache.get_seq_length(),
-            kept=[*kept],
-        )
-
-    def _member_cache(self, index: int, cache: GuidedCache | None, wished: WishedForward | None) -> Cache | None:
-        member = self.members[index]
-        if cache is None:
-            return None
-        if wished is None or member.wish is None:
-            return cache.member(member.name, member.model)
-        cache.extra[member.name] = wished.contexts.extra(member.name)
-        return cache.member(member.name, member.model, wished.already(member.name))
-
-    def _as_wish(self, index: int, wished: WishedForward) -> dict[str, Any]:
-        """What a member with a wish is given in a forward."""
-        return wished.inputs(self.members[index].name)
-
-    def _others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Further arguments for members, without those that plain models ignore (raises UnsupportedError)."""
-        others = {name: value for name, value in kwargs.items() if value is not None}
-        if others.pop("output_router_logits", False):
-            raise UnsupportedError(
-                "a guided model has no router logits of its own; run a member instead: model.base(…)"
-            )
-        for name in others:
-            if name not in _IGNORED and not any(_takes(arguments, name) for arguments in self._arguments):
-                raise UnsupportedError(f"neither a guided model's forward nor its members' take {name!r}; leave it out")
-        return others
-
-    def _unknown(self, stream: int) -> Tensor | None:
-        mask: Tensor | None = getattr(self, f"unknown_{stream}")
-        return mask
-
-    def _member_log_probs(
-        self,
-        index: int,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        logits_to_keep: int | Tensor,
-        others: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Tensor:
-        """Float32 log-probs [B, T', V] of member `index` (0 is the base) over the base's vocabulary."""
-        member = self.members[index]
-        alignment = self.alignments[index - 1] if index else None
-        device = member.model.device
-        inputs: dict[str, Any] = {
-            "input_ids": readable(input_ids, embedding_rows(member.model)) if index else input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        takes = self._arguments[index]
-        arguments = {k: v.to(device) for k, v in inputs.items() if v is not None and k in takes}
-        arguments |= {k: v.to(device) if isinstance(v, Tensor) else v for k, v in others.items() if _takes(takes, k)}
-        if "logits_to_keep" in takes:
-            arguments["logits_to_keep"] = last_positions(logits_to_keep, input_ids)
-        with running(member.model, member.adapter):
-            output = member.model(
-                **arguments,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                return_dict=True,
-            )
-        logits_BTV = output.logits if "logits_to_keep" in takes else _keep(output.logits, logits_to_keep)
-        log_probs_BTV = log_probs(logits_BTV)
-        return log_probs_BTV if alignment is None else alignment.fit(log_probs_BTV)
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> GuidedCache | None:
-        if past_key_values is None:
-            return GuidedCache() if (self.config.use_cache if use_cache is None else use_cache) else None
-        if not isinstance(past_key_values, GuidedCache):
-            raise UnsupportedError(
-                f"past_key_values is {kind_of(past_key_values)}; a guided model needs a GuidedCache, a cache "
-                "per member: pass None for a new one, or the past_key_values an earlier call returned"
-            )
-        return past_key_values
-
     @torch.no_grad()
     def token_rewards(
         self,
@@ -631,10 +460,6 @@ class GuidedForCausalLM(GuidedGeneration, PreTrainedModel, GenerationMixin):  # 
         return tokenizer
 
 
-# What `generate` hands on from its own arguments and what tokenizers make: plain models that do not know it ignore it.
-_IGNORED = ("tokenizer", "assistant_tokenizer", "cache_position", "token_type_ids")
-
-
 # --- small parts ----------------------------------------------------------------------------------------------------
 
 
@@ -654,17 +479,6 @@ def _refuse(
         )
     if return_dict is False:
         raise UnsupportedError("a guided model returns a CausalLMOutputWithPast only; leave return_dict out")
-
-
-def _takes(arguments: frozenset[str], name: str) -> bool:
-    """Whether a forward with these arguments makes use of `name`."""
-    return name in arguments or ("kwargs" in arguments and name in TransformersKwargs.__optional_keys__)
-
-
-def _keep(logits_BTV: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    if isinstance(logits_to_keep, int):
-        return logits_BTV[:, -logits_to_keep:] if logits_to_keep else logits_BTV
-    return logits_BTV[:, logits_to_keep]
 
 
 def _generation_config(base: PreTrainedModel) -> GenerationConfig:
