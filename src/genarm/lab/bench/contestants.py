@@ -20,6 +20,9 @@ from genarm.lab.bench.timing import Contestant, clock, per_token
 from genarm.lab.replies import generation_config
 from genarm.sampling import Sampling
 
+WISH_TOKENS = 16
+"""How many tokens the words of a wish are, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -29,11 +32,13 @@ class Task:
         prompts: token ids, each prompt as many.
         tokens: of each reply.
         vocabulary: how many ids there are.
+        wishes: names of the wishes that read each prompt as well, after words of their own.
     """
 
     prompts: Sequence[Sequence[int]]
     tokens: int
     vocabulary: int
+    wishes: Sequence[str] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -42,8 +47,8 @@ class Task:
 
     @property
     def positions(self) -> int:
-        """Of a prompt and its reply."""
-        return self.prompt_tokens + self.tokens
+        """Of a prompt and its reply, as a wish reads them."""
+        return self.prompt_tokens + self.tokens + (WISH_TOKENS if self.wishes else 0)
 
     def prompt(self, number: int) -> Sequence[int]:
         """Of a round; after the last one they begin again."""
@@ -51,8 +56,12 @@ class Task:
 
     def request(self, number: int, seed: int) -> Request:
         """One reply to the prompt of a round."""
+        prompt = self.prompt(number)
         return Request(
-            prompt=self.prompt(number),
+            prompt=prompt,
+            contexts={
+                name: [*self.prompt(number + 1 + i)[:WISH_TOKENS], *prompt] for i, name in enumerate(self.wishes)
+            },
             sampling=Sampling(max_new_tokens=self.tokens),
             seed=seed,
             ignore_eos=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import PeftModel
@@ -15,7 +15,19 @@ from genarm.engine import Engine, EngineOptions
 from genarm.lab.bench.agreement import WEIGHT, Pair
 from genarm.lab.bench.contestants import Task, in_engine, in_transformers, naive, throughput
 from genarm.lab.bench.counting import Counts, acceptance, acceptance_options, count
-from genarm.lab.bench.figures import FULL, LORA, NAIVE, TRANSFORMERS, TWO_LORAS, UNGUIDED, speculating
+from genarm.lab.bench.figures import (
+    FULL,
+    LORA,
+    NAIVE,
+    TRANSFORMERS,
+    TUNED,
+    TWO_LORAS,
+    TWO_TUNED,
+    TWO_WISHES,
+    UNGUIDED,
+    WISH,
+    speculating,
+)
 from genarm.lab.bench.models import random_adapters, twin, word_tokenizer
 from genarm.lab.bench.timing import Contestant
 from genarm.model.modeling import GuidedForCausalLM
@@ -71,6 +83,8 @@ class Field:
             UNGUIDED: (twin(base), usual),
             LORA: (self._with_loras("one"), usual),
             TWO_LORAS: (self._with_loras("one", "two"), usual),
+            TUNED: (self._with_loras("one", tuned=True), usual),
+            TWO_TUNED: (self._with_loras("one", "two", tuned=True), usual),
             FULL: (self._with_full(next(iter(self.arms))), silent),
             **{speculating(wanted): (self._with_full(wanted), usual) for wanted in self.arms},
         }
@@ -78,6 +92,8 @@ class Field:
             TRANSFORMERS: in_transformers(base, task),
             NAIVE: naive(base, self._merged(), task, weight=WEIGHT),
             **{name: in_engine(self._engine(name, *entry), task) for name, entry in entries.items()},
+            WISH: self._wishing(WISH, "one"),
+            TWO_WISHES: self._wishing(TWO_WISHES, "one", "two"),
         }
 
     def streamed(self, streams: Sequence[int]) -> dict[int, Contestant]:
@@ -105,10 +121,20 @@ class Field:
         self.engines[name] = engine
         return engine
 
-    def _with_loras(self, *names: str) -> GuidedForCausalLM:
+    def _with_loras(self, *names: str, tuned: bool = False) -> GuidedForCausalLM:
         base = twin(self.pair.base)
-        weights = dict.fromkeys(names, WEIGHT)
-        return GuidedForCausalLM.from_members(base, random_adapters(base, names, seed=self.seed), weights=weights)
+        return GuidedForCausalLM.from_members(
+            base,
+            random_adapters(base, names, seed=self.seed),
+            references=dict.fromkeys(names, base) if tuned else {},
+            weights=dict.fromkeys(names, WEIGHT),
+        )
+
+    def _wishing(self, name: str, *wishes: str) -> Contestant:
+        task = replace(self.task, wishes=wishes)
+        texts = dict.fromkeys(wishes, "words")  # of which every prompt has ids of its own
+        model = GuidedForCausalLM.from_members(twin(self.pair.base), {}, wishes=texts)
+        return in_engine(self._engine(name, model, EngineOptions(streams=1, context=task.positions)), task)
 
     def _with_full(self, wanted: float) -> GuidedForCausalLM:
         rewards: dict[str, PreTrainedModel | PeftModel] = {"full": twin(self.arms[wanted])}
