@@ -64,7 +64,7 @@ def test_help_is_quick() -> None:
         subprocess.run([sys.executable, "-m", "genarm", "train", "--help"], check=True, capture_output=True)
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    assert any(seconds() < 0.5 for _ in range(5))
 
 
 @pytest.mark.parametrize(
