@@ -72,7 +72,7 @@ def test_a_method(tmp_path: Path) -> None:
     where = save_member(model, tmp_path / "base")
     path = tmp_path / "r.toml"
     path.write_text(recipe(method=f', {{ kind = "longest-of-n", base = "{where}", n = 3 }}'))
-    with pytest.raises(ConfigError, match="has the kind 'longest-of-n'; it must be one of sample, genarm"):
+    with pytest.raises(ConfigError, match="has the kind 'longest-of-n'; it must be one of sample, prompted, genarm"):
         load_recipe(path, "tiny")
     add("A method", tmp_path)
     _, spec = load_recipe(path, "tiny").methods

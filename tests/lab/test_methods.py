@@ -1,13 +1,14 @@
-"""Sampling, MOD, proxy tuning and Best-of-N against references of a few lines: uncached, one row, no padding."""
+"""Sampling, wishes, MOD, proxy tuning and Best-of-N against references of a few lines: uncached, one row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
 from builders.methods import (
@@ -30,7 +31,7 @@ from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.mod import mod
 from genarm.lab.methods.proxy_tuning import proxy_tuning
-from genarm.lab.methods.sample import Blend, Sample
+from genarm.lab.methods.sample import POLICY, Sample
 from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling, derive_seed
@@ -46,7 +47,7 @@ def reply_alone(logits: Logits, prompt: list[int], sampling: Sampling, seed: int
 # --- the methods, each with the logits it should draw from ------------------------------------------------------
 
 
-def guided(weight: float) -> tuple[Callable[[Sampling], Blend], Logits]:
+def guided(weight: float) -> tuple[Callable[[Sampling], Sample], Logits]:
     base, good, bad = (tiny_model(seed=seed) for seed in range(3))
     model = GuidedForCausalLM.from_members(base, {"good": good, "bad": bad})
 
@@ -61,7 +62,7 @@ def guided(weight: float) -> tuple[Callable[[Sampling], Blend], Logits]:
     return lambda sampling: Sample(model, tiny_tokenizer(), sampling, weights=weights), logits
 
 
-def blended(what: str) -> tuple[Callable[[Sampling], Blend], Logits]:
+def blended(what: str) -> tuple[Callable[[Sampling], Sample], Logits]:
     tokenizer = tiny_tokenizer()
     a, b, c = tiny_model(seed=0), tiny_model("gpt2", seed=1), tiny_model("gpt_neox", seed=2)
     if what == "sample":
@@ -78,7 +79,57 @@ def blended(what: str) -> tuple[Callable[[Sampling], Blend], Logits]:
     )
 
 
+TEXTS = {"be kind": [31, 32, 33, 34], "rhyme": [35]}
+
+
+def read(ids: Sequence[int], text: str) -> list[int]:
+    return [*TEXTS[text], *ids]
+
+
+def wished(max_kl: float | None = None) -> tuple[Callable[[Sampling], Sample], Logits]:
+    a = tiny_model(seed=0)
+    model = GuidedForCausalLM.from_members(a, {}, wishes={"kind": "be kind", "rhyme": "rhyme", "off": "be kind"})
+    weights = {"kind": 3.0, "rhyme": -1.5, "off": 0.0}
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        base, kind, rhyme = (alone(a, [*text, *ids]).log_softmax(-1) for text in ([], *TEXTS.values()))
+        guided = base + 3.0 * (kind - base) - 1.5 * (rhyme - base)
+        return guided if max_kl is None else within(base.double(), guided.double(), max_kl).float()
+
+    def make(sampling: Sampling) -> Sample:
+        return Sample(model, tiny_tokenizer(), sampling, weights=weights, max_kl=max_kl, reader=read)
+
+    return make, logits
+
+
+def within(base: torch.Tensor, guided: torch.Tensor, budget: float) -> torch.Tensor:
+    """The farthest point of the way from the base to the guided model that the budget allows."""
+
+    def at(share: float) -> torch.Tensor:
+        return (base + share * (guided - base)).log_softmax(-1)
+
+    def excess(share: float) -> float:
+        return kl(at(share), base) - budget
+
+    return at(1.0 if excess(1.0) <= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12))
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.exp() * (p - q)).sum())
+
+
+def prompted() -> tuple[Callable[[Sampling], Sample], Logits]:
+    a = tiny_model("gpt2", seed=0)
+    return (
+        lambda sampling: Sample(a, tiny_tokenizer(), sampling, system="be kind", reader=read),
+        lambda ids: alone(a, read(ids, "be kind")),
+    )
+
+
 CASES = {
+    "wished": wished,
+    "within a budget": lambda: wished(0.02),
+    "prompted": prompted,
     "guided": lambda: guided(0.8),
     "sample": lambda: blended("sample"),
     "mod": lambda: blended("mod"),
@@ -159,12 +210,80 @@ def test_identities() -> None:
     for name in policies:
         corner = {other: float(other == name) for other in policies}
         assert tokens_of(mod(policies, corner, tokenizer, sampling)) == plain[name]
-    assert tokens_of(mod({"a": a, "b": a}, {"a": 0.3, "b": 0.7}, tokenizer, sampling)) == plain["a"]
+    twin = tiny_model(seed=0)
+    assert tokens_of(mod({"a": a, "b": twin}, {"a": 0.3, "b": 0.7}, tokenizer, sampling)) == plain["a"]
     assert tokens_of(proxy_tuning(a, b, c, tokenizer, sampling, weight=0)) == plain["a"]
-    assert tokens_of(proxy_tuning(a, b, b, tokenizer, sampling)) == plain["a"]
     assert tokens_of(proxy_tuning(a, b, a, tokenizer, sampling)) == plain["b"]
     model = GuidedForCausalLM.from_members(a, {"arm": b})
     assert tokens_of(Sample(model, tokenizer, sampling, weights={"arm": 0})) == plain["a"]
+    assert tokens_of(Sample(model, tokenizer, sampling, weights={"arm": 3}, max_kl=0)) == plain["a"]
+    wish = GuidedForCausalLM.from_members(a, {}, wishes={"kind": "be kind"})
+    asked = tokens_of(Sample(a, tokenizer, sampling, system="be kind", reader=read))
+    assert tokens_of(Sample(wish, tokenizer, sampling, reader=read)) == asked != plain["a"]
+    assert tokens_of(Sample(wish, tokenizer, sampling, weights={"kind": 0}, reader=read)) == plain["a"]
+    # λ that add up to 2 are those that add up to 1 at half the temperature.
+    twice, once = (mod({"a": a, "b": b}, {"a": w, "b": w}, tokenizer, s) for w, s in ((1.0, sampling), (0.5, HALF)))
+    assert tokens_of(twice) == tokens_of(once)
+
+
+HALF = Sampling(max_new_tokens=8, temperature=0.5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["guided", "wished", "prompted", "mod"])
+def test_distances_are_the_chain_rule_and_the_divergences_along_a_reply(name: str, temperature: float) -> None:
+    make, logits = CASES[name]()
+    method, a = make(Sampling(max_new_tokens=6, temperature=temperature)), tiny_model(seed=4)
+    replies = method.answer(PROMPTS, seed=3, meter=Meter())
+    base = Sample(a, tiny_tokenizer(), Sampling())
+    found = method.distances(base, PROMPTS, replies)
+    assert found is not None
+    for prompt, reply, distance in zip(PROMPTS, replies, found, strict=True):
+        so_far = [[*prompt, *reply.token_ids[:t]] for t in range(len(reply.token_ids))]
+        own = [(logits(ids) / temperature).log_softmax(-1) for ids in so_far]
+        of_base = [alone(a, ids).log_softmax(-1) for ids in so_far]
+        assert distance == pytest.approx(
+            (
+                sum(float(row[token]) for row, token in zip(own, reply.token_ids, strict=True)),
+                sum(float(row[token]) for row, token in zip(of_base, reply.token_ids, strict=True)),
+                sum(map(kl, own, of_base)),
+            ),
+            abs=2e-3,
+        )
+    assert [d.log_prob for d in found] == pytest.approx(method.log_probs(PROMPTS, replies), abs=1e-5)
+    assert make(Sampling(temperature=0)).distances(base, PROMPTS, replies) is None
+
+
+def test_the_mean_distance_is_the_divergence_of_whole_replies() -> None:
+    """Over all replies, enumerated: Σ π log(π / π_base) is the mean of the sums along replies."""
+    a, b = (small_model(seed) for seed in range(2))
+    model = GuidedForCausalLM.from_members(a, {"tuned": b}, references={"tuned": a})
+    method = Sample(model, SMALL, Sampling(max_new_tokens=3), weights={"tuned": 2.0})
+    replies = [make_reply(SMALL, y, [EOS]) for y in all_replies(range(len(SMALL)), 3)]
+    found = method.distances(Sample(a, SMALL, Sampling()), [[6, 7]] * len(replies), replies)
+    assert found is not None
+    exact = sum(math.exp(d.log_prob) * (d.log_prob - d.base_log_prob) for d in found)
+    assert sum(math.exp(d.log_prob) * d.kl for d in found) == pytest.approx(exact, rel=1e-4)
+    assert exact > 0.01
+
+
+def test_frequencies_of_a_wish_are_the_exact_ones() -> None:
+    a = small_model()
+    model = GuidedForCausalLM.from_members(a, {}, wishes={"kind": "be kind"})
+    method = Sample(
+        model,
+        SMALL,
+        Sampling(max_new_tokens=2),
+        weights={"kind": 2.0},
+        reader=lambda ids, _: [3, 6, *ids],
+    )
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        base = alone(a, ids)
+        return base + 2.0 * (alone(a, [3, 6, *ids]) - base)
+
+    exact = {y: log_prob_alone(logits, [6, 7], y, 1.0) for y in all_replies(range(len(SMALL)), 2)}
+    check_frequencies(method.draw([[6, 7]], copies=4000, seed=0, meter=Meter()), exact)
 
 
 def test_forwards_and_positions() -> None:
@@ -174,12 +293,14 @@ def test_forwards_and_positions() -> None:
     model = GuidedForCausalLM.from_members(a, {"one": b, "two": c}, weights={"two": 0})
     cases: list[tuple[Any, tuple[str, ...]]] = [
         (Sample(a, tokenizer, sampling), ("base",)),
-        (Sample(a, tokenizer, sampling, members=("policy",)), ("policy",)),
+        (Sample(a, tokenizer, sampling, names=POLICY), ("policy",)),
         (Sample(model, tokenizer, sampling), ("base", "one")),
         (Sample(model, tokenizer, sampling, weights={"one": 0, "two": -1}), ("base", "two")),
         (mod({"x": a, "y": b, "z": c}, {"x": 0.5, "y": 0, "z": 0.5}, tokenizer, sampling), ("x", "z")),
         (proxy_tuning(a, b, c, tokenizer, sampling), ("base", "tuned", "untuned")),
         (proxy_tuning(a, b, c, tokenizer, sampling, weight=0), ("base",)),
+        (proxy_tuning(a, b, a, tokenizer, sampling), ("base", "tuned")),  # the base is its own reference
+        (Sample(a, tokenizer, sampling, max_kl=1.0), ("base",)),
     ]
     for method, members in cases:
         method.stops = list(range(1, 30))
@@ -190,6 +311,22 @@ def test_forwards_and_positions() -> None:
         assert counts == dict.fromkeys(members, (sum(tokens), positions))
         method.log_probs(PROMPTS, replies)
         assert counts_of(method)[0] == counts
+
+
+def test_a_wish_counts_the_prompts_that_it_reads() -> None:
+    method = wished()[0](Sampling(max_new_tokens=5))
+    counts, replies = counts_of(method)
+    tokens = sum(len(reply.token_ids) for reply in replies)
+    positions = sum(len(prompt) - 1 for prompt in PROMPTS) + tokens
+    assert counts == {
+        "base": (tokens, positions),
+        "kind": (tokens, positions + 4 * len(PROMPTS)),
+        "rhyme": (tokens, positions + len(PROMPTS)),
+    }
+    asked = prompted()[0](Sampling(max_new_tokens=5))
+    counts, replies = counts_of(asked)
+    tokens = sum(len(reply.token_ids) for reply in replies)
+    assert counts == {"base": (tokens, sum(len(prompt) + 3 for prompt in PROMPTS) + tokens)}
 
 
 def test_models_of_unequal_rows_share_the_tokens() -> None:
@@ -204,22 +341,24 @@ def test_models_of_unequal_rows_share_the_tokens() -> None:
 
     expected = [log_prob_alone(logits, x, y.token_ids, 1.0) for x, y in zip(PROMPTS, replies, strict=True)]
     assert method.log_probs(PROMPTS, replies) == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(VocabularyError, match="tokenizer has 46 tokens, and the models know 46, 8"):
+    with pytest.raises(VocabularyError, match="base and tuned have different vocabularies"):
         proxy_tuning(tiny_model(), small_model(), tiny_model(), tiny_tokenizer(), Sampling())
 
 
 def test_refusals() -> None:
-    a, tokenizer = tiny_model(), tiny_tokenizer()
-    model = GuidedForCausalLM.from_members(a, {"arm": tiny_model(seed=1)})
+    a, b, tokenizer = tiny_model(), tiny_model(seed=1), tiny_tokenizer()
+    model = GuidedForCausalLM.from_members(a, {"arm": b})
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(top_k=5))),
         (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(logit_bias={3: 1.0}))),
         (UnsupportedError, "a temperature alone", lambda: Sample(a, tokenizer, Sampling(repetition_penalty=1.1))),
         (UnsupportedError, "min_new_tokens", lambda: Sample(a, tokenizer, Sampling(min_new_tokens=2))),
-        (WeightsError, "LlamaForCausalLM has no rewards", lambda: Sample(a, tokenizer, Sampling(), weights={"x": 1})),
+        (WeightsError, "this model has: none", lambda: Sample(a, tokenizer, Sampling(), weights={"x": 1})),
         (WeightsError, "no reward is named 'x'", lambda: Sample(model, tokenizer, Sampling(), weights={"x": 1})),
         (WeightsError, "the policies are a", lambda: mod({"a": a}, {"b": 1.0}, tokenizer, Sampling())),
-        (WeightsError, "every weight of MOD is 0", lambda: mod({"a": a}, {"a": 0.0}, tokenizer, Sampling())),
+        (WeightsError, "λ of MOD add up to 0", lambda: mod({"a": a}, {"a": 0.0}, tokenizer, Sampling())),
+        (WeightsError, "max_kl is -1", lambda: Sample(model, tokenizer, Sampling(), max_kl=-1)),
+        (ConfigError, "is the reward itself", lambda: proxy_tuning(a, b, b, tokenizer, Sampling())),
         (WeightsError, "must be a finite number", lambda: mod({"a": a}, {"a": math.nan}, tokenizer, Sampling())),
         (WeightsError, "finite", lambda: proxy_tuning(a, a, a, tokenizer, Sampling(), weight=math.inf)),
     ]

@@ -55,7 +55,7 @@ def test_a_grid_of_weights_is_a_row_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": [{"kind": "magic"}]}, "has the kind 'magic'; it must be one of sample, genarm"),
+        ({"methods": [{"kind": "magic"}]}, "has the kind 'magic'; it must be one of sample, prompted, genarm"),
         ({"methods": [{"kind": "genarm", "name": "g"}]}, "'g' of kind genarm lacks base, rewards"),
         ({"methods": [{**MINIMAL["methods"][0], "top_k": 3}]}, "method 'base' has the unknown key 'top_k'"),
         ({"methods": [*MINIMAL["methods"], MINIMAL["methods"][0]]}, "the method 'base' has no file name of its own"),

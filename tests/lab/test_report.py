@@ -130,7 +130,7 @@ def test_tables_of_one_preference_hold_what_was_asked():
     by_key = {sheet.key: sheet for sheet in sheets(found)}
     assert list(by_key) == ["claims", "quality", "cost", "comparisons", "gaps", "trained", "published"]
     assert [row[1] for row in by_key["claims"].rows] == [ruling.verdict for ruling in found.claims]
-    assert {row[0]: row[-1] for row in by_key["quality"].rows}["Best-of-4"] == "≤ 0.64"
+    assert {row[0]: row[-2:] for row in by_key["quality"].rows}["Best-of-4"] == ("≤ 0.64", "–")
     assert by_key["cost"].rows[3][3:5] == ("211.00", "base 1.00, policy 200.00, reward 10.00")
     unparsed = by_key["comparisons"].head.index("unparsed")
     assert sum(int(row[unparsed]) for row in by_key["comparisons"].rows) == sum(

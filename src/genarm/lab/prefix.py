@@ -39,6 +39,7 @@ class Prefix:
 
     Attributes:
         lengths: tokens of each row.
+        options: further arguments of every forward.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Prefix:
         self.lengths: list[int] = []
         self._width = 0
         self._count = count
-        self._options = dict(options or {})
+        self.options = dict(options or {})
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         if "past_key_values" not in self._arguments:
             raise UnsupportedError(f"{type(model).__name__} has no cache of keys and values, so it cannot go on")
@@ -150,7 +151,7 @@ class Prefix:
         arguments = {name: value.to(self.model.device) for name, value in inputs.items() if name in self._arguments}
         if "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = last_positions(keep, ids_BT)
-        return {**arguments, **self._options, "past_key_values": self._cache, "use_cache": True, "return_dict": True}
+        return {**arguments, **self.options, "past_key_values": self._cache, "use_cache": True, "return_dict": True}
 
     def _move(self, ends: Sequence[int]) -> None:
         """Make rows that end before the columns `ends` end at the right edge, and drop columns that no row needs."""
@@ -171,7 +172,9 @@ class Prefix:
 
     @property
     def _movable(self) -> bool:
-        return self._cache is not None and all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        if self._cache is None or getattr(self._cache, "extra", None):  # columns of a wish are not those of others
+            return False
+        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
 
     def _layers(self) -> list[Any]:
         """The layers of the cache, each with keys and values [B, heads, T, size]."""

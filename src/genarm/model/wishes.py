@@ -99,6 +99,14 @@ class Contexts:
             masks={name: mask.repeat_interleave(times, dim=0) for name, mask in self.masks.items()},
         )
 
+    def take(self, rows: Sequence[int]) -> Contexts:
+        """These rows, in this order; a row may come several times."""
+        return replace(
+            self,
+            ids={name: ids[list(rows)] for name, ids in self.ids.items()},
+            masks={name: mask[list(rows)] for name, mask in self.masks.items()},
+        )
+
     def extra(self, name: str) -> int:
         """How many columns more than everybody's prompts those of a wish have."""
         return self.ids[name].shape[1] - self.columns

@@ -11,21 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from genarm.files import append_rows, keep_rows, resume_rows
 from genarm.lab.evaluation.prompts import Question
 from genarm.lab.evaluation.results import Cost
 from genarm.lab.methods.interface import Meter, Method
+from genarm.lab.methods.sample import Distance, Sample
+from genarm.lab.prefix import Ids
 from genarm.lab.replies import SampledReply
 from genarm.sampling import derive_seed
-
-LogProbs: TypeAlias = Callable[[Sequence[Sequence[int]], Sequence[SampledReply]], "list[float] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One method's replies in the order of the prompts, what they cost, and log π − log π_base of each, if known."""
+    """One method's replies in the order of the prompts, what they cost, and how far each is from the base, if known."""
 
     replies: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
@@ -35,7 +35,7 @@ class Answers:
 
 def answering(
     path: Path,
-    make: Callable[[], tuple[Method, LogProbs]],
+    make: Callable[[], tuple[Method, Sample]],
     questions: Sequence[Question],
     *,
     batch_size: int,
@@ -49,7 +49,7 @@ def answering(
 
     Args:
         path: the JSONL file.
-        make: makes the method, and the function that gives log π_base of replies.
+        make: makes the method, and the base that replies are compared with.
         questions: all prompts.
         batch_size: prompts whose replies are written and timed together.
         at_once: how many of them the method answers together, for one that needs more memory than others.
@@ -63,10 +63,10 @@ def answering(
     yield done
     if done == len(questions):
         return
-    method, base_log_probs = make()
+    method, base = make()
     for start in range(done, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        append_rows(path, _answer(method, base_log_probs, batch, start, at_once, seed, settings))
+        append_rows(path, _answer(method, base, batch, start, at_once, seed, settings))
         yield len(batch)
 
 
@@ -77,7 +77,7 @@ def read_answers(path: Path, settings: str) -> Answers:
 
 def _answer(
     method: Method,
-    base_log_probs: LogProbs,
+    base: Sample,
     batch: Sequence[Question],
     start: int,
     at_once: int,
@@ -92,8 +92,7 @@ def _answer(
         part = prompts[first : first + at_once]
         replies += method.answer(part, seed=derive_seed(seed, start + first), meter=meter)
     seconds = time.perf_counter() - begun
-    own = method.log_probs(prompts, replies)
-    base = base_log_probs(prompts, replies) if own is not None else None
+    distances = _distances(method, base, prompts, replies)
     cost = {"seconds": seconds, "counts": {name: asdict(count) for name, count in meter.counts.items()}}
     return [
         {
@@ -102,14 +101,33 @@ def _answer(
             "response": reply.text,
             "finish_reason": reply.finish_reason,
             "token_ids": list(reply.token_ids),
-            "log_prob": None if own is None else own[number],
-            "base_log_prob": None if base is None else base[number],
+            **distance,
             "seed": derive_seed(seed, start + number // at_once * at_once),
             "settings": settings,
             **({"batch_cost": cost} if number == 0 else {}),
         }
-        for number, (question, reply) in enumerate(zip(batch, replies, strict=True))
+        for number, (question, reply, distance) in enumerate(zip(batch, replies, distances, strict=True))
     ]
+
+
+def _distances(
+    method: Method, base: Sample, prompts: Sequence[Ids], replies: Sequence[SampledReply]
+) -> list[dict[str, float | None]]:
+    """log π and log π_base of each reply in nats, and its `kl`: what either has of it on the average.
+
+    Where the distributions of all tokens are known, `kl` is the sum of their divergences along the reply, which has
+    the mean of log π − log π_base and spreads far less.
+    """
+    if isinstance(method, Sample):
+        found = method.distances(base, prompts, replies)
+    else:
+        own = method.log_probs(prompts, replies)
+        of_base = None if own is None else base.log_probs(prompts, replies)
+        known = None if own is None or of_base is None else zip(own, of_base, strict=True)
+        found = None if known is None else [Distance(p, q, p - q) for p, q in known]
+    if found is None:
+        return [dict.fromkeys(Distance._fields) for _ in replies]
+    return [distance._asdict() for distance in found]
 
 
 def _keep_whole_batches(path: Path, count: int, batch_size: int, settings: str) -> int:
@@ -130,6 +148,8 @@ def _answers(rows: Sequence[Mapping[str, Any]]) -> Answers:
             forwards[name] += count["forwards"]
             positions[name] += count["positions"]
     known = all(row["log_prob"] is not None for row in rows)
+    # Rows of older versions have no `kl`: the difference has the same mean.
+    kl = tuple(row.get("kl", row["log_prob"] - row["base_log_prob"]) for row in rows) if known else None
     return Answers(
         replies=tuple(row["response"] for row in rows),
         token_ids=tuple(tuple(row["token_ids"]) for row in rows),
@@ -139,5 +159,5 @@ def _answers(rows: Sequence[Mapping[str, Any]]) -> Answers:
             forwards=forwards,
             positions=positions,
         ),
-        kl=tuple(row["log_prob"] - row["base_log_prob"] for row in rows) if known else None,
+        kl=kl,
     )

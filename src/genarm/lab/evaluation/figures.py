@@ -29,6 +29,7 @@ class Row:
         scores: {judge: mean score}, of the judges that score single replies.
         length: tokens of a reply.
         kl: nats per reply from the base; None where it is not known.
+        kl_per_token: the same for each token of the replies.
         kl_bound: what it is at most, where only that is known.
         seconds: of all replies together.
         seconds_per_128: seconds per 128 tokens, decoded in the run's batches.
@@ -41,6 +42,7 @@ class Row:
     scores: Mapping[str, Mean]
     length: Mean
     kl: Mean | None
+    kl_per_token: float | None
     kl_bound: float | None
     seconds: float
     seconds_per_128: float
@@ -142,6 +144,7 @@ def _row(results: Results, measured: Measured) -> Row:
         scores={judge: mean(scores) for judge, scores in measured.scores.items()},
         length=mean(measured.tokens),
         kl=None if measured.kl is None else mean(measured.kl),
+        kl_per_token=None if measured.kl is None else cost.per_token(sum(measured.kl)),
         kl_bound=measured.kl_bound,
         seconds=sum(cost.seconds),
         seconds_per_128=128 * cost.seconds_per_token,

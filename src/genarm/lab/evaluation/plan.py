@@ -124,7 +124,7 @@ def measure_speed(device: str, dtype: torch.dtype) -> Speed:
 
 
 def _references(recipe: Recipe) -> list[str]:
-    found = [name for spec in recipe.methods for name in (*spec.roles.values(), *spec.named.values())]
+    found = [name for spec in recipe.methods for name in spec.models]
     found += [str(spec.settings["model"]) for spec in recipe.train if "model" in spec.settings]
     return list(dict.fromkeys(found))
 

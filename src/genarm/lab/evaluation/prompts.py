@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,13 @@ from genarm.data.sources import load_rows
 from genarm.errors import DataError
 from genarm.lab.evaluation.recipe import PromptSpec
 from genarm.lab.judges.protocol import as_text
+from genarm.model.wishes import encode_wishes, with_wish
 from genarm.text.prompts import Prompt, Reading, as_conversation, check_reading, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from genarm.lab.methods.sample import Reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,10 @@ class Question:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Question]:
-    """The first `spec.count` different prompts of `source` that fit into `room` tokens.
+def read_questions(
+    spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizerBase, room: int, texts: Collection[str] = ()
+) -> list[Question]:
+    """The first `spec.count` different prompts of `source` that fit into `room` tokens, with each of `texts`, too.
 
     Raises:
         DataError: the data cannot be read or has too few of them.
@@ -37,13 +42,15 @@ def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizer
     check_reading(tokenizer, reading)
     chat = bool(tokenizer.chat_template)
     found: dict[str, Question] = {}
+    wishes = {text: text for text in texts}
     too_long = 0
     for prompt, row in _prompts(spec, source, chat):
         text = as_text(prompt)
         if text in found:
             continue
         ids = encode_prompt(tokenizer, prompt, reading)
-        if len(ids) > room:
+        longest = max([len(ids), *map(len, encode_wishes(tokenizer, prompt, wishes, reading).values())])
+        if longest > room:
             too_long += 1
             continue
         found[text] = Question(prompt=prompt, text=text, ids=tuple(ids), row=row)
@@ -53,6 +60,13 @@ def read_questions(spec: PromptSpec, source: str, tokenizer: PreTrainedTokenizer
         f"{source} has {len(found)} different prompts of at most {room} tokens ({too_long} are longer), and the recipe "
         f"wants {spec.count}; lower prompts.count"
     )
+
+
+def reader(spec: PromptSpec, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> Reader:
+    """Reads the prompts of `questions`, by their ids, with a system text."""
+    prompts = {question.ids: question.prompt for question in questions}
+    reading = Reading(template_args=spec.template_args)
+    return lambda ids, text: encode_prompt(tokenizer, with_wish(prompts[tuple(ids)], text), reading)
 
 
 def _prompts(spec: PromptSpec, source: str, chat: bool) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:

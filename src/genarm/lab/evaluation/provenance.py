@@ -37,14 +37,20 @@ _FILES = ("model", "data", "eval_data", "rewards", "chat_template")
 def answers_record(recipe: Recipe, method: MethodSpec, models: Models, questions: Sequence[Question]) -> Record:
     """The replies of `method`, whatever it is called; equal exactly where two recipes would give the same ones."""
     spec = recipe.prompts
+    is_text = method.table == "wishes"
     own = {
         "kind": method.kind,
         "weights": dict(method.weights),
         "settings": dict(method.settings),
         "sampling": dict(method.sampling),
         **{role: models.record(reference) for role, reference in method.roles.items()},
-        "named": {name: models.record(reference) for name, reference in method.named.items()},
+        "named": {name: text if is_text else models.record(text) for name, text in method.named.items()},
     }
+    # What a method has none of is left out, as older records do not know it.
+    if method.references:
+        own["references"] = {name: models.record(reference) for name, reference in method.references.items()}
+    if method.system is not None:
+        own["system"] = method.system
     return plain(
         {
             "seed": recipe.seed,

@@ -90,6 +90,8 @@ class _Scale:
 
 
 _Weights: TypeAlias = Mapping[str, FiniteFloat]
+_Text: TypeAlias = Annotated[str, Field(pattern=r"\S")]
+"""What a model reads, or where it is."""
 
 
 def _recipe(title: str, scale: str, table: Mapping[str, Any], published: object) -> Recipe:
@@ -121,12 +123,16 @@ def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
         raise ConfigError(f"{where} has the kind {entry.get('kind')!r}; it must be one of {', '.join(METHODS)}")
     name = read_table(str, entry.get("name", entry["kind"]), f"{where}.name")
     where = f"method {name!r}"
-    own = [*kind.roles, *([kind.named] if kind.named else [])]
-    _only(entry, ["kind", "name", "family", "sampling", "weights", *own, *kind.settings], where)
+    own = [*kind.roles, *([kind.named] if kind.named else []), *(["system"] if kind.system else [])]
+    optional = ["references"] if kind.named == "tuned" else []
+    _only(entry, ["kind", "name", "family", "sampling", "weights", *own, *optional, *kind.settings], where)
     missing = [key for key in own if key not in entry]
     if missing:
         raise ConfigError(f"{where} of kind {entry['kind']} lacks {', '.join(missing)}")
-    named = read_table(Mapping[str, str], entry[kind.named], f"{where}: {kind.named}") if kind.named else {}
+    named = _texts(entry, kind.named, where) if kind.named else {}
+    references = _texts(entry, "references", where)
+    _only(references, named, f"the references of {where}")
+    system = read_table(_Text, entry["system"], f"{where}: system") if kind.system else None
     given = read_table(_Weights | tuple[_Weights, ...], entry.get("weights", {}), f"{where}: weights")
     grid = given if isinstance(given, tuple) else (given,)
     sampling = read_table(Mapping[str, Any], entry.get("sampling", {}), f"{where}: sampling")
@@ -142,10 +148,15 @@ def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
                 name=name if len(grid) == 1 else f"{name} ({label})",
                 family=read_table(str, entry.get("family", name), f"{where}: family"),
                 roles={role: read_table(str, entry[role], f"{where}: {role}") for role in kind.roles},
+                table=kind.named,
                 named=dict(named),
                 weights=full,
+                references=dict(references),
+                system=system,
                 settings={
-                    key: _number(entry.get(key, value), key, value, where) for key, value in kind.settings.items()
+                    key: _number(entry.get(key, value), key, value, where)
+                    for key, value in kind.settings.items()
+                    if entry.get(key, value) is not None
                 },
                 sampling=dict(sampling),
             )
@@ -153,13 +164,18 @@ def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
     return rows
 
 
-def _number(value: object, key: str, usual: float, where: str) -> float:
+def _texts(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, str]:
+    found: Mapping[str, str] = read_table(Mapping[str, _Text], entry.get(key, {}), f"{where}: {key}")
+    return found
+
+
+def _number(value: object, key: str, usual: float | None, where: str) -> float:
     """A number of a method: a count where the usual one is a count."""
     bounds = (
         PositiveInt
         if isinstance(usual, int)
         else Annotated[FiniteFloat, Field(ge=0)]
-        if key == "temperature"
+        if key in ("temperature", "max_kl")
         else FiniteFloat
     )
     found: float = read_table(bounds, value, f"{where}: {key}")

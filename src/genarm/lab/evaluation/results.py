@@ -52,8 +52,9 @@ class Measured:
             for each objective, by the objective's name.
         replies, tokens: text and length in tokens of each reply.
         scores: {judge: score of each reply}, of the judges that score single replies.
-        kl: log π(y|x) − log π_base(y|x) of each reply in nats, whose mean estimates the KL divergence from the base;
-            None where the method's density is not known.
+        kl: of each reply in nats, Σ_t KL(π_t ‖ π_base,t) along it, or log π(y|x) − log π_base(y|x) where the whole
+            distributions are not known; the mean of either estimates the KL divergence from the base. None where the
+            method's density is not known.
         kl_bound: an upper bound of the divergence where theory has one (Best-of-N: log N − (N − 1)/N).
         cost: of all replies together.
     """

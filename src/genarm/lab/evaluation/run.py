@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -32,7 +31,7 @@ from genarm.lab.evaluation.answers import Answers, answering, read_answers
 from genarm.lab.evaluation.comparing import announce
 from genarm.lab.evaluation.figures import Figures, figures, record
 from genarm.lab.evaluation.judging import Judged, check_judges, judge_all
-from genarm.lab.evaluation.prompts import Question, read_questions
+from genarm.lab.evaluation.prompts import Question, read_questions, reader
 from genarm.lab.evaluation.provenance import answers_record, training_record
 from genarm.lab.evaluation.recipe import Recipe, TrainSpec, slug
 from genarm.lab.evaluation.report import report
@@ -141,7 +140,8 @@ def _questions(recipe: Recipe, models: Models) -> list[Question]:
     base = models.files(recipe.methods[0].base)
     longest = max(recipe.draw(method).max_new_tokens for method in recipe.methods)
     room = (base.context or 10**9) - longest
-    return read_questions(recipe.prompts, models.resolve(recipe.prompts.data), base.tokenizer, room)
+    texts = {text for method in recipe.methods for text in method.texts}
+    return read_questions(recipe.prompts, models.resolve(recipe.prompts.data), base.tokenizer, room, texts)
 
 
 def _answer(
@@ -159,7 +159,7 @@ def _answer(
             task = progress.add_task(spec.name, total=len(questions))
             running[task] = answering(
                 paths[spec.name],
-                lambda spec=spec: _method(spec, recipe, models),  # type: ignore[misc]
+                lambda spec=spec: _method(spec, recipe, models, questions),  # type: ignore[misc]
                 questions,
                 batch_size=recipe.sampling.batch_size,
                 at_once=recipe.draw(spec).batch_size,
@@ -188,8 +188,8 @@ def _one_by_one(running: dict[TaskID, Iterator[int]]) -> Iterator[tuple[TaskID, 
             yield task, count
 
 
-def _method(spec: MethodSpec, recipe: Recipe, models: Models) -> tuple[Method, Any]:
-    """The method, and log π_base of replies at temperature 1 by the model that it steers."""
+def _method(spec: MethodSpec, recipe: Recipe, models: Models, questions: Sequence[Question]) -> tuple[Method, Sample]:
+    """The method, and the model that it steers at temperature 1."""
     base = recipe.methods[0]
     if not recipe.sampling.interleave:
         models.keep((base, spec))
@@ -197,8 +197,9 @@ def _method(spec: MethodSpec, recipe: Recipe, models: Models) -> tuple[Method, A
     plain = Sample(models.policy(spec.roles.get("base", base.base)), tokenizer, Sampling())
     draw = recipe.draw(spec)
     sampling = Sampling(max_new_tokens=draw.max_new_tokens, temperature=draw.temperature)
-    parts = Parts(spec=spec, models=models, tokenizer=tokenizer, sampling=sampling)
-    return METHODS[spec.kind].build(parts), plain.log_probs
+    read = reader(recipe.prompts, questions, tokenizer)
+    parts = Parts(spec=spec, models=models, tokenizer=tokenizer, sampling=sampling, reader=read)
+    return METHODS[spec.kind].build(parts), plain
 
 
 # --- results ---------------------------------------------------------------------------------------------------

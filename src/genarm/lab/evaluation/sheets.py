@@ -141,9 +141,15 @@ def _quality(figures: Figures) -> Sheet:
         key="quality",
         title="Quality",
         note=f"Means with 95% intervals over {figures.n} prompts. KL from the base in nats per reply; ≤ is a bound.",
-        head=("method", *judges, "tokens per reply", "KL from the base"),
+        head=("method", *judges, "tokens per reply", "KL from the base", "KL per token"),
         rows=tuple(
-            (row.name, *(column[i] for column in columns), interval(row.length, 1), _kl(row))
+            (
+                row.name,
+                *(column[i] for column in columns),
+                interval(row.length, 1),
+                _kl(row),
+                UNKNOWN if row.kl_per_token is None else number(row.kl_per_token, 3),
+            )
             for i, row in enumerate(figures.rows)
         ),
     )

@@ -9,7 +9,7 @@ from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Kind, Meter, tally
 from genarm.lab.methods.loop import check_sampling
 from genarm.lab.methods.rewards import WeightedRewards
-from genarm.lab.methods.sample import Blend, Sample
+from genarm.lab.methods.sample import Sample
 from genarm.lab.prefix import Ids
 from genarm.lab.replies import SampledReply
 from genarm.lab.trajectory import TrajectoryReward
@@ -22,7 +22,7 @@ class BestOfN:
     """
 
     def __init__(
-        self, sample: Blend, rewards: Mapping[str, TrajectoryReward], weights: Mapping[str, float], *, n: int
+        self, sample: Sample, rewards: Mapping[str, TrajectoryReward], weights: Mapping[str, float], *, n: int
     ) -> None:
         """Ready to answer.
 

@@ -9,8 +9,13 @@ KIND = Kind(
     name="genarm",
     roles=("base",),
     named="rewards",
+    settings={"max_kl": None},
     build=lambda parts: Sample(
-        parts.models.guided(parts.spec), parts.tokenizer, parts.sampling, weights=parts.spec.weights
+        parts.models.guided(parts.spec),
+        parts.tokenizer,
+        parts.sampling,
+        weights=parts.spec.weights,
+        **parts.spec.numbers,
     ),
     forwards=lambda spec, tokens: tally((spec.base, tokens), *((reward, tokens) for reward in spec.used)),
 )

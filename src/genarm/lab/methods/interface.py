@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from genarm.lab.methods.models import Models
+    from genarm.lab.methods.sample import Reader
     from genarm.lab.trajectory import TrajectoryReward
     from genarm.sampling import Sampling
 
@@ -80,8 +81,11 @@ class MethodSpec:
         name: as the table shows it.
         family: the curve that it is a point of.
         roles: {role: model}.
-        named: {name: model} of rewards or policies.
+        table: what `named` are: "rewards", "policies", "tuned" models, or "wishes".
+        named: {name: model, or system text of a wish}.
         weights: a weight for each of `named`; of a policy, the preference that it was trained for, if it has one.
+        references: {name: untuned model} of tuned ones, where it is not the base.
+        system: a text that the model reads with every prompt.
         settings: numbers of the method itself.
         sampling: replaces numbers of the recipe's sampling.
     """
@@ -90,19 +94,34 @@ class MethodSpec:
     name: str
     family: str
     roles: Mapping[str, str] = field(default_factory=dict)
+    table: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
         """The model that it steers, whose tokenizer reads its prompts; of methods without one, the first model."""
-        return next(iter((*self.roles.values(), *self.named.values())))
+        return self.models[0]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All of them, as often as they are named."""
+        named = () if self.table == "wishes" else self.named.values()
+        return (*self.roles.values(), *named, *self.references.values())
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The system texts that prompts are read with, beside as they are."""
+        wishes = self.named.values() if self.table == "wishes" else ()
+        return (*wishes, *([] if self.system is None else [self.system]))
 
     @property
     def used(self) -> list[str]:
-        """The named models whose weight is not 0."""
+        """Those of `named` whose weight is not 0."""
         return [self.named[name] for name, weight in self.weights.items() if weight]
 
     @property
@@ -113,12 +132,16 @@ class MethodSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a method is built of: its row of a recipe, the models, the tokenizer, and how replies are drawn."""
+    """What a method is built of: its row of a recipe, the models, the tokenizer, and how replies are drawn.
+
+    `reader` reads prompts with the system texts of the row, where it has any.
+    """
 
     spec: MethodSpec
     models: Models
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
+    reader: Reader | None = None
 
     def model(self, role: str) -> PreTrainedModel:
         """The model of a role."""
@@ -144,8 +167,10 @@ class Kind:
         build: makes the method, ready to answer.
         forwards: {model: forwards of single rows} for one reply of so many tokens, at most.
         roles: single models that it must be given.
-        named: the table of named models that goes with its weights ("rewards", "policies"), or None.
-        settings: its own numbers, and what they are where the recipe leaves them out.
+        named: the table that goes with its weights: of models ("rewards", "policies", "tuned"), of system texts
+            ("wishes"), or None. A tuned model may have a reference in the table "references".
+        system: whether it must be given a system text.
+        settings: its own numbers, and what they are where the recipe leaves them out; None where there is none then.
         kl_bound: what the divergence from the base is at most where theory says so, in nats per reply.
     """
 
@@ -154,7 +179,8 @@ class Kind:
     forwards: Callable[[MethodSpec, int], Mapping[str, float]]
     roles: tuple[str, ...] = ()
     named: str | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
+    system: bool = False
+    settings: Mapping[str, float | None] = field(default_factory=dict)
     kl_bound: Callable[[MethodSpec], float | None] = lambda _: None
 
 

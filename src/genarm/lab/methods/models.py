@@ -55,7 +55,7 @@ class Models:
 
     def keep(self, methods: tuple[MethodSpec, ...]) -> None:
         """Let go of every model that none of `methods` needs."""
-        needed = {self.resolve(r) for method in methods for r in (*method.roles.values(), *method.named.values())}
+        needed = {self.resolve(reference) for method in methods for reference in method.models}
         needed |= {self._guided_folder(method) for method in methods if "base" in method.roles}
         self._loaded = {key: model for key, model in self._loaded.items() if key[1] in needed}
 
@@ -76,15 +76,26 @@ class Models:
         return open_files(self.resolve(reference))
 
     def guided(self, method: MethodSpec) -> PreTrainedModel:
-        """The guided model of a GenARM row, whose folder is composed in the run's `guided/`."""
+        """The guided model of a row with rewards or tuned models, whose folder is composed in the run's `guided/`."""
         where = self._guided_folder(method)
         if not Path(where).exists():
-            rewards = {name: self.resolve(reference) for name, reference in method.named.items()}
-            compose(self.resolve(method.roles["base"]), rewards, Path(where))
+            named, references = (
+                {name: self.resolve(reference) for name, reference in table.items()}
+                for table in (method.named, method.references)
+            )
+            tuned = method.table == "tuned"
+            compose(
+                self.resolve(method.roles["base"]),
+                {} if tuned else named,
+                Path(where),
+                tuned=named if tuned else {},
+                references=references,
+            )
         return self._get("guided", where, lambda: open_files(where).load(dtype=self.dtype, device=self.device))
 
     def _guided_folder(self, method: MethodSpec) -> str:
-        members = {"base": method.roles["base"], "rewards": dict(method.named)}
+        members = {"base": method.roles["base"], str(method.table): dict(method.named)}
+        members |= {"references": dict(method.references)} if method.references else {}
         return str(self.folder / "guided" / digest(members))
 
     def _load_policy(self, where: str) -> PreTrainedModel:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.lab.methods.interface import Kind, tally
-from genarm.lab.methods.sample import Blend, Term
-from genarm.model.config import BASE
+from genarm.lab.methods.sample import Sample
+from genarm.model.config import BASE, reference_name
+from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling
+
+_TUNED = "tuned"
+_UNTUNED = reference_name(_TUNED)
 
 
 def proxy_tuning(
@@ -18,19 +22,22 @@ def proxy_tuning(
     sampling: Sampling,
     *,
     weight: float = 1.0,
-) -> Blend:
+) -> Sample:
     """Proxy tuning: softmax((z + w·(z_tuned − z_untuned)) / T), z of the base.
 
     Raises:
         WeightsError: a weight that is not finite.
-        VocabularyError, UnsupportedError: as `Blend`.
+        ConfigError: the tuned model is the untuned one.
+        VocabularyError: models with different tokens.
+        UnsupportedError: as `Sample`.
     """
-    terms = [
-        Term(model=base, members=(BASE,)),
-        Term(model=tuned, members=("tuned",), factor=weight),
-        Term(model=untuned, members=("untuned",), factor=-weight),
-    ]
-    return Blend(terms, tokenizer, sampling, name="proxy tuning")
+    model = GuidedForCausalLM.from_members(
+        base,
+        {_TUNED: tuned},
+        references={_TUNED: untuned},
+        tokenizers=dict.fromkeys((BASE, _TUNED, _UNTUNED), tokenizer),
+    )
+    return Sample(model, tokenizer, sampling, weights={_TUNED: weight}, names={_UNTUNED: "untuned"})
 
 
 KIND = Kind(
@@ -45,5 +52,5 @@ KIND = Kind(
         parts.sampling,
         **parts.spec.numbers,
     ),
-    forwards=lambda spec, tokens: tally(*((model, tokens) for model in spec.roles.values())),
+    forwards=lambda spec, tokens: tally(*((model, tokens) for model in dict.fromkeys(spec.roles.values()))),
 )

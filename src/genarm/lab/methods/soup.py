@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from genarm.errors import MemberError, WeightsError
 from genarm.lab.methods.interface import Kind, Parts, tally
-from genarm.lab.methods.sample import Sample
+from genarm.lab.methods.sample import POLICY, Sample
 from genarm.model.config import MemberSpec
 from genarm.model.contract import ADAPTER_FILE, load_whole
 from genarm.model.loading import HubOptions, adapter_name, add_adapters
@@ -113,7 +113,7 @@ def _load(folder: Folder, name: str) -> PreTrainedModel:
 def _build(parts: Parts) -> Sample:
     policies = {name: parts.models.resolve(reference) for name, reference in parts.spec.named.items()}
     mixed = soup(parts.model("base"), policies, parts.spec.weights)
-    return Sample(mixed, parts.tokenizer, parts.sampling, members=("policy",))
+    return Sample(mixed, parts.tokenizer, parts.sampling, names=POLICY)
 
 
 KIND = Kind(
