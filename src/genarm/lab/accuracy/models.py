@@ -171,6 +171,11 @@ def _open_guided(reference: str, files: ModelFiles, config: GuidedConfig) -> lis
     found = []
     for reward in config.reward_specs:
         spec = reward.member
+        if spec.wish is not None:
+            raise UnsupportedError(
+                f"reward {reward.name!r} of {reference} is a wish in words, which genarm accuracy does not score; give "
+                "it the models of the other rewards themselves, or a guided folder without wishes"
+            )
         if reward.reference is not None:
             raise UnsupportedError(
                 f"reward {reward.name!r} of {reference} is a tuned model less its reference; give genarm accuracy the "
