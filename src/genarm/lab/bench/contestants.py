@@ -7,8 +7,8 @@ per token, the prompt's own time left out; `throughput` returns tokens per secon
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -33,12 +33,14 @@ class Task:
         tokens: of each reply.
         vocabulary: how many ids there are.
         wishes: names of the wishes that read each prompt as well, after words of their own.
+        weights: of rewards, over the model's.
     """
 
     prompts: Sequence[Sequence[int]]
     tokens: int
     vocabulary: int
     wishes: Sequence[str] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,6 +61,7 @@ class Task:
         prompt = self.prompt(number)
         return Request(
             prompt=prompt,
+            weights=self.weights,
             contexts={
                 name: [*self.prompt(number + 1 + i)[:WISH_TOKENS], *prompt] for i, name in enumerate(self.wishes)
             },

@@ -92,8 +92,7 @@ class Field:
             TRANSFORMERS: in_transformers(base, task),
             NAIVE: naive(base, self._merged(), task, weight=WEIGHT),
             **{name: in_engine(self._engine(name, *entry), task) for name, entry in entries.items()},
-            WISH: self._wishing(WISH, "one"),
-            TWO_WISHES: self._wishing(TWO_WISHES, "one", "two"),
+            **self._wishing(),
         }
 
     def streamed(self, streams: Sequence[int]) -> dict[int, Contestant]:
@@ -130,11 +129,14 @@ class Field:
             weights=dict.fromkeys(names, WEIGHT),
         )
 
-    def _wishing(self, name: str, *wishes: str) -> Contestant:
-        task = replace(self.task, wishes=wishes)
-        texts = dict.fromkeys(wishes, "words")  # of which every prompt has ids of its own
+    def _wishing(self) -> dict[str, Contestant]:
+        """One wish and two, in one engine: a large base is not to be held twice for nothing."""
+        texts = {"one": "words", "two": "words"}  # of which every prompt has ids of its own
         model = GuidedForCausalLM.from_members(twin(self.pair.base), {}, wishes=texts)
-        return in_engine(self._engine(name, model, EngineOptions(streams=1, context=task.positions)), task)
+        both = replace(self.task, wishes=[*texts])
+        alone = replace(self.task, wishes=["one"], weights={"two": 0.0})
+        engine = self._engine(TWO_WISHES, model, EngineOptions(streams=1, context=both.positions))
+        return {WISH: in_engine(engine, alone), TWO_WISHES: in_engine(engine, both)}
 
     def _with_full(self, wanted: float) -> GuidedForCausalLM:
         rewards: dict[str, PreTrainedModel | PeftModel] = {"full": twin(self.arms[wanted])}
