@@ -59,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rewards = {"helpful": members[1], "harmless": members[2], "brief": brief}
     compose(members[0], rewards, root / "tiny", weights=DEFAULTS)
     presets = {"bold": {"helpful": 2.0, "harmless": -0.5}, "careful": {"helpful": 0.5, "harmless": 1.5}}
+    presets["near"] = {"helpful": 1.5, "max_kl": 0.25}
     (root / "tiny" / "presets.json").write_text(json.dumps(presets))
     return root / "tiny"
 
@@ -93,12 +94,16 @@ class Served:
     process: subprocess.Popen[str]
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the API answers when it is asked without the page."""
+        """The reply by the API when it is asked without the page."""
+        return dict(self.answer(request)["choices"][0])
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """All that the API answers."""
         plain = {key: value for key, value in request.items() if key not in ("stream", "stream_options")}
         headers = {"Content-Type": "application/json"}
         asked = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(plain).encode(), headers)
         with urllib.request.urlopen(asked, timeout=60) as answer:
-            return dict(json.load(answer)["choices"][0])
+            return dict(json.load(answer))
 
 
 @contextlib.contextmanager
@@ -451,7 +456,132 @@ def test_fewer_rewards(server: Served, open_page: Opener, count: int, mapped: bo
     assert page.locator("#trade-off").is_visible() == mapped
     assert page.locator("#axes").is_visible() == chosen
     assert page.locator(".reward").count() == count
+    assert page.locator("#presets").is_visible() == (count > 0)
+    assert page.locator("#wish-form").is_visible()  # a base alone takes wishes, too
+    described["request_wishes"] = None
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    assert page.locator("#wish-form").is_hidden()
     assert page.locator("#steering").is_visible() == (count > 0)
+
+
+# --- wishes and the budget ------------------------------------------------------------------------------------------
+
+WISH = "w3 <b>bold</b> w4"
+
+
+def wish(page: Page, text: str) -> None:
+    page.get_by_label("Type a wish, get a slider").fill(text)
+    page.keyboard.press("Enter")
+
+
+def test_a_typed_wish_is_a_slider_and_that_system_message(page: Page, server: Served) -> None:
+    page.get_by_role("button", name="Base", exact=True).click()
+    page.fill("#temperature", "0")
+    base = server.reply(send(page, "w1 w2"))
+    page.get_by_role("button", name="New").click()
+    wish(page, WISH)
+    slider = page.get_by_label(f"“{WISH}”", exact=True)
+    expect(slider).to_be_focused()  # the keys go on with it
+    asked = send(page, "w1 w2")
+    assert asked["wishes"] == [{"text": WISH, "weight": 1}]
+    assert asked["reward_weights"] == dict.fromkeys(DEFAULTS, 0)
+    system = [{"role": "system", "content": WISH}, *asked["messages"]]
+    prompted = server.reply({k: v for k, v in asked.items() if k != "wishes"} | {"messages": system})
+    assert shown(page) == prompted["message"]["content"] != base["message"]["content"]
+    about = page.locator(".reply .about").last
+    expect(about).to_contain_text(f"“{WISH}” 1")
+    kl = server.answer(asked)["usage"]["kl"]
+    expect(about).to_contain_text(f"{round(kl, 1):g} nats from the base ({round(kl / 24, 3):g} a token)")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("button", name="New").click()
+    assert send(page, "w1")["wishes"] == [{"text": WISH, "weight": 1.02}]
+    page.get_by_role("button", name="Base", exact=True).click()
+    assert send(page, "w1")["wishes"] == [{"text": WISH, "weight": 0}]
+    expect(page.locator(".reply .about").last).to_contain_text("base, no guidance")
+
+
+def test_up_to_four_wishes_that_can_be_removed(page: Page) -> None:
+    line = page.get_by_label("Type a wish, get a slider")
+    for text in ("w1", "  ", "w2", "w1", "w3", "w4"):
+        wish(page, text)
+        if text == "w1" and page.locator("#wishes .reward").count() > 1:
+            expect(page.locator("#toast")).to_contain_text("there already")
+    expect(page.locator("#wishes .reward")).to_have_count(4)
+    expect(line).to_be_disabled()
+    page.get_by_label("“w2”, weight as a number").fill("-1.5")
+    assert [w["weight"] for w in send(page, "w5", tokens=2)["wishes"]] == [1, -1.5, 1, 1]
+    page.get_by_role("button", name="Remove “w1”").click()
+    expect(line).to_be_focused()
+    assert [w["text"] for w in send(page, "w5", tokens=2)["wishes"]] == ["w2", "w3", "w4"]
+    for text in ("w2", "w3", "w4"):
+        page.get_by_role("button", name=f"Remove “{text}”").click()
+    assert "wishes" not in send(page, "w5", tokens=2)
+
+
+def test_wishes_in_a_comparison_in_the_heat_map_and_behind_a_token(page: Page, server: Served) -> None:
+    wish(page, WISH)
+    compare_view(page)
+    requests = watch(page)
+    send(page, "w1 w2")
+    assert [request.post_data_json["wishes"][0]["weight"] for request in requests] == [0, 1]
+    asked = requests[1].post_data_json
+    page.get_by_role("radio", name="Chat").check()
+    page.reload()  # nothing is kept but in memory, as weights are
+    ready(page)
+    assert page.locator("#wishes .reward").count() == 0
+    wish(page, "w9")
+    wish(page, WISH)
+    page.get_by_role("button", name="Remove “w9”").click()
+    assert send(page, "w1 w2") == asked
+    shares = server.reply(asked)["rewards"]
+    page.get_by_role("switch", name="Heat map").check()
+    page.get_by_label("Colour by").select_option(label=f"“{WISH}”")
+    check_colours(page, [share["rewards"]["wish 1"]["logprob"] for share in shares])
+    page.locator(".token").nth(3).hover()
+    row = page.locator("#popover tbody tr").nth(2).inner_text().split("\t")
+    share = shares[3]["rewards"]["wish 1"]
+    assert row == [f"“{WISH}”", f"1 × {minus(share['logprob'])}", minus(share["contribution"])]
+
+
+def test_the_dial_bounds_how_far_a_reply_goes(page: Page, server: Served) -> None:
+    dial = page.get_by_role("slider", name="Distance from the base")
+    assert dial.get_attribute("aria-valuetext") == "no bound"
+    free = send(page, "w1")
+    assert "max_kl" not in free
+    page.get_by_role("button", name="near").click()
+    assert (dial.get_attribute("aria-valuetext"), page.locator("#budget-says").inner_text()) == (
+        "0.25 nats a token",
+        "0.25 nats a token",
+    )
+    page.get_by_role("button", name="New").click()
+    asked = send(page, "w1")
+    assert (asked["max_kl"], asked["reward_weights"]["helpful"]) == (0.25, 1.5)
+    kl = server.answer(asked)["usage"]["kl"]
+    assert 0 < kl <= 24 * 0.25 + 1e-3
+    expect(page.locator(".reply .about")).to_contain_text(f"{round(kl, 1):g} nats from the base")
+    expect(page.locator(".reply .about")).to_contain_text("at most 0.25 nats a token")
+    dial.focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.get_by_role("button", name="near").get_attribute("aria-pressed") == "false"
+    assert send(page, "w1", tokens=2)["max_kl"] == 0.2
+    page.keyboard.press("Home")
+    dial.press("Home")
+    assert send(page, "w1", tokens=2)["max_kl"] == 0
+    dial.press("End")
+    assert "max_kl" not in send(page, "w1", tokens=2)
+    page.get_by_role("button", name="near").click()
+    page.get_by_role("button", name="Default").click()
+    assert dial.get_attribute("aria-valuetext") == "no bound"
+
+
+def test_a_wish_of_the_model_shows_its_text(open_page: Opener) -> None:
+    with running(wishes={"warm": "w3 w4"}) as server:
+        page = ready(open_page(server.url))
+        expect(page.locator("#weight-warm-about")).to_contain_text("“w3 w4”")
+        assert send(page, "w1 w2", tokens=4)["reward_weights"]["warm"] == 1
+        expect(page.locator("#banner")).to_be_hidden()
 
 
 # --- compare --------------------------------------------------------------------------------------------------------
@@ -845,7 +975,9 @@ def copy(page: Page, name: str) -> str:
 
 def test_what_is_copied_runs_and_gives_the_same_reply(page: Page, tmp_path: Path) -> None:
     page.fill("#system", "it's \"so\" \\ $HOME `x` $(touch hacked) café 日本\n'''")
-    send(page, "it's $(touch hacked)")
+    wish(page, 'it\'s "so" $(touch hacked)')
+    page.get_by_role("slider", name="Distance from the base").press("ArrowLeft")
+    assert {"wishes", "max_kl"} <= {*send(page, "it's $(touch hacked)")}
     reply = shown(page)
     assert copy(page, "Copy the reply") == reply
     curl = copy(page, "Copy the request as curl")
@@ -865,6 +997,8 @@ def test_what_is_copied_runs_and_gives_the_same_reply(page: Page, tmp_path: Path
 def test_the_export_holds_what_was_said_and_how(page: Page, server: Served) -> None:
     page.get_by_role("button", name="Export").click()
     expect(page.get_by_role("status")).to_contain_text("nothing to export")
+    wish(page, "w3")
+    page.get_by_label("“w3”, weight as a number").fill("0")
     asked = send(page, "w1")
     compare_view(page)
     send(page, "w2", tokens=5)
@@ -879,6 +1013,9 @@ def test_the_export_holds_what_was_said_and_how(page: Page, server: Served) -> N
     assert turn["reply"]["text"] == api["message"]["content"]
     assert turn["reply"]["finish_reason"] == "length"
     assert turn["reply"]["request"]["reward_weights"] == DEFAULTS
+    assert turn["reply"]["request"]["wishes"] == [{"text": "w3", "weight": 0}]
+    assert (exported["settings"]["wishes"], exported["settings"]["budgets"]) == (["w3"], {"a": None, "b": None})
+    assert turn["reply"]["kl"] == server.answer(asked)["usage"]["kl"]
     for token, share in zip(turn["reply"]["tokens"], api["rewards"], strict=True):
         assert token["token"] == share["token"]
         assert token["base"] == pytest.approx(share["base_logprob"], abs=1e-4)
@@ -910,7 +1047,17 @@ def test_all_of_it_can_be_done_with_the_keyboard(page: Page) -> None:
             )
         )
     wanted = {"mode", "export", "clear", "heat", "token", "message", "Default", "bold", "weight-helpful", "map-plane"}
-    wanted |= {"helpful, weight as a number", "temperature", "top_p", "max_tokens", "seed", "system", "key"}
+    wanted |= {
+        "helpful, weight as a number",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "seed",
+        "system",
+        "key",
+        "wish",
+        "budget",
+    }
     named = {"Trade-off of helpful (across) and harmless (up)": "map-plane", "chip": "Default"}
     assert wanted - {named.get(name, name) for name in reached} <= {"bold"}
 
@@ -918,6 +1065,7 @@ def test_all_of_it_can_be_done_with_the_keyboard(page: Page) -> None:
 def test_landmarks_and_names(page: Page) -> None:
     for role in ("banner", "main", "complementary"):
         assert page.get_by_role(role).count() == 1
+    wish(page, WISH)
     send(page, "w1")
     page.get_by_role("switch", name="Heat map").check()
     nameless = page.evaluate(
@@ -972,6 +1120,7 @@ def test_replies_are_read_out_politely_and_whole(page: Page) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_in_both_schemes(server: Served, open_page: Opener, scheme: str) -> None:
     page = ready(open_page(server.url, color_scheme=scheme))
+    wish(page, WISH)
     send(page, "w1", tokens=60)
     page.get_by_role("switch", name="Heat map").check()
     worst = page.evaluate(CONTRASTS)

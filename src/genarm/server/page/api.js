@@ -4,10 +4,12 @@ import { EventParser } from "./sse.js";
 
 /**
  * @typedef {{id: string, default_weight: number, minimum: number, maximum: number, description: string,
- *   difference: boolean}} Reward
- * @typedef {{name: string, weights: Record<string, number>}} Preset
- * @typedef {{model: string, data: Reward[], presets: Preset[], return_rewards: boolean}} Description `return_rewards`:
- *   whether the server can say what the base and each reward make of a token
+ *   difference: boolean, wish: string | null}} Reward
+ * @typedef {{name: string, weights: Record<string, number>, max_kl: number | null}} Preset
+ * @typedef {{most: number, characters: number, minimum: number, maximum: number}} WishLimits
+ * @typedef {{model: string, data: Reward[], presets: Preset[], return_rewards: boolean,
+ *   request_wishes: WishLimits | null}} Description `return_rewards`: whether the server can say what the base and each
+ *   reward make of a token; `request_wishes`: which wishes may be typed, if any
  */
 
 /** What the server refused, or that it could not be reached (status 0). */

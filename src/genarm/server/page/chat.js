@@ -38,8 +38,8 @@ export class Chat {
    * @param {AbortSignal} signal
    */
   async send(prompt, signal) {
-    const { system, weights, sampling } = this.store.value;
-    const request = makeRequest(this.model, this.#messages(system, prompt), weights.b, sampling);
+    const { system, sampling } = this.store.value;
+    const request = makeRequest(this.model, this.#messages(system, prompt), this.store.steering("b"), sampling);
     const reply = this.writer.open(request);
     const turn = { prompt, reply, element: element("article", { class: "turn" }, bubble(prompt), reply.element) };
     for (const earlier of this.#turns) this.writer.offer(earlier.reply, false); // what follows depends on them now

@@ -4,7 +4,7 @@ import { bubble } from "./chat.js";
 import { element } from "./dom.js";
 import { announce, toast } from "./notices.js";
 import { makeRequest, opening } from "./request.js";
-import { describeWeights, plain } from "./state.js";
+import { describeSteering, plain } from "./state.js";
 
 /**
  * @typedef {import("./write.js").Writer} Writer
@@ -45,11 +45,11 @@ export class Compare {
    * @param {AbortSignal} signal
    */
   async send(prompt, signal) {
-    const { system, weights, sampling, control } = this.store.value;
+    const { system, sampling, control } = this.store.value;
     /** @type {Message[]} */
     const messages = [...opening(system), { role: "user", content: prompt }];
-    const first = makeRequest(this.model, messages, weights.a, sampling);
-    const second = makeRequest(this.model, messages, weights.b, { ...sampling, seed: first.seed });
+    const first = makeRequest(this.model, messages, this.store.steering("a"), sampling);
+    const second = makeRequest(this.model, messages, this.store.steering("b"), { ...sampling, seed: first.seed });
     const third = control ? sharpened(second, this.description.data) : null;
     if (control && !third) toast("No sharpened base: that needs a temperature, and weights of B of more than 0 in all");
     /** @type {[Column, Request][]} */
@@ -102,7 +102,7 @@ const NAMES = { a: "Setting A", b: "Setting B", control: "Sharpened base" };
  * @param {import("./api.js").Reward[]} rewards
  * @returns {Request | null}
  */
-export function sharpened({ reward_weights, temperature, ...request }, rewards) {
+export function sharpened({ reward_weights, temperature, wishes: _, max_kl: __, ...request }, rewards) {
   const names = Object.keys(reward_weights);
   const differences = new Set(rewards.filter(({ difference }) => difference).map(({ id }) => id));
   const total = names.reduce((sum, name) => sum + (differences.has(name) ? 0 : reward_weights[name]), 0);
@@ -116,17 +116,17 @@ export function sharpened({ reward_weights, temperature, ...request }, rewards) 
  * @param {Reply} reply
  */
 function column(side, reply) {
-  const { reward_weights, temperature } = reply.request;
-  const heading = side === "control" ? sharpenedHeading(temperature) : settingHeading(side, reward_weights);
+  const { request } = reply;
+  const heading = side === "control" ? sharpenedHeading(request.temperature) : settingHeading(side, request);
   return element("section", { class: "column", "aria-label": NAMES[side] }, heading, reply.element);
 }
 
 /**
  * @param {Side} side
- * @param {Record<string, number>} weights
+ * @param {Request} request
  */
-function settingHeading(side, weights) {
-  return element("h3", {}, element("span", { class: "letter" }, side.toUpperCase()), " ", describeWeights(weights));
+function settingHeading(side, request) {
+  return element("h3", {}, element("span", { class: "letter" }, side.toUpperCase()), " ", describeSteering(request));
 }
 
 /** @param {number} temperature */

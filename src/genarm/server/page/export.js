@@ -18,14 +18,14 @@ const SAVING_MS = 10_000;
  * @param {Date} now
  */
 export function conversationFile(description, settings, turns, comparisons, now) {
-  const { weights, sampling, system } = settings;
+  const { weights, wishes, budgets, sampling, system } = settings;
   return {
     format: "genarm-conversation",
     version: 1,
     exported: now.toISOString(),
     model: description.model,
     rewards: description.data,
-    settings: { weights, sampling, system },
+    settings: { weights, wishes, budgets, sampling, system },
     turns,
     comparisons,
   };

@@ -1,7 +1,7 @@
 /** The heat map: what a colour can show of a token, on which scale, and its legend. */
 
 import { byId, element } from "./dom.js";
-import { plain } from "./state.js";
+import { plain, quoted, shortened } from "./state.js";
 import { spansOf, tokensOfSpan } from "./reply.js";
 
 /**
@@ -33,15 +33,15 @@ export function quantities(description) {
 }
 
 /**
- * @param {import("./api.js").Reward} reward
+ * @param {Pick<import("./api.js").Reward, "id" | "difference" | "wish">} reward
  * @returns {Quantity}
  */
-function ofReward({ id, difference }) {
-  const against = difference ? "its reference" : "the base";
+function ofReward({ id, difference, wish }) {
+  const against = wish ? "the base without it" : difference ? "its reference" : "the base";
   return {
     key: `reward ${id}`,
-    label: id,
-    meaning: `log π of ${id} − log π of ${against}: how much more this reward likes the token, whatever its weight.`,
+    label: shortened(id),
+    meaning: `log π of ${shortened(id)} − log π of ${against}: how much more this reward likes the token, whatever its weight.`,
     value: ({ rewards, base }) => (rewards[id]?.logprob ?? NaN) - (difference ? 0 : base),
   };
 }
@@ -69,9 +69,14 @@ export class HeatMap {
    */
   constructor(store, description) {
     this.store = store;
-    this.quantities = quantities(description);
     const select = /** @type {HTMLSelectElement} */ (byId("quantity"));
-    select.replaceChildren(...this.quantities.map(({ key, label }) => element("option", { value: key }, label)));
+    store.watch(["wishes"], ({ wishes, quantity }) => {
+      const typed = wishes.map((text) => ofReward({ id: quoted(text), difference: true, wish: text }));
+      this.quantities = [...quantities(description), ...typed];
+      select.replaceChildren(...this.quantities.map(({ key, label }) => element("option", { value: key }, label)));
+      if (!this.quantities.some(({ key }) => key === quantity)) store.set({ quantity: this.quantities[0].key });
+      select.value = store.value.quantity;
+    });
     select.addEventListener("change", () => store.set({ quantity: select.value }));
     byId("heat").addEventListener("change", () => store.set({ heat: !store.value.heat }));
     store.watch(["heat", "quantity"], () => this.repaint());

@@ -12,7 +12,7 @@ import { hideError, hideUndo, showError, toast } from "./notices.js";
 import { bindNumber } from "./number.js";
 import { Popover } from "./popover.js";
 import { initialSettings, Store } from "./state.js";
-import { buildPresets, buildWeights } from "./weights.js";
+import { buildDial, buildPresets, buildWeights, buildWishes } from "./weights.js";
 import { Writer } from "./write.js";
 
 /**
@@ -46,10 +46,17 @@ class Page {
     this.compare = new Compare(byId("comparisons"), description, this.store, writer);
     byId("model").textContent = description.model;
     document.title = `${description.model} · genarm`;
-    byId("steering").hidden = description.data.length === 0; // a base alone is served as well
+    // A base alone is served as well, and may take wishes all the same.
+    byId("steering").hidden = description.data.length === 0 && !description.request_wishes;
     if (!description.return_rewards) showUnexplained();
+    byId("presets").hidden = description.data.length === 0;
     buildPresets(byId("presets"), this.store, description);
     buildWeights(byId("weights"), this.store, description);
+    if (description.request_wishes) {
+      const form = /** @type {HTMLFormElement} */ (byId("wish-form"));
+      buildWishes(byId("wishes"), form, this.store, description);
+    }
+    buildDial(field("budget"), byId("budget-says"), this.store, description);
     if (description.data.length > 1) {
       byId("trade-off").hidden = false;
       new TradeOffMap(byId("map"), byId("axes"), this.store, description);

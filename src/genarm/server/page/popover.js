@@ -6,7 +6,7 @@
  */
 
 import { element } from "./dom.js";
-import { plain } from "./state.js";
+import { plain, shortened } from "./state.js";
 import { spansOf, tokensOfSpan } from "./reply.js";
 import { visible } from "./tokens.js";
 
@@ -209,7 +209,7 @@ function contributions({ rewards, base }) {
   const parts = Object.entries(rewards);
   if (!parts.length) return [element("p", { class: "faint" }, "No reward took part.")];
   const rows = parts.map(([name, { logprob, weight, contribution }]) =>
-    row(name, `${plain(weight)} × ${nats(logprob)}`, nats(contribution)),
+    row(shortened(name), `${plain(weight)} × ${nats(logprob)}`, nats(contribution)),
   );
   if (parts.length > 1)
     rows.push(row("Sum", "", nats(parts.reduce((sum, [, part]) => sum + (part.contribution ?? -Infinity), 0))));

@@ -1,7 +1,7 @@
 /** A reply on the page: its text as tokens, a line about how it was made, and what can be done with it. */
 
 import { element } from "./dom.js";
-import { describeWeights } from "./state.js";
+import { describeSteering, plain } from "./state.js";
 import { Aligner, visible } from "./tokens.js";
 
 /**
@@ -39,6 +39,8 @@ export class Reply {
   ending = null;
   /** @type {Token[]} */
   tokens = [];
+  /** How many nats it went from the base, once the server has said it. @type {number | null} */
+  kl = null;
   #aligner = new Aligner();
   #body = element("p", { class: "text", dir: "auto" });
   #about = element("p", { class: "faint about" });
@@ -80,7 +82,7 @@ export class Reply {
 
   /** What an export holds of it. */
   get record() {
-    return { request: this.request, text: this.text, finish_reason: this.ending, tokens: this.tokens };
+    return { request: this.request, text: this.text, finish_reason: this.ending, kl: this.kl, tokens: this.tokens };
   }
 
   /** @param {Piece[]} pieces */
@@ -105,11 +107,22 @@ export class Reply {
   }
 
   #describe() {
-    const { reward_weights, seed } = this.request;
+    const { seed } = this.request;
     const count = this.tokens.length;
-    const parts = [describeWeights(reward_weights)];
+    const parts = [describeSteering(this.request)];
     if (this.ending) parts.push(`${count} token${count === 1 ? "" : "s"}`, `seed ${seed}`);
+    if (this.ending && this.kl !== null) parts.push(distance(this.kl, count));
     if (this.ending && ENDINGS[this.ending]) parts.push(ENDINGS[this.ending]);
     this.#about.replaceChildren(...parts.map((part) => element("span", {}, part)));
   }
+}
+
+/**
+ * How far a reply went from the base, altogether and for each token.
+ * @param {number} kl
+ * @param {number} count
+ */
+function distance(kl, count) {
+  const each = count ? ` (${plain(Number((kl / count).toFixed(3)))} a token)` : "";
+  return `${plain(Number(kl.toFixed(1)))} nats from the base${each}`;
 }

@@ -4,8 +4,11 @@
  * @typedef {{role: "system" | "user" | "assistant", content: string}} Message
  * @typedef {{temperature: number, top_p: number, max_tokens: number | null, seed: number | null}} Sampling
  * @typedef {{model: string, messages: Message[], temperature: number, top_p: number, max_tokens?: number,
- *   seed: number, reward_weights: Record<string, number>}} Request
+ *   seed: number, reward_weights: Record<string, number>, wishes?: {text: string, weight: number}[],
+ *   max_kl?: number}} Request
  */
+
+import { quoted } from "./state.js";
 
 /** How many of the likeliest tokens are shown with each token. */
 const RUNNERS_UP = 5;
@@ -14,12 +17,14 @@ const RUNNERS_UP = 5;
  * A request that can be repeated: where no seed is set, one is drawn here rather than by the server.
  * @param {string} model
  * @param {Message[]} messages
- * @param {Record<string, number>} weights
+ * @param {import("./state.js").Steering} steering
  * @param {Sampling} sampling
  * @returns {Request}
  */
-export function makeRequest(model, messages, weights, sampling) {
+export function makeRequest(model, messages, { weights, wishes, max_kl }, sampling) {
   const { temperature, top_p, max_tokens, seed } = sampling;
+  const own = wishes.map((text) => ({ text, weight: weights[quoted(text)] }));
+  const rewards = Object.entries(weights).filter(([name]) => !wishes.some((text) => quoted(text) === name));
   return {
     model,
     messages,
@@ -27,7 +32,9 @@ export function makeRequest(model, messages, weights, sampling) {
     top_p,
     ...(max_tokens === null ? {} : { max_tokens }),
     seed: seed ?? Math.floor(Math.random() * 2 ** 31),
-    reward_weights: { ...weights },
+    reward_weights: Object.fromEntries(rewards),
+    ...(own.length ? { wishes: own } : {}),
+    ...(max_kl === null ? {} : { max_kl }),
   };
 }
 
@@ -73,7 +80,8 @@ export function asCurl(request, root, keyed) {
  * @param {boolean} keyed whether the server wants an API key; the key itself is never written out
  */
 export function asPython(request, root, keyed) {
-  const { messages, reward_weights, ...options } = request;
+  const { messages, reward_weights, wishes, max_kl, ...options } = request;
+  const extra = { reward_weights, ...(wishes ? { wishes } : {}), ...(max_kl === undefined ? {} : { max_kl }) };
   const address = pythonLiteral(root.href.replace(/\/$/, ""));
   const key = keyed ? 'os.environ["GENARM_API_KEY"]' : '"none"';
   return [
@@ -86,7 +94,7 @@ export function asPython(request, root, keyed) {
     ...messages.map((message) => `        ${pythonLiteral(message)},`),
     "    ],",
     ...Object.entries(options).map(([name, value]) => `    ${name}=${pythonLiteral(value)},`),
-    `    extra_body=${pythonLiteral({ reward_weights })},`,
+    `    extra_body=${pythonLiteral(extra)},`,
     ")",
     "print(completion.choices[0].message.content)",
     "",

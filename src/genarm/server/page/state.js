@@ -6,11 +6,15 @@
  * @typedef {import("./request.js").Sampling} Sampling
  * @typedef {Record<string, number>} Weights
  * @typedef {"a" | "b"} Side the two settings of a comparison; a chat uses b
+ * @typedef {{weights: Weights, wishes: string[], max_kl: number | null}} Steering one of them, as requests need it
+ * @typedef {{name: string, weights: Weights, max_kl: number | null}} Preset
  *
  * @typedef {object} Settings
  * @property {"chat" | "compare"} mode
  * @property {Side} side whose weights the panel and the map show
- * @property {Record<Side, Weights>} weights
+ * @property {Record<Side, Weights>} weights of the model's rewards, and of typed wishes by their quoted text
+ * @property {string[]} wishes the texts that were typed
+ * @property {Record<Side, number | null>} budgets the most nats from the base for each token; null sets no bound
  * @property {Sampling} sampling
  * @property {boolean} control whether comparisons have the sharpened base beside them
  * @property {string} system the system message, empty for none
@@ -48,10 +52,15 @@ export class Store {
    * Call `listener` now and whenever one of `keys` changes.
    * @param {(keyof Settings)[]} keys
    * @param {(settings: Settings) => void} listener
+   * @returns {() => void} ends that
    */
   watch(keys, listener) {
-    this.#listeners.push({ keys, listener });
+    const entry = { keys, listener };
+    this.#listeners.push(entry);
     listener(this.#value);
+    return () => {
+      this.#listeners = this.#listeners.filter((other) => other !== entry);
+    };
   }
 
   /** The weights that the panel and the map show. */
@@ -64,6 +73,65 @@ export class Store {
     const { weights, side } = this.#value;
     this.set({ weights: { ...weights, [side]: { ...weights[side], ...changes } } });
   }
+
+  /** @param {number | null} max_kl of the setting that the panel shows */
+  bound(max_kl) {
+    const { budgets, side } = this.#value;
+    this.set({ budgets: { ...budgets, [side]: max_kl } });
+  }
+
+  /**
+   * Have a typed wish, with weight 1 in the setting that the panel shows and 0 in the other.
+   * @param {string} text
+   */
+  wish(text) {
+    const { weights, side, wishes } = this.#value;
+    const [name, other] = [quoted(text), side === "a" ? "b" : "a"];
+    const both = { [side]: { ...weights[side], [name]: 1 }, [other]: { ...weights[other], [name]: 0 } };
+    this.set({ weights: /** @type {Record<Side, Weights>} */ (both), wishes: [...wishes, text] });
+  }
+
+  /** @param {string} text */
+  unwish(text) {
+    const { weights, wishes } = this.#value;
+    /** @param {Weights} all */
+    const without = ({ [quoted(text)]: _, ...others }) => others;
+    this.set({
+      weights: { a: without(weights.a), b: without(weights.b) },
+      wishes: wishes.filter((other) => other !== text),
+    });
+  }
+
+  /**
+   * One of the two settings, whole.
+   * @param {Side} side
+   * @returns {Steering}
+   */
+  steering(side) {
+    const { weights, wishes, budgets } = this.#value;
+    return { weights: weights[side], wishes, max_kl: budgets[side] };
+  }
+}
+
+/**
+ * What a typed wish is called among the weights; no reward can have this name.
+ * @param {string} text
+ */
+export function quoted(text) {
+  return `“${text}”`;
+}
+
+const BASE = "Base";
+
+/**
+ * What choosing a preset sets: typed wishes stay as they are, but for the base alone, which has none.
+ * @param {Preset} preset
+ * @param {string[]} wishes
+ * @returns {Weights}
+ */
+export function weightsOf({ name, weights }, wishes) {
+  if (name !== BASE) return weights;
+  return { ...weights, ...Object.fromEntries(wishes.map((text) => [quoted(text), 0])) };
 }
 
 /**
@@ -76,6 +144,8 @@ export function initialSettings(description) {
     mode: "chat",
     side: "b",
     weights: { a: noWeights(description), b: defaultWeights(description) },
+    wishes: [],
+    budgets: { a: null, b: null },
     sampling: { temperature: 1, top_p: 1, max_tokens: 256, seed: null },
     control: false,
     system: "",
@@ -102,16 +172,16 @@ export function noWeights(description) {
 }
 
 /**
- * The weights to choose by name: the folder's defaults, the base alone, and the server's presets over the defaults.
+ * The settings to choose by name: the folder's defaults, the base alone, and the server's presets over the defaults.
  * @param {Description} description
- * @returns {{name: string, weights: Weights}[]}
+ * @returns {Preset[]}
  */
 export function allPresets(description) {
   const defaults = defaultWeights(description);
   return [
-    { name: "Default", weights: defaults },
-    { name: "Base", weights: noWeights(description) },
-    ...description.presets.map(({ name, weights }) => ({ name, weights: { ...defaults, ...weights } })),
+    { name: "Default", weights: defaults, max_kl: null },
+    { name: BASE, weights: noWeights(description), max_kl: null },
+    ...description.presets.map(({ name, weights, max_kl }) => ({ name, weights: { ...defaults, ...weights }, max_kl })),
   ];
 }
 
@@ -123,7 +193,8 @@ export function allPresets(description) {
  * @returns {{minimum: number, maximum: number}}
  */
 export function sliderRange(description, { id, default_weight, minimum, maximum }) {
-  const named = allPresets(description).map(({ weights }) => weights[id]);
+  // Presets say nothing of typed wishes.
+  const named = allPresets(description).map(({ weights }) => weights[id] ?? default_weight);
   return {
     minimum: Math.max(minimum, Math.min(0, 2 * default_weight, ...named)),
     maximum: Math.min(maximum, Math.max(2, 2 * default_weight, ...named)),
@@ -138,13 +209,25 @@ export function sameWeights(one, other) {
   return Object.keys(one).every((name) => one[name] === other[name]);
 }
 
+const LONGEST_NAME = 40;
+
 /**
- * Weights in a few words.
- * @param {Weights} weights
+ * What a request is steered by, in a few words.
+ * @param {Pick<import("./request.js").Request, "reward_weights" | "wishes" | "max_kl">} request
  */
-export function describeWeights(weights) {
-  const named = Object.entries(weights).map(([name, weight]) => `${name} ${plain(weight)}`);
-  return Object.values(weights).every((weight) => weight === 0) ? "base, no guidance" : named.join(" · ");
+export function describeSteering({ reward_weights, wishes = [], max_kl }) {
+  const all = [...Object.entries(reward_weights), ...wishes.map(({ text, weight }) => [quoted(text), weight])];
+  if (all.every(([, weight]) => weight === 0)) return "base, no guidance";
+  const named = all.map(([name, weight]) => `${shortened(String(name))} ${plain(Number(weight))}`);
+  return [...named, ...(max_kl === undefined ? [] : [`at most ${plain(max_kl)} nats a token`])].join(" · ");
+}
+
+/**
+ * A name that may be a whole wish, on one line.
+ * @param {string} name
+ */
+export function shortened(name) {
+  return name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME - 2).trimEnd()}…”` : name;
 }
 
 /**

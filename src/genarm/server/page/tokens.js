@@ -1,5 +1,7 @@
 /** Tokens as the server reports them, and which part of the reply's text each of them wrote. */
 
+import { quoted } from "./state.js";
+
 /**
  * @typedef {{logprob: number | null, weight: number, contribution: number | null}} RewardPart
  * @typedef {{token: string, logprob: number}} Candidate
@@ -13,18 +15,23 @@
  */
 
 /**
- * The tokens of one streamed choice.
+ * The tokens of one streamed choice. The request's own wishes, "wish 1" and so on to the server, have their texts as
+ * names here: what the first one is changes from request to request.
  * @param {any} choice
+ * @param {{text: string}[]} [wishes]
  * @returns {Token[]}
  */
-export function tokensOf(choice) {
+export function tokensOf(choice, wishes = []) {
+  const names = Object.fromEntries(wishes.map(({ text }, i) => [`wish ${i + 1}`, quoted(text)]));
   const reported = choice.logprobs?.content ?? [];
   const rewards = choice.rewards ?? [];
   return Array.from({ length: Math.max(reported.length, rewards.length) }, (_, i) => ({
     token: rewards[i]?.token ?? reported[i]?.token ?? "",
     logprob: rewards[i]?.logprob ?? reported[i]?.logprob ?? NaN,
     base: rewards[i]?.base_logprob ?? NaN,
-    rewards: rewards[i]?.rewards ?? {},
+    rewards: Object.fromEntries(
+      Object.entries(rewards[i]?.rewards ?? {}).map(([name, part]) => [names[name] ?? name, part]),
+    ),
     top: reported[i]?.top_logprobs ?? [],
   }));
 }

@@ -62,9 +62,10 @@ export class Writer {
     /** @type {Ending} */
     let ending = "stop";
     for await (const chunk of this.api.chat(streamed(reply.request, this.explained), signal)) {
+      reply.kl = chunk.usage?.kl ?? reply.kl;
       for (const choice of chunk.choices) {
         const text = choice.delta?.content ?? "";
-        reply.add(text, tokensOf(choice));
+        reply.add(text, tokensOf(choice, reply.request.wishes));
         announcer?.add(text);
         if (choice.finish_reason) ending = choice.finish_reason;
       }
