@@ -1,8 +1,8 @@
 """`run_decode`: everything `genarm bench decode` measures, from settings to a result.
 
 Order: (1) the real pair, if there is one, because its files may not be in order; (2) memory, on a model of its own;
-(3) a base, its ARMs and an engine for each way to run them; (4) rounds in which each contestant runs once; (5) counts
-of what speculation does.
+(3) a base, its ARMs and counts of what speculation does; (4) an engine for each way to run them, and rounds in which
+each contestant runs once.
 """
 
 from __future__ import annotations
@@ -143,17 +143,20 @@ def _time(settings: DecodeSettings, where: Where, console: Console) -> Timed:
     with ExitStack() as stack:
         models = {wanted: arm for wanted, (arm, _) in arms.items()}
         field = Field(pair=pair, arms=models, task=task, seed=settings.seed, stack=stack)
+        # Before the others are there: an engine that is there for the counting alone needs memory as well.
+        console.print("counting drafts")
+        speculated = [field.speculated(wanted, made) for wanted, (_, made) in arms.items()]
+        gc.collect()
         seconds, streamed = field.timed(), {str(n): run for n, run in field.streamed(streams).items()}
         values = take_turns(
             {**seconds, **streamed},
             settings.rounds,
             lambda number: console.print(f"round {number} of {settings.rounds}" if number else "warming up"),
         )
-        console.print("counting drafts")
         return Timed(
             seconds={name: values[name] for name in seconds},
             tokens_per_second={n: values[str(n)] for n in streams},
-            speculated=[field.speculated(wanted, made) for wanted, (_, made) in arms.items()],
+            speculated=speculated,
             bandwidth=_bandwidth(pair.base, task),
             engines={name: engine.describe() for name, engine in field.engines.items()},
         )

@@ -86,12 +86,12 @@ class Field:
             TUNED: (self._with_loras("one", tuned=True), usual),
             TWO_TUNED: (self._with_loras("one", "two", tuned=True), usual),
             FULL: (self._with_full(next(iter(self.arms))), silent),
-            **{speculating(wanted): (self._with_full(wanted), usual) for wanted in self.arms},
         }
         return {
             TRANSFORMERS: in_transformers(base, task),
             NAIVE: naive(base, self._merged(), task, weight=WEIGHT),
             **{name: in_engine(self._engine(name, *entry), task) for name, entry in entries.items()},
+            **{speculating(wanted): in_engine(self._speculating(wanted), task) for wanted in self.arms},
             **self._wishing(),
         }
 
@@ -107,13 +107,20 @@ class Field:
         return {n: throughput(engine, self.task, n) for n in streams}
 
     def speculated(self, wanted: float, made: float) -> Speculated:
-        """What speculation with this ARM comes to; the engine of `timed` is used again."""
+        """What speculation with this ARM comes to; `timed` uses the engine again."""
         requests = [self.task.request(i, seed=self.seed + i) for i in range(_COUNTED)]
-        counts = count(self.engines[speculating(wanted)], requests)
+        counts = count(self._speculating(wanted), requests)
         tokenizer = word_tokenizer(self.task.vocabulary)
         with Engine(self._with_full(wanted), tokenizer, acceptance_options(self.task.positions)) as engine:
             seen = acceptance(engine, requests)
         return Speculated(wanted=wanted, made=made, seen=seen, counts=counts)
+
+    def _speculating(self, wanted: float) -> Engine:
+        name = speculating(wanted)
+        if name not in self.engines:
+            usual = EngineOptions(streams=1, context=self.task.positions)
+            self._engine(name, self._with_full(wanted), usual)
+        return self.engines[name]
 
     def _engine(self, name: str, model: PreTrainedModel, options: EngineOptions) -> Engine:
         engine = self.stack.enter_context(Engine(model, word_tokenizer(self.task.vocabulary), options))
