@@ -90,7 +90,7 @@ def test_without_tokenizers_only_sizes_can_agree() -> None:
         align(blind, read_vocabulary(None, size=11, label="other"))
 
 
-def test_a_token_the_reward_does_not_know_is_never_produced(tmp_path: Path) -> None:
+def test_a_token_the_reward_does_not_know_is_never_produced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In the whole: the base's extra token has probability 0 while the reward weighs, and its own while not."""
     large = tiny_tokenizer(extra=("[PAD]",))
     base = tiny_model(seed=0, vocab_size=VOCAB_SIZE + 1)
@@ -101,6 +101,8 @@ def test_a_token_the_reward_does_not_know_is_never_produced(tmp_path: Path) -> N
     (note,) = report.notes
     assert "does not know 1 of the base's special tokens ('[PAD]')" in note
     assert "every prompt has" not in note
+    GuidedForCausalLM.from_members(base, {"kind": reward}, tokenizers={"base": large, "kind": tiny_tokenizer()})
+    assert "'kind' does not know 1 of the base's special tokens ('[PAD]')" in caplog.text
     model = GuidedForCausalLM.from_pretrained(tmp_path / "guided")
     ids = torch.tensor([[VOCAB_SIZE, 7, 8], [9, 10, 11]])
     for weight in (1.0, -1.0):

@@ -232,7 +232,7 @@ def _new_cache(model: PreTrainedModel) -> Cache | None:
 def _copy(cache: Cache | None) -> Any:
     """A cache that grows on its own; tensors are shared until then, as no layer is written in place."""
     if isinstance(cache, GuidedCache):
-        return GuidedCache({name: _copy(member) for name, member in cache.members.items()})
+        return GuidedCache({name: _copy(member) for name, member in cache.members.items()}, cache.extra)
     twin = copy.copy(cache)
     if twin is not None:
         twin.layers = [copy.copy(layer) for layer in twin.layers]

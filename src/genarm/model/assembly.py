@@ -7,6 +7,7 @@ vocabulary aligns with the base's.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,14 @@ from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, Reward
 from genarm.model.contract import check_finite, refusing
 from genarm.model.loading import HubOptions, Member, load_members, load_tokenizer
 from genarm.model.options import LoadOptions
-from genarm.model.vocabulary import Alignment, Vocabulary, align, read_vocabulary
+from genarm.model.vocabulary import (
+    Alignment,
+    Vocabulary,
+    align,
+    read_vocabulary,
+    unknown_note,
+    unknown_tokens,
+)
 from genarm.model.weights import weight_row
 from genarm.model.wishes import check_wish
 
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genarm.model.modeling import GuidedForCausalLM
+
+
+_log = logging.getLogger(__name__)
 
 
 def load_guided(
@@ -97,7 +108,11 @@ def gather_guided(
         )
         for member in members
     ]
-    return config, members, [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+    alignments = [align(vocabularies[0], vocabulary) for vocabulary in vocabularies[1:]]
+    for member, alignment in zip(members[1:], alignments, strict=True):  # a folder's user was told by `compose`
+        if vocabularies[0].tokens is not None and (tokens := unknown_tokens(alignment, vocabularies[0])):
+            _log.warning(unknown_note(repr(member.name), tokens))
+    return config, members, alignments
 
 
 def add_wishes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +24,11 @@ class GuidedCache(Cache):
     A member with a wish reads a longer prompt than the others: `extra` says by how many tokens.
     """
 
-    def __init__(self, members: dict[str, Cache] | None = None) -> None:
+    def __init__(self, members: dict[str, Cache] | None = None, extra: Mapping[str, int] | None = None) -> None:
         # No super().__init__(): it would assign `layers`, which is computed here because a member's cache may
         # grow its own layers at the first forward.
         self.members: dict[str, Cache] = {} if members is None else members
-        self.extra: dict[str, int] = {}
+        self.extra: dict[str, int] = dict(extra or {})
         self.layer_class_to_replicate = None
         self.offloading = False
 

@@ -31,7 +31,7 @@ from genarm.model.loading import (
     load_tokenizer,
     locate,
 )
-from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, unknown_tokens
+from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, shown, unknown_note, unknown_tokens
 from genarm.model.weights import weight_row
 from genarm.text.prompts import as_conversation, encode_prompt, end_ids
 
@@ -289,16 +289,9 @@ def _compare(base: _Described, members: Iterable[_Described]) -> list[str]:
         tokens = unknown_tokens(align(base.vocabulary, member.vocabulary), base.vocabulary)
         if tokens:
             written = [token for token in _written(base.tokenizer) if token in tokens]
-            notes.append(
-                f"{label} does not know {len(tokens)} of the base's special tokens ({_shown(tokens)}): they are never "
-                "produced while its weight is not 0, and in a prompt it reads another token in their place"
-                + (f"; every prompt has {_shown(written)}, so train it with the base's tokenizer" if written else "")
-            )
+            always = f"; every prompt has {shown(written)}, so train it with the base's tokenizer" if written else ""
+            notes.append(unknown_note(label, tokens) + always)
     return notes
-
-
-def _shown(tokens: list[str]) -> str:
-    return ", ".join(map(repr, tokens[:5])) + (" …" if len(tokens) > 5 else "")
 
 
 def _written(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

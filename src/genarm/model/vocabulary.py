@@ -9,7 +9,7 @@ there, and as id 0 where that ends before; `compose` says so. Any other differen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,3 +132,16 @@ def unknown_tokens(alignment: Alignment, base: Vocabulary) -> list[str]:
     """The base's tokens (padding rows left out) that the reward cannot judge, for a report."""
     tokens = base.tokens or {}
     return [tokens[i] for i in alignment.unknown if i in tokens]
+
+
+def unknown_note(label: str, tokens: Sequence[str]) -> str:
+    """What a user should know of a reward that does not know some of the base's special tokens."""
+    return (
+        f"{label} does not know {len(tokens)} of the base's special tokens ({shown(tokens)}): they are never produced "
+        "while its weight is not 0, and in a prompt it reads another token in their place"
+    )
+
+
+def shown(tokens: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(map(repr, tokens[:5])) + (" …" if len(tokens) > 5 else "")
