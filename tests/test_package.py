@@ -48,7 +48,7 @@ SIGNATURES = {
     "trust_remote_code=False)",
     "Engine.generate": "(self, asked, *, sampling=None, weights=None, seed=0, stop=())",
     "Engine.stream": "(self, request)",
-    "EngineOptions": "(*, streams=8, context=None, speculate=8, adapt=True, chunk=256)",
+    "EngineOptions": "(*, streams=8, context=None, speculate=8, adapt=True, chunk=256, wishes=4)",
     "GuidedForCausalLM": ("(config, members=None, alignments=None, folder=None)"),
     "GuidedForCausalLM.from_members": "(base, rewards, *, references=None, wishes=None, weights=None, tokenizers=None)",
     "GuidedForCausalLM.with_wishes": "(self, wishes, *, weights=None)",

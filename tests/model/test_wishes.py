@@ -270,6 +270,11 @@ def test_the_engine_refuses_what_a_wish_cannot_be_read_in() -> None:
             engine.generate(Request(prompt=PROMPTS[0], sampling=Sampling(max_new_tokens=11)))
         with pytest.raises(ConfigError, match="up to 4 Wish"):
             Request(prompt="w1", wishes=[Wish(text="w2")] * 5)
+    with Engine(tiny_model(), TOKENIZER, EngineOptions(streams=1, context=32, wishes=1)) as engine:
+        assert engine.generate(Request(prompt="w1", wishes=[Wish(text="w2")], sampling=GREEDY)).tokens
+        assert len(engine._built.members.trunks[0].kv_cache.rows) == 2
+        with pytest.raises(ConfigError, match="2 wishes and this engine takes up to 1"):
+            engine.generate(Request(prompt="w1", wishes=[Wish(text="w2")] * 2, sampling=GREEDY))
     for text in ("", "  ", None):
         with pytest.raises(ConfigError, match="a wish is"):
             Wish(text=text)  # type: ignore[arg-type]

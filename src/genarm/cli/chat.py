@@ -19,6 +19,7 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import open_console, quiet_libraries, say
 from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, WishOptions
 from genarm.engine import EngineOptions
+from genarm.engine.options import MOST_WISHES
 from genarm.sampling import Sampling, check_seed
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         sampling, seed = settings_from(arguments, _SAMPLING), check_seed(arguments.seed)
         session = open_session(arguments)
         chat = Chat(
-            session.engine(streams=3, context=arguments.context),
+            session.engine(streams=3, context=arguments.context, wishes=MOST_WISHES),
             session.files,
             TerminalScreen(open_console()),
             sampling,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from genarm.engine import Engine, Request, Stream
-from genarm.engine.request import MOST_WISHES
+from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError, DataError, GenarmError, UnsupportedError
 from genarm.model.config import GuidedConfig
 from genarm.model.modeling import GuidedForCausalLM

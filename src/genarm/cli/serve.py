@@ -15,6 +15,7 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import quiet_libraries, say
 from genarm.cli.options import DraftOptions, ModelOptions, ReadingOptions, WishOptions
 from genarm.engine import EngineOptions
+from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -204,7 +205,8 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
         return lambda: VllmBackend(session.files, options)
     if more is not None:
         raise ConfigError("--vllm-options needs vLLM, and genarm's own engine serves here; give --engine vllm as well")
-    return lambda: EngineBackend(lambda: session.engine(streams=streams, context=arguments.context))
+    own = 0 if arguments.no_request_wishes else MOST_WISHES
+    return lambda: EngineBackend(lambda: session.engine(streams=streams, context=arguments.context, wishes=own))
 
 
 def _takes_vllm(arguments: argparse.Namespace, files: ModelFiles) -> bool:

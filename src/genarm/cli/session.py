@@ -50,12 +50,16 @@ class Session:
         """The model itself, in `dtype` where one is given (raises what `ModelFiles.load` raises)."""
         return self.files.load(dtype=dtype or self.dtype, device=self.device)
 
-    def engine(self, *, streams: int, context: int | None) -> Engine:
-        """Load the models and make the engine (raises what `Engine` raises)."""
+    def engine(self, *, streams: int, context: int | None, wishes: int = 0) -> Engine:
+        """Load the models and make the engine, for requests with so many wishes of their own.
+
+        Raises:
+            What `Engine` raises.
+        """
         return Engine(
             self.load(),
             self.files.tokenizer,
-            EngineOptions(streams=streams, context=context, speculate=self.speculate),
+            EngineOptions(streams=streams, context=context, speculate=self.speculate, wishes=wishes),
             draft=None if self.draft is None else self.draft.load(dtype=self.dtype, device=self.device),
             draft_tokenizer=None if self.draft is None else self.draft.tokenizer,
         )

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from genarm.engine.device import cost, draft_cost, settle
 from genarm.engine.members import Members
+from genarm.engine.options import MOST_WISHES
 from genarm.engine.proof import expect, prove
-from genarm.engine.request import MOST_WISHES, wish_name
+from genarm.engine.request import wish_name
 from genarm.engine.request_state import BASE_MEMBER
 from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
 from genarm.errors import ConfigError, UnsupportedError
@@ -71,6 +72,7 @@ def build(
     draft_alignment: Alignment | None,
     streams: int,
     context: int | None,
+    wishes: int = MOST_WISHES,
 ) -> Built:
     """Trunks for `model`, one per distinct model object among its members.
 
@@ -80,6 +82,7 @@ def build(
         draft_alignment: of its vocabulary with the base's.
         streams: requests that may run at once.
         context: positions of each; by default what the members have, but no more than 2,048.
+        wishes: how many of its own a request may have.
 
     Raises:
         ConfigError: a context beyond what a member has.
@@ -107,7 +110,7 @@ def build(
     for group in groups:
         # Requests with wishes of their own take more rows, so that fewer run at once; a lone one finds all that it may
         # need.
-        most_rows = len(group.names) + (MOST_WISHES if group is groups[0] else 0)
+        most_rows = len(group.names) + (wishes if group is groups[0] else 0)
         trunk, note = _trunk(group, streams, max(streams * len(group.names), most_rows), capacity)
         trunks.append(trunk)
         notes.append(note)

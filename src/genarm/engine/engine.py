@@ -26,7 +26,7 @@ from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
 from genarm.engine.stream import Stream
-from genarm.errors import DataError, EngineFailure
+from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.combine import coefficients
 from genarm.model.modeling import GuidedForCausalLM
@@ -87,6 +87,7 @@ class Engine:
             draft_alignment=alignment,
             streams=self.options.streams,
             context=self.options.context,
+            wishes=self.options.wishes,
         )
         self.context = built.context
         self.members = len(built.members.places) - len(built.members.own_wishes)
@@ -267,6 +268,11 @@ class Engine:
         check_seed(request.seed)
         ids = self._encode(request)
         members = self._built.members
+        if len(request.wishes) > self.options.wishes:
+            raise ConfigError(
+                f"the request has {len(request.wishes)} wishes and this engine takes up to {self.options.wishes}; make "
+                "it with EngineOptions(wishes=…)"
+            )
         own = [float(wish.weight) for wish in request.wishes]
         weights = [*weight_row(request.weights, self.default_weights), *own]
         weights += [0.0] * (len(members.reward_names) - len(weights))

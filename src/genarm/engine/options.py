@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from genarm.errors import ConfigError
 
+MOST_WISHES = 4
+"""How many wishes of its own a request may have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -18,6 +21,8 @@ class EngineOptions:
         speculate: the most tokens drafted at once; 0 never drafts.
         adapt: draft as many as pay by the acceptance seen; False always drafts `speculate`.
         chunk: the most prompt tokens run per step, over all members.
+        wishes: how many wishes of its own a request may have. Each needs memory for keys and values while it runs:
+            engines of few streams allot more for it, and in others such requests run fewer at once.
     """
 
     streams: int = 8
@@ -32,9 +37,12 @@ class EngineOptions:
     )
     adapt: bool = True
     chunk: int = 256
+    wishes: int = MOST_WISHES
 
     def __post_init__(self) -> None:
         for name, least in (("streams", 1), ("speculate", 0), ("chunk", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= self.wishes <= MOST_WISHES:
+            raise ConfigError(f"wishes is {self.wishes}; it must be from 0 to {MOST_WISHES}")

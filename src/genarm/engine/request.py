@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
+from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError
 from genarm.model.weights import check_max_kl
 from genarm.model.wishes import Wish
@@ -17,8 +18,6 @@ from genarm.text.prompts import USUAL, Prompt, Reading
 Ending: TypeAlias = Literal["stop", "length", "cancelled"]
 
 _MOST_TOP = 100
-MOST_WISHES = 4
-"""How many wishes of its own a request may have."""
 
 
 def wish_name(index: int) -> str:

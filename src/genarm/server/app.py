@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 import genarm
-from genarm.engine.request import MOST_WISHES
+from genarm.engine.options import MOST_WISHES
 from genarm.server import metrics
 from genarm.server.bodies import schemas
 from genarm.server.chat import chat_routes

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from genarm.engine.request import MOST_WISHES
+from genarm.engine.options import MOST_WISHES
 from genarm.model.wishes import check_wish
 from genarm.server.neutral import CacheHint, NeutralChatFields, NeutralFields, NeutralTextFields, Only
 from genarm.text.prompts import Reading, check_end, text_of
