@@ -137,7 +137,7 @@ def test_a_data_format(tmp_path: Path) -> None:
     assert found.format.description.startswith("good and bad answers")
     assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("It is 0.", "Not 0."), ("It is 1.", "Not 1.")]
     assert found.pairs[0].prompt == [{"role": "user", "content": "What is 0?"}]
-    assert found.malformed == {"'bad' is missing, expected a text": 1}
+    assert found.malformed == {"'bad' is null, expected a text": 1}
 
 
 def test_files_that_the_page_names_are_there() -> None:

@@ -19,7 +19,7 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.demo import DemoOptions
 from genarm.cli.eval import EvalOptions
 from genarm.cli.main import VERBS, build_parser
-from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, TemplateOptions
+from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, TemplateOptions, WishOptions
 from genarm.cli.serve import ServeOptions
 from genarm.engine import EngineOptions
 from genarm.errors import ConfigError
@@ -35,10 +35,10 @@ ENGINE = (EngineOptions, DraftOptions)
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "train": (),  # a file may have what the command line does not, so the parser itself knows no defaults
     "compose": (),
-    "generate": (ModelOptions, PromptOptions, ReadingOptions, Sampling, Plan, *ENGINE),
-    "chat": (ModelOptions, PromptOptions, ReadingOptions, chat._SAMPLING, Plan, *ENGINE),
-    "score": (ModelOptions, PromptOptions, TemplateOptions),
-    "serve": (ServeOptions, ModelOptions, *ENGINE, ReadingOptions),
+    "generate": (ModelOptions, WishOptions, PromptOptions, ReadingOptions, Sampling, Plan, *ENGINE),
+    "chat": (ModelOptions, WishOptions, PromptOptions, ReadingOptions, chat._SAMPLING, Plan, *ENGINE),
+    "score": (ModelOptions, WishOptions, PromptOptions, TemplateOptions),
+    "serve": (ServeOptions, ModelOptions, WishOptions, *ENGINE, ReadingOptions),
     "pairs": (ModelOptions, pairs._PLAN, Selection, PromptOptions, TemplateOptions, Sampling, Loading, *ENGINE),
     "judge": (ClientSettings,),
     "accuracy": (AccuracySettings, TemplateOptions),

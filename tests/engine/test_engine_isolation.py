@@ -249,7 +249,7 @@ def test_streams_are_requests(streams: int) -> None:
     """Whatever members they need: an unguided request takes one row of the base's trunk, which has three a stream."""
     base = tiny_model(seed=0)
     model = GuidedForCausalLM.from_members(base, {"one": lora(base, "one", 3), "two": lora(base, "two", 4)})
-    with Engine(model, TOKENIZER, options(streams=streams)) as engine:
+    with Engine(model, TOKENIZER, options(streams=streams, wishes=0)) as engine:
         assert engine.statistics().free_rows == (3 * streams,)
         requests = [ask(prompt, {"one": w, "two": w}) for prompt in GOOD for w in (0.0, 0.5)]
         found = [engine.stream(request) for request in requests]

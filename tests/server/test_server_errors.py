@@ -347,7 +347,8 @@ def test_a_model_that_gives_nan_is_the_servers_fault(caplog: pytest.LogCaptureFi
         assert all(record.levelname == "ERROR" for record in said)
         with pytest.raises(openai.InternalServerError, match="gave NaN"):
             server.openai().completions.create(model="tiny", prompt=[poison])
-        assert server.post("/v1/completions", {"model": "tiny", "prompt": "w1", "max_tokens": 4}).status_code == 200
+        well = {"model": "tiny", "prompt": "w1", "max_tokens": 4, "logit_bias": {str(poison): -100}}
+        assert server.post("/v1/completions", well).status_code == 200
         assert server.idle()
 
 

@@ -102,9 +102,9 @@ def test_stop_strings_against_decoding_everything_again(kind: str, data: st.Data
         return
     at, used = len(whole), len(ids)
     for n in range(1, len(ids) + 1):
-        known = decoded(tokenizer, ids[:n], special=True)
+        known = decoded(tokenizer, ids[:n], special=True).rstrip(BROKEN)  # what comes before a part of a character
         found = [known.find(s) for s in stop if s in known]
-        if found and BROKEN not in known:
+        if found:
             at, used = min(found), n
             break
     stream = TextStream(tokenizer, stop)
