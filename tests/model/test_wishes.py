@@ -66,6 +66,8 @@ def test_a_wish_is_the_system_message_or_joins_it_or_stands_before_the_text() ->
         user,
     ]
     assert with_wish("Once", "Be brief.") == "Be brief.\n\nOnce"
+    parts: Any = [{"role": "system", "content": [{"type": "text", "text": "You are Ada."}]}, user]
+    assert with_wish(parts, "Be brief.")[0]["content"] == "You are Ada.\n\nBe brief."
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -165,6 +167,9 @@ def test_token_ids_alone_are_refused_where_a_wish_has_a_weight() -> None:
     two = model.encode(PROMPTS[:2], tokenizer=TOKENIZER)
     with pytest.raises(UnsupportedError, match="have 2 rows and input_ids 1"):
         model(ids, contexts=two["contexts"])
+    one = model.encode(PROMPTS[1], tokenizer=TOKENIZER)
+    with pytest.raises(UnsupportedError, match="have 4 columns and the prompts of the contexts"):
+        model.generate(one["input_ids"][:, :4], contexts=one["contexts"], max_new_tokens=2)
 
 
 def test_further_wishes_share_the_members() -> None:
@@ -337,6 +342,8 @@ def test_a_folder_with_wishes_is_a_model_and_can_be_moved_and_extended(tmp_path:
     with torch.no_grad():
         one, other = (m(**inputs, logits_to_keep=1).logits for m in (model, again))
     assert torch.equal(one, other)
+    with pytest.raises(ConfigError, match="'a' is a wish, which the base reads"):
+        compose(tmp_path / "base", {}, tmp_path / "x", wishes={"a": "w1"}, adapter_models={"a": str(tmp_path / "base")})
     with pytest.raises(ConfigError, match="two rewards are named 'a'"):
         compose(tmp_path / "base", {"a": tmp_path / "one"}, tmp_path / "x", wishes={"a": "w1"})
     with pytest.raises(ConfigError, match=r"at least one reward.*--wish"):

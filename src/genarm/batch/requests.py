@@ -38,6 +38,7 @@ _SETTINGS = frozenset(
         *("system", "system_prompt", "history", "messages", "tools", "functions", "documents", "images", "image"),
         *(field.name for field in fields(Sampling)),
         *("max_tokens", "max_completion_tokens", "stop", "n", "chat_template_kwargs", "template_args"),
+        *("wish", "wishes"),
     }
 )
 _EXPECTED = 'expected an object like {"prompt": "…", "id": "…", "reward_weights": {"helpful": 1}}'

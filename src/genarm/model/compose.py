@@ -116,6 +116,8 @@ def compose(
     new = _one_of_each(rewards, tuned, wishes)
     _check_names([*present, *new], descriptions, settings)
     _check_names(new, adapter_models)
+    if odd := sorted({*(adapter_models or {})} & {*wishes}):
+        raise ConfigError(f"{odd[0]!r} is a wish, which the base reads, so it goes on no other model; leave that out")
     if stray := sorted({*references} - {*tuned}):
         raise ConfigError(
             f"{stray[0]!r} is no tuned reward, so it has no reference; give it as --tuned {stray[0]}=PATH"

@@ -118,6 +118,11 @@ class GuidedGeneration(GenerationMixin):
         )
         model_kwargs["max_kl"] = resolve_max_kl(model_kwargs.get("max_kl"), rows)
         if isinstance(contexts := model_kwargs.get("contexts"), Contexts):
+            if input_ids.shape[1] < contexts.columns:
+                raise UnsupportedError(
+                    f"input_ids have {input_ids.shape[1]} columns and the prompts of the contexts {contexts.columns}; "
+                    "give what one call of encode has made"
+                )
             model_kwargs["contexts"] = contexts.repeated(expand_size)
         parent: Any = super()  # transformers types `self` there as a protocol of its own
         input_ids, model_kwargs = parent._expand_inputs_for_generation(

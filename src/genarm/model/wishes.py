@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genarm.errors import ConfigError, DataError, UnsupportedError, WeightsError
 from genarm.model.weights import is_finite_number
-from genarm.text.prompts import Prompt, Reading, encode_prompt
+from genarm.text.prompts import Prompt, Reading, encode_prompt, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,8 @@ def with_wish(prompt: Prompt, text: str) -> Prompt:
     if isinstance(prompt, str):
         return f"{text}\n\n{prompt}"
     first, rest = (prompt[0], prompt[1:]) if prompt and prompt[0]["role"] == "system" else (None, prompt)
-    system = text if first is None or not first["content"] else f"{first['content']}\n\n{text}"
+    said = "" if first is None else text_of(first["content"])
+    system = f"{said}\n\n{text}" if said else text
     return [{**(first or {"role": "system"}), "content": system}, *rest]
 
 
