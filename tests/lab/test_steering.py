@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from builders.tiny import save_member, tiny_lora, tiny_model
+from builders.tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.lab.accuracy.models import open_rewards
 from genarm.lab.evaluation.recipe_file import load_recipe
 from genarm.lab.evaluation.run import RunOptions, evaluate
+from genarm.lab.methods.sample import Sample
 from genarm.model.compose import compose
+from genarm.model.modeling import GuidedForCausalLM
+from genarm.sampling import Sampling
 
 RECIPE = """
 [tiny]
@@ -113,3 +116,11 @@ def test_a_wish_has_no_accuracy(folder: Path) -> None:
     compose(folder / "base", {}, folder / "guided", wishes={"kind": "be kind"})
     with pytest.raises(UnsupportedError, match=r"'kind' of .* is a wish in words, .* without wishes"):
         open_rewards(str(folder / "guided"), trust_remote_code=False)
+
+
+def test_a_guided_folder_with_wishes_is_refused_where_nothing_reads_their_words() -> None:
+    tokenizer = tiny_tokenizer()
+    model = GuidedForCausalLM.from_members(tiny_model(), {}, wishes={"warm": "w1 w2"})
+    with pytest.raises(UnsupportedError, match=r"the wish 'warm'.*of the kind \"wish\""):
+        Sample(model, tokenizer, Sampling())
+    Sample(model, tokenizer, Sampling(), weights={"warm": 0.0})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genarm.errors import UnsupportedError
 from genarm.lab.methods.interface import Kind, Meter, tally
 from genarm.lab.methods.loop import Choices, check_sampling, decode, shared_ids
 from genarm.lab.prefix import Ids, Prefix, batches, next_logits
@@ -75,7 +76,7 @@ class Sample:
         Raises:
             WeightsError: weights that name no reward or are not finite, or a max_kl below 0.
             VocabularyError: a model knows fewer ids than the tokenizer has.
-            UnsupportedError: `sampling` cuts or penalises tokens.
+            UnsupportedError: `sampling` cuts or penalises tokens, or there are texts and no reader.
         """
         check_sampling(sampling, "sampling")
         check_max_kl(max_kl)
@@ -94,7 +95,11 @@ class Sample:
         self.members = tuple((names or {}).get(name, name) for name in (BASE, *(m.name for m in running)))
         self._system = system
         self._wishes = {member.name: member.wish for member in running if member.wish is not None}
-        assert reader is not None or not (self._wishes or system), "texts need a reader"
+        if reader is None and (self._wishes or system):
+            raise UnsupportedError(
+                f"the model has the wish {next(iter(self._wishes), '')!r}, whose words a method of this kind does not "
+                'read; give its base to a method of the kind "wish", with the wishes in the recipe'
+            )
         self._reader: Reader = reader or (lambda ids, _: ids)
 
     def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
