@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from itertools import takewhile
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -127,6 +128,23 @@ def test_stop_strings_against_decoding_everything_again(kind: str, data: st.Data
         if visible and decoded(tokenizer, ids).startswith("##"):  # the end of a word stays one where no word is shown
             visible = "##" + visible.removeprefix("##")
     assert shown == visible
+
+
+@pytest.mark.parametrize("stop", ["<unk><", "B", "<unk>B", "C", "<unk><unk>", "A", "never"])
+def test_bytes_before_special_tokens_and_stop_strings(stop: str) -> None:
+    """Where special tokens are not shown, a run of bytes goes on after them, and its text is final only there."""
+    tokenizer = make("stories260k")
+    a, unk, b, c = tokenizer.convert_tokens_to_ids(["<0x41>", "<unk>", "<0x42>", "C"])
+    for ids in ([a, unk, unk], [a, unk, c], [a, unk, b, unk, unk, c], [a, unk, b], [c, a, unk, unk, a, b, unk, c]):
+        whole = decoded(tokenizer, ids, special=True)
+        stream = TextStream(tokenizer, [stop])
+        shown = ""
+        for token in ids:
+            shown += stream.add(token)
+            if stream.stopped:
+                break
+        shown += stream.finish()
+        assert shown == whole.split(stop)[0].replace("<unk>", "").replace(" ", ""), (ids, stop)
 
 
 def test_a_stop_string_in_the_end_of_a_word_that_follows_special_tokens() -> None:

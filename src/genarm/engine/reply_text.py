@@ -39,6 +39,7 @@ class TextStream:
         self._searched = Detokenizer(tokenizer, before, special=True) if stop else None
         self._stops = [_Search(text) for text in stop]
         self._held: deque[_Piece] = deque()
+        self._owed: list[_Piece] = []  # of the held ones, those whose shown text is not final yet
 
     def add(self, token: int, *, early: bool = False) -> str:
         """The text that is final with this token, often empty; a stop string that ends in an `early` one is none."""
@@ -47,9 +48,14 @@ class TextStream:
             return shown
         searched = self._searched.add(token)
         if self._shown.sees(token):
-            return self._pass_on(_Piece(searched, shown), early=early)
+            return self._pass_on(_Piece(searched, self._pay(shown)), early=early)
         hidden = str(self._tokenizer.convert_ids_to_tokens(token) or "")
-        return self._pass_on(_Piece(searched.removesuffix(hidden), shown), _Piece(searched and hidden, ""), early=early)
+        piece = _Piece(searched.removesuffix(hidden), "")
+        # A run of bytes ends at a special token where that is searched, and goes on after it where it is not shown.
+        piece.owed = min(len(piece.searched), self._shown.waiting - sum(p.owed for p in self._owed))
+        if piece.owed:
+            self._owed.append(piece)
+        return self._pass_on(piece, _Piece(searched and hidden, ""), early=early)
 
     def finish(self) -> str:
         """What is still held back; the reply has ended."""
@@ -58,7 +64,7 @@ class TextStream:
         shown = self._shown.finish()
         if self._searched is None:
             return shown
-        text = self._pass_on(_Piece(self._searched.finish(), shown))
+        text = self._pass_on(_Piece(self._searched.finish(), self._pay(shown)))
         rest = "".join(piece.shown for piece in self._held)
         self._held.clear()
         return text + rest
@@ -71,20 +77,30 @@ class TextStream:
         if not found:
             return self._take(max(stop.begun for stop in self._stops))
         self.stopped = True
-        piece.shown += self._shown.finish()  # bytes that another token would have decided about
+        rest = self._pay(self._shown.finish())  # bytes that another token would have decided about
+        piece.shown += rest
         text = self._take(max(found))
         self._held.clear()
         return text
+
+    def _pay(self, shown: str) -> str:
+        """What of newly shown text is its own token's, after the pieces that it was owed to have theirs."""
+        if not shown:
+            return ""
+        for piece in self._owed:
+            piece.shown, shown, piece.owed = shown[: piece.owed], shown[piece.owed :], 0
+        self._owed.clear()
+        return shown
 
     def _take(self, keep: int) -> str:
         """Take out what is shown of the held text but for its last `keep` characters, as they are searched."""
         count = sum(len(piece.searched) for piece in self._held) - keep
         taken = ""
-        while self._held and count >= len(self._held[0].searched):
+        while self._held and not self._held[0].owed and count >= len(self._held[0].searched):
             piece = self._held.popleft()
             taken += piece.shown
             count -= len(piece.searched)
-        if self._held and count > 0:
+        if self._held and not self._held[0].owed and count > 0:
             piece = self._held[0]
             cut = max(0, len(piece.shown) - (len(piece.searched) - count))  # they differ at the beginning, by a space
             taken += piece.shown[:cut]
@@ -94,10 +110,15 @@ class TextStream:
 
 @dataclass
 class _Piece:
-    """Some text as stop strings are looked for in it, and as it is shown."""
+    """Some text as stop strings are looked for in it, and as it is shown.
+
+    Attributes:
+        owed: how many characters of the shown text are still to come.
+    """
 
     searched: str
     shown: str
+    owed: int = 0
 
 
 class _Search:

@@ -80,7 +80,12 @@ class Detokenizer:
     @property
     def position(self) -> int:
         """Characters so far; an incomplete one does not count, so that this is where it begins."""
-        return self._length + self._ahead + max(0, self._run.characters - self._done)
+        return self._length + self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Characters of those that are not final, and so not out."""
+        return self._ahead + max(0, self._run.characters - self._done)
 
     def add(self, token: int) -> str:
         """The text that is final with this token, often empty."""
