@@ -185,6 +185,31 @@ def test_further_wishes_share_the_members() -> None:
         model.with_wishes({"loud": "w1"}, weights={"quiet": 1.0})
 
 
+def test_wishes_of_one_call_are_as_wishes_of_the_model() -> None:
+    model = wished()
+    model.generation_config.max_new_tokens = 5
+    given = {"arm": 0.0, "warm": 1.5, "terse": -0.7}
+    expected = model.generate(**model.encode(PROMPTS, tokenizer=TOKENIZER), reward_weights=given, do_sample=False)
+    plain = GuidedForCausalLM.from_members(model.base, {})
+    plain.generation_config.max_new_tokens = 5
+    inputs = plain.encode(PROMPTS, wishes={n: WISHES[n] for n in ("warm", "terse")}, tokenizer=TOKENIZER)
+    weights = {"warm": 1.5, "terse": -0.7}
+    assert plain.generate(**inputs, reward_weights=weights, do_sample=False).tolist() == expected.tolist()
+    assert plain.reward_names == ()
+
+    alone = plain.encode(
+        PROMPTS, wishes={"warm": WISHES["warm"]}, tokenizer=TOKENIZER
+    )  # the weight 1 where none is named
+    prompted = model(**model.encode(PROMPTS, tokenizer=TOKENIZER), reward_weights={"arm": 0.0, "terse": 0.0}).logits
+    torch.testing.assert_close(plain(**alone).logits[:, -1], prompted[:, -1])
+    with pytest.raises(ConfigError, match="has a reward 'warm' already"):
+        model.encode(PROMPTS, wishes={"warm": "w1"}, tokenizer=TOKENIZER)
+    with pytest.raises(UnsupportedError, match="generate takes wishes by its inputs"):
+        plain.generate(alone["input_ids"], wishes={"warm": "w1"})
+    with pytest.raises(WeightsError, match="no reward is named 'terse'"):
+        plain.generate(**alone, reward_weights=weights)
+
+
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 

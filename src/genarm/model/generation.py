@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -44,10 +45,15 @@ class GuidedGeneration(GenerationMixin):
         """See `GuidedForCausalLM`."""
         raise NotImplementedError
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`, with `reward_weights` and `max_kl` beside its own arguments.
+    def with_wishes(self, wishes: Mapping[str, str]) -> GuidedGeneration:
+        """See `GuidedForCausalLM`."""
+        raise NotImplementedError
 
-        Every forward that transformers makes within the call uses them, the one for `negative_prompt_ids` too.
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with `reward_weights`, `max_kl` and `contexts` beside its own arguments.
+
+        Every forward that transformers makes within the call uses them, the one for `negative_prompt_ids` too. Inputs
+        that `encode` made with wishes of their own have these as rewards for this call.
 
         Raises:
             WeightsError: the weights are not what they may be.
@@ -60,6 +66,15 @@ class GuidedGeneration(GenerationMixin):
                 "a guided model has no layers of its own to leave early, as assistant_early_exit asks; draft with "
                 "assistant_model= or prompt_lookup_num_tokens= instead"
             )
+        if "wishes" in kwargs:
+            raise UnsupportedError(
+                "generate takes wishes by its inputs, since each wish reads the prompt in its own way: "
+                "generate(**model.encode(prompts, wishes={name: text}), reward_weights={name: weight})"
+            )
+        contexts = kwargs.get("contexts")
+        if isinstance(contexts, Contexts) and contexts.wishes:
+            kwargs["contexts"] = replace(contexts, wishes={})
+            return self.with_wishes(contexts.wishes).generate(inputs, *args, **kwargs)
         before = _calls.set({**_calls.get({})})
         try:
             parent: Any = super()

@@ -9,8 +9,10 @@ Shapes: B rows, T positions, V ids of the base's vocabulary, R rewards.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -209,7 +211,9 @@ class GuidedForCausalLM(
             ConfigError: a name that is taken, or a wish that is no text.
             WeightsError: a weight for a wish that is not named.
         """
-        return type(self)(*add_wishes(self, wishes, weights or {}), self.folder)
+        more = type(self)(*add_wishes(self, wishes, weights or {}), self.folder)
+        more.generation_config = copy.deepcopy(self.generation_config)
+        return more
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
@@ -282,6 +286,7 @@ class GuidedForCausalLM(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
+        wishes: Mapping[str, str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reading: Reading = USUAL,
     ) -> dict[str, Any]:
@@ -289,6 +294,8 @@ class GuidedForCausalLM(
 
         Args:
             prompts: text, or a list of messages for the chat template; or a list of either.
+            wishes: {name: system text} of wishes that only these inputs have; they have the weight 1 where
+                `reward_weights` does not name them.
             tokenizer: the base's; read from the guided folder where not given.
             reading: how prompts become token ids.
 
@@ -298,13 +305,17 @@ class GuidedForCausalLM(
         Raises:
             DataError: no prompts, or one without tokens.
             ConversationError: a conversation that the chat template refuses.
+            ConfigError: a wish whose name is taken, or that is no text.
         """
         tokenizer = tokenizer or self._own_tokenizer()
+        if wishes:
+            inputs: dict[str, Any] = self.with_wishes(wishes).encode(prompts, tokenizer=tokenizer, reading=reading)
+            return {**inputs, "contexts": replace(inputs["contexts"], wishes=dict(wishes))}
         alone = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
         given: Sequence[Any] = [prompts] if alone else prompts
         pad = tokenizer.pad_token_id or 0
         ids, mask = padded([encode_prompt(tokenizer, prompt, reading) for prompt in given], pad)
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         if self.config.wishes:
             rows = [encode_wishes(tokenizer, prompt, self.config.wishes, reading) for prompt in given]
             read = {name: padded([row[name] for row in rows], pad) for name in self.config.wishes}
@@ -358,6 +369,12 @@ class GuidedForCausalLM(
         Raises:
             WeightsError, UnsupportedError.
         """
+        if contexts is not None and contexts.wishes:
+            given = (input_ids, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep)
+            steered = (reward_weights, max_kl, replace(contexts, wishes={}))
+            refused = (inputs_embeds, output_attentions, output_hidden_states)
+            found: CausalLMOutputWithPast = self.with_wishes(contexts.wishes)(*given, *steered, *refused, **kwargs)
+            return found
         for_loss = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         _refuse(inputs_embeds, output_attentions, output_hidden_states, kwargs.pop("return_dict", None))
         if input_ids is None:

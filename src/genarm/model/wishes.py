@@ -9,7 +9,7 @@ Shapes: B rows, P columns of the prompts, C columns of the prompts as one wish r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,11 +86,13 @@ class Contexts:
         columns: P, how many columns of `input_ids` are prompts; what follows them is read by all.
         ids: {wish: token ids [B, C]}.
         masks: {wish: attention mask [B, C]}.
+        wishes: {wish: system text} of those that this call has beyond the model's.
     """
 
     columns: int
     ids: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
+    wishes: Mapping[str, str] = field(default_factory=dict)
 
     def repeated(self, times: int) -> Contexts:
         """Each row `times` times, one after the other, as `generate` repeats prompts."""
