@@ -151,7 +151,8 @@ def test_model_without_logits_to_keep_or_position_ids(tmp_path: Path) -> None:
     batch = PairCollator(pad_id=0)(pairs)
     with torch.no_grad():
         expected = trainer.rewards(model, batch)
-        trainer.forward_options = trainer.forward_options - {"logits_to_keep"}
+        reader = trainer._readers[model]
+        reader.arguments = reader.arguments - {"logits_to_keep"}
         torch.testing.assert_close(trainer.rewards(model, batch), expected)
 
 

@@ -5,27 +5,25 @@ Shapes: B pairs, 2B sequences (chosen first), T positions, R response positions,
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from genarm.data.tokens import TokenPair
 from genarm.errors import GenarmError, MemberError
-from genarm.model.generation import last_positions
 from genarm.statistics import proportion
 from genarm.training.collator import PairCollator
-from genarm.training.loss import arm_loss, response_log_probs
-
-Batch: TypeAlias = Mapping[str, torch.Tensor]
+from genarm.training.loss import arm_loss
+from genarm.training.reader import Batch, ModelReader
+from genarm.training.responses import ResponseStates, summed, token_log_probs
 
 # What the trainer adds to each entry of the log, beside the loss, as means over pairs since the last entry.
 TRAIN_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -92,7 +90,7 @@ class ArmTrainer(PairTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.beta = beta
-        self.forward_options = _forward_options(model)
+        self._readers: WeakKeyDictionary[nn.Module, ModelReader] = WeakKeyDictionary()
         super().__init__(
             model=model,
             args=args,
@@ -150,22 +148,19 @@ class ArmTrainer(PairTrainer):
 
     def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
-        ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
-        response_mask_BR = batch["response_mask"]
-        width_R = response_mask_BR.shape[1]
-        options: dict[str, Any] = {"use_cache": False}
-        if "position_ids" in self.forward_options:
-            options["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        if "logits_to_keep" in self.forward_options:
-            options["logits_to_keep"] = width_R + 1 if model.training else last_positions(width_R + 1, ids_BT)
-        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
-        # Labels and mask are shifted and padded to the width of the logits: slicing the logits instead would
-        # cost a copy of them in the backward.
-        width = logits_BTV.shape[1]
-        labels_BT = ids_BT.roll(-1, dims=1)[:, -width:]
-        label_mask_BT = torch.zeros_like(labels_BT)
-        label_mask_BT[:, -width_R - 1 : -1] = response_mask_BR
-        return response_log_probs(logits_BTV, labels_BT, label_mask_BT).view(2, -1)
+        states = self.states(model, batch)
+        return summed(token_log_probs(states), states).view(2, -1)
+
+    def states(self, model: nn.Module, batch: Batch) -> ResponseStates:
+        """What `model` says before each token of the responses of `batch`.
+
+        Any causal LM will do (a frozen base, a reference, the trained model with its adapter switched off): the
+        positions are the same for all, and in the same order.
+        """
+        plain = self.accelerator.unwrap_model(model)
+        if plain not in self._readers:
+            self._readers[plain] = ModelReader(plain)
+        return self._readers[plain].states(model, batch)
 
     def loss(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor) -> torch.Tensor:
         """The loss of B pairs, a scalar, from the rewards of their responses."""
@@ -275,12 +270,6 @@ def check_numbers(logs: Mapping[str, float], step: int) -> None:
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "held-out loss")):
         if not math.isfinite(logs.get(name, 0.0)):
             raise _diverged(words, logs[name], step)
-
-
-def _forward_options(model: nn.Module) -> frozenset[str]:
-    """Names that the forward of the language model itself (below an adapter) takes."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return frozenset(inspect.signature(base.forward).parameters)
 
 
 def _diverged(what: str, value: float, step: int) -> GenarmError:

@@ -26,7 +26,7 @@ from genarm.lab.training.trainers import (
     sequence_log_probs,
 )
 from genarm.training.kinds import Setup
-from genarm.training.trainer import Batch
+from genarm.training.reader import Batch
 
 
 class DpoTrainer(PairBaseline, DPOTrainer, TranslatedLog):

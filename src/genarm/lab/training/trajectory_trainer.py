@@ -25,7 +25,7 @@ from genarm.data.tokens import TokenPair
 from genarm.lab.training.trainers import PairBaseline, TranslatedLog, make, pair_metrics_of
 from genarm.training.kinds import Setup
 from genarm.training.loading import add_adapter, load_weights
-from genarm.training.trainer import Batch
+from genarm.training.reader import Batch
 
 
 class TrajectoryTrainer(PairBaseline, RewardTrainer, TranslatedLog):
