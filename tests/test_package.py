@@ -52,7 +52,7 @@ SIGNATURES = {
     "GuidedForCausalLM": ("(config, members=None, alignments=None, folder=None)"),
     "GuidedForCausalLM.from_members": "(base, rewards, *, references=None, wishes=None, weights=None, tokenizers=None)",
     "GuidedForCausalLM.with_wishes": "(self, wishes, *, weights=None)",
-    "GuidedForCausalLM.encode": "(self, prompts, *, tokenizer=None, reading)",
+    "GuidedForCausalLM.encode": "(self, prompts, *, wishes=None, tokenizer=None, reading)",
     "Request": "(*, prompt, weights, max_kl=None, wishes=(), contexts, sampling, seed=0, stop=(), stop_token_ids=(), "
     "ignore_eos=False, top_log_probs=0, prompt_log_probs=None, reply=True, continues=False, reading)",
     "Sampling": "(*, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, "
