@@ -105,7 +105,7 @@ class _SlopesAhead(torch.autograd.Function):
                 values_C = _values(values, states, states[0].labels_N[part], own)
             made.append(values_C.detach())
             wanted = [one for one in own if one.requires_grad]
-            found = iter(torch.autograd.grad(values_C.sum(), wanted) if wanted else ())
+            found = iter(torch.autograd.grad(values_C, wanted, torch.ones_like(values_C)) if wanted else ())
             for slope_ND in slopes:
                 if slope_ND is not None:
                     slope_ND[part] = next(found)
