@@ -138,7 +138,7 @@ def test_all_parts_know_the_same_ends(ends: list[int] | int, tmp_path: Path) -> 
     pairs = load_pairs(config, tokenizer).training
     assert all(tokenizer.decode(pair.chosen_ids) == "w2 w3 <eot>" for pair in pairs)
     settings = AccuracySettings(models=(str(folder),), data=config.data)
-    (files,) = open_rewards(str(folder), trust_remote_code=False)
+    files = open_rewards(str(folder), trust_remote_code=False)
     found = encode(files.tokenizer, read_pairs(settings), limits(settings, 128, model="m"), files.ends)
     assert [pair.chosen_ids for pair in found.pairs[:1]] == [pairs[0].chosen_ids]
     assert guided.token_rewards(as_conversation("w1"), "w2 w3").token_ids == tuple(pairs[0].chosen_ids)

@@ -50,7 +50,7 @@ def test_text_is_read_as_generate_reads_it(folder: Path, raw: bool) -> None:
     assert [list(ids) for ids in load_prompts(config, tokenizer).training] == [pair[0][0] for pair in expected]
     assert ("without" if raw else "with") + " the chat template" in found.formats["training"]
     settings = AccuracySettings(models=(files.reference,), data=data, raw=raw, **lengths)
-    (reward,) = open_rewards(files.reference, trust_remote_code=False)
+    reward = open_rewards(files.reference, trust_remote_code=False)
     encoded = encode(reward.tokenizer, read_pairs(settings), limits(settings, 128, model="m"), reward.ends)
     assert [_ids(pair) for pair in encoded.pairs] == expected
 

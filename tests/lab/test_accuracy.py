@@ -28,13 +28,15 @@ from builders.tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny
 from builders.toy_training import write_toy
 from genarm.cli import accuracy
 from genarm.cli.arguments import settings_from
-from genarm.errors import ConfigError, DataError, GenarmError, MemberError, VocabularyError
+from genarm.errors import BudgetError, ConfigError, DataError, GenarmError, MemberError, VocabularyError, WeightsError
+from genarm.lab.accuracy import models as accuracy_models
 from genarm.lab.accuracy.figures import Scores, correlation, difference, figures, mean_of
 from genarm.lab.accuracy.models import LogProbReward
 from genarm.lab.accuracy.report import command, print_result
 from genarm.lab.accuracy.run import AccuracyResult, measure
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.model.compose import compose
+from genarm.model.modeling import GuidedForCausalLM
 from genarm.statistics import proportion
 from genarm.text.prompts import encode_pair
 from genarm.training.config import TrainConfig
@@ -49,6 +51,7 @@ ROWS = [
     ("w7 w7", "w20 w21", "w22 w23", "safety"),
     ("w8", "w24", "w25", None),
 ]
+WISH = "w20 w21 w22"
 
 
 def write_pairs(path: Path, rows: list[tuple[str, str, str, Any]]) -> Path:
@@ -86,7 +89,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_member(base, root / "base")
     save_member(arm, root / "arm")
     tiny_lora(base, root / "lora", seed=2, base_path=str(root / "base"))
-    compose(root / "base", {"full": root / "arm", "light": root / "lora"}, root / "guided")
+    compose(root / "base", {"full": root / "arm", "light": root / "lora"}, root / "guided", weights={"light": 0.5})
+    save_member(tiny_model(seed=9), root / "untuned")
+    compose(
+        root / "base",
+        {"full": root / "arm"},
+        root / "mixed",
+        tuned={"near": root / "lora", "far": root / "arm"},
+        references={"far": root / "untuned"},
+        wishes={"wish": WISH},
+        weights={"full": 0.3, "near": -0.7, "far": 0.5, "wish": 1.5},
+    )
     save_trajectory(root / "trajectory", seed=3)
     uniform = tiny_model(seed=4)
     torch.nn.init.zeros_(uniform.get_output_embeddings().weight)
@@ -115,12 +128,29 @@ def command_line(*words: str | Path) -> int:
 
 @torch.no_grad()
 def log_prob(model: Any, prompt: list[int], response: list[int]) -> float:
-    """log π(response | prompt), token by token, of one sequence without padding."""
-    total = 0.0
-    for t, token in enumerate(response):
-        logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1]
-        total += float(logits.double().log_softmax(-1)[token])
-    return total
+    """log π(response | prompt) of one sequence without padding, from transformers' own forward."""
+    return float(said_of(model, prompt, response)[range(len(response)), response].sum())
+
+
+def said_of(model: Any, prompt: list[int], response: list[int]) -> Any:
+    """Its distributions [T, V] at the tokens of the response, in float64."""
+    return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+
+
+@torch.no_grad()
+def guided_gain(
+    base: Any, parts: dict[Any, float], prompt: list[int], response: list[int], wished: list[int] | None = None
+) -> float:
+    """Σ_t log π_guided − log π_base, normalised over the vocabulary at each token; the model `None` is the base that
+    reads the wish."""
+    plain_TV = said_of(base, prompt, response)
+    mixed_TV = plain_TV.clone()
+    for model, weight in parts.items():
+        mixed_TV += weight * (
+            said_of(base, wished or [], response) if model is None else said_of(model, prompt, response)
+        )
+    gain_TV = mixed_TV.log_softmax(-1) - plain_TV
+    return float(gain_TV[range(len(response)), response].sum())
 
 
 @torch.no_grad()
@@ -151,25 +181,98 @@ def scorers(root: Path) -> dict[str, Callable[[list[int], list[int]], float]]:
         "lora − base": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
         "guided:full − base": lambda x, y: log_prob(arm, x, y) - log_prob(base, x, y),
         "guided:light − base": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
+        "guided": lambda x, y: guided_gain(base, {arm: 1.0, lora: 0.5}, x, y),
+        "base guided by arm": lambda x, y: guided_gain(base, {arm: 1.0}, x, y),
+        "base guided by lora": lambda x, y: guided_gain(base, {lora: 1.0}, x, y),
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_equal_each_model_asked_by_itself(root: Path, batch_size: int) -> None:
     models = ("arm", "lora", "guided", "trajectory")
     result = run(root, *models, base=str(root / "base"), batch_size=batch_size)
     expected = scorers(root)
     assert [measured.name for measured in result.measured] == [name for name in expected if name != "base"]
-    kinds = ["arm"] * 4 + ["trajectory"] + ["implicit"] * 4
+    kinds = ["arm"] * 4 + ["trajectory"] + ["implicit"] * 4 + ["policy"] * 3
     assert [measured.kind for measured in result.measured] == kinds
     for measured in result.measured:
         score, found = expected[measured.name], measured.scores
-        assert found.chosen_B.tolist() == pytest.approx(reference(score, 1), abs=1e-4), measured.name
-        assert found.rejected_B.tolist() == pytest.approx(reference(score, 2), abs=1e-4), measured.name
-        right = [y > n for y, n in zip(reference(score, 1), reference(score, 2), strict=True)]
+        sides = reference(score, 1), reference(score, 2)
+        assert found.chosen_B.tolist() == pytest.approx(sides[0], abs=2e-4), measured.name
+        assert found.rejected_B.tolist() == pytest.approx(sides[1], abs=2e-4), measured.name
+        right = [y > n for y, n in zip(*sides, strict=True)]
         assert measured.figures.overall.right.count == sum(right)
+        assert (measured.weights is None) == (measured.kind != "policy")
         # Responses are one token per word here, and the end of the turn counts.
         assert found.chosen_length_B.tolist() == [len(row[1].split()) + 1 for row in ROWS]
+
+
+def test_differences_and_wishes_are_scored_as_what_they_are_and_the_policy_is_their_mixture(root: Path) -> None:
+    """Against sums over transformers' own forwards of each member, with other weights than the folder's for some."""
+    base, arm, untuned = (AutoModelForCausalLM.from_pretrained(root / name) for name in ("base", "arm", "untuned"))
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / "lora")
+    tokenizer = tiny_tokenizer()
+
+    def conversation(row: Any) -> list[int]:
+        messages = [{"role": "system", "content": WISH}, {"role": "user", "content": row[0]}]
+        return encode_pair(tokenizer, messages, "w1")[0]
+
+    contexts = {
+        tuple(encode_pair(tokenizer, [{"role": "user", "content": r[0]}], "w1")[0]): conversation(r) for r in ROWS
+    }
+    expected: dict[str, Callable[[list[int], list[int]], float]] = {
+        "mixed:full": lambda x, y: log_prob(arm, x, y),
+        "mixed:near": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
+        "mixed:far": lambda x, y: log_prob(arm, x, y) - log_prob(untuned, x, y),
+        "mixed:wish": lambda x, y: log_prob(base, contexts[tuple(x)], y) - log_prob(base, x, y),
+        "mixed": lambda x, y: guided_gain(
+            base,
+            # full 0.3 and far 0.5 are one model; near −0.7 and the wish 2 leave the base with 1 + 0.7 − 2
+            {arm: 0.3 + 0.5, untuned: -0.5, lora: -0.7, base: 0.7 - 2.0, None: 2.0},
+            x,
+            y,
+            contexts[tuple(x)],
+        ),
+    }
+    result = run(root, "mixed", weights="wish=2", batch_size=5)
+    assert {m.name: m.kind for m in result.measured} == dict(
+        zip(expected, ["arm", "tuned", "tuned", "wish", "policy"], strict=True)
+    )
+    assert result.measured[-1].weights == {"full": 0.3, "near": -0.7, "far": 0.5, "wish": 2.0}
+    for measured in result.measured:
+        score = expected[measured.name]
+        assert measured.scores.chosen_B.tolist() == pytest.approx(reference(score, 1), abs=1e-3), measured.name
+        assert measured.scores.rejected_B.tolist() == pytest.approx(reference(score, 2), abs=1e-3), measured.name
+
+
+def test_a_policy_is_what_genarm_score_says_of_it_within_its_budget_too(root: Path) -> None:
+    model = GuidedForCausalLM.from_pretrained(root / "mixed", dtype="float32")
+    for max_kl in (None, 0.05):
+        policy = run(root, "mixed", max_kl=max_kl).measured[-1]
+        for row, found in zip(ROWS, policy.scores.chosen_B, strict=True):
+            said = model.token_rewards([{"role": "user", "content": row[0]}], row[1], max_kl=max_kl).totals
+            assert found == pytest.approx(said["guided"] - said["base"], abs=1e-4)
+        assert policy.max_kl == max_kl
+
+
+def test_without_weights_the_policy_is_the_base(root: Path) -> None:
+    policy = run(root, "mixed", weights="full=0,near=0,far=0,wish=0").measured[-1]
+    assert not policy.scores.margin_B.any()
+    assert (policy.figures.overall.right.count, policy.figures.overall.ties) == (0, len(ROWS))
+
+
+def test_few_distributions_at_once_say_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(root, "mixed").measured
+    monkeypatch.setattr(accuracy_models, "_ENTRIES", 1)
+    for one, other in zip(whole, run(root, "mixed").measured, strict=True):
+        assert one.scores.margin_B.tolist() == pytest.approx(other.scores.margin_B.tolist(), abs=1e-4)
+
+
+def test_a_prompt_that_must_be_cut_has_no_wish_before_it(root: Path) -> None:
+    prompts = [len(encode_pair(tiny_tokenizer(), [{"role": "user", "content": r[0]}], "w1")[0]) for r in ROWS]
+    (*_, policy) = run(root, "mixed", max_prompt_tokens=max(prompts) - 1, max_response_tokens=16).measured
+    assert policy.report.dropped == {"no room for the words of a wish before the prompt": prompts.count(max(prompts))}
+    assert policy.report.cut_prompts == 0
 
 
 def test_an_adapter_reads_pairs_by_the_template_that_it_was_trained_with(root: Path, tmp_path: Path) -> None:
@@ -238,39 +341,39 @@ def test_a_constant_trajectory_reward_ties_and_is_never_right(root: Path, tmp_pa
 
 def test_the_base_has_no_implicit_reward_over_itself(root: Path) -> None:
     result = run(root, "base", "arm", base=str(root / "base"))
-    assert [measured.name for measured in result.measured] == ["base", "arm", "arm − base"]
+    assert [m.name for m in result.measured] == ["base", "arm", "arm − base", "base guided by arm"]
 
 
-@pytest.mark.parametrize(
-    ("models", "scored"),
-    [
-        (("base", "arm"), {"base": 12, "arm": 12}),
-        (("arm", "lora"), {"arm": 12, "lora": 12, "base": 12}),
-        (("arm", "templated", "base"), {"arm": 12, "templated": 12, "base": 24}),  # pairs in other tokens are others
-    ],
-)
-def test_the_base_scores_the_same_pairs_once(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: tuple[str, ...], scored: dict[str, int]
+def test_what_a_guided_model_says_of_its_members_is_not_asked_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The ARMs and the base are scored with the policies, unless their pairs are in other tokens."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = f"w39 {TEMPLATE}"
     shutil.copytree(root / "lora", tmp_path / "templated")
     tokenizer.save_pretrained(tmp_path / "templated")
     usual, counted = LogProbReward.score, Counter[str]()
 
-    def score(self: LogProbReward, prompts: Any, replies: Any) -> list[float]:
+    def score(self: LogProbReward, prompts: Any, replies: Any, contexts: Any = ()) -> dict[str, list[float]]:
         counted[self.name] += len(replies)
-        return usual(self, prompts, replies)
+        return usual(self, prompts, replies, contexts)
 
     monkeypatch.setattr(LogProbReward, "score", score)
-    where = [str((tmp_path if model == "templated" else root) / model) for model in models]
-    result = run(root, *where, base=str(root / "base"))
-    assert counted == scored
+    base = str(root / "base")
+    for models, scored in [
+        ((root / "base", root / "arm", root / "guided"), {}),
+        ((root / "arm", tmp_path / "templated"), {"templated": 12, "base": 12}),
+    ]:
+        counted.clear()
+        result = run(root, *map(str, models), base=base)
+        assert counted == scored
     by_name = {measured.name: measured.scores for measured in result.measured}
-    base = scorers(root)["base"]
-    for name in {*models} - {"base", "templated"}:
+    for name in ("arm", "templated"):
         of_base = by_name[name].chosen_B - by_name[f"{name} − base"].chosen_B
-        assert of_base.tolist() == pytest.approx(reference(base, 1), abs=1e-4)
+        own = tokenizer if name == "templated" else tiny_tokenizer()
+        plain = AutoModelForCausalLM.from_pretrained(root / "base")
+        expected = [log_prob(plain, *encode_pair(own, [{"role": "user", "content": r[0]}], r[1])) for r in ROWS]
+        assert of_base.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -486,7 +589,7 @@ def test_a_short_base_shortens_what_both_read(root: Path, tmp_path: Path) -> Non
     short = tiny_model(seed=5)
     short.config.max_position_embeddings = 40
     save_member(short, tmp_path / "short")
-    arm, trajectory, implicit = run(root, "arm", "trajectory", base=str(tmp_path / "short")).measured
+    arm, trajectory, implicit, _ = run(root, "arm", "trajectory", base=str(tmp_path / "short")).measured
     assert (arm.limit.prompt, implicit.limit.response, trajectory.limit.prompt) == (20, 20, 64)
 
 
@@ -509,8 +612,9 @@ def test_same_folder_names_are_told_apart(root: Path, tmp_path: Path) -> None:
     compose(root / "base", {"full": root / "arm"}, tmp_path / "guided")
     models = (str(tmp_path / "arm"), str(tmp_path / "guided"))
     names = [measured.name for measured in run(root, "arm", "guided", *models).measured]
-    full = [str(root / "arm"), f"{root / 'guided'}:full", "guided:light"]
-    assert names == [*full, str(tmp_path / "arm"), f"{tmp_path / 'guided'}:full"]
+    one, other = root / "guided", tmp_path / "guided"
+    rewards = [str(root / "arm"), f"{one}:full", f"{one}:light", str(tmp_path / "arm"), f"{other}:full"]
+    assert names == [*rewards, str(one), str(other)]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -564,7 +668,15 @@ def test_what_has_no_number_is_null_and_a_dash(root: Path, tmp_path: Path, capsy
 
 
 def test_the_command_written_down_measures_the_same(root: Path) -> None:
-    changes = {"base": "b c", "objective": "safer", "batch_size": 3, "trust_remote_code": True, "split": "test[:9]"}
+    changes = {
+        "base": "b c",
+        "weights": "a=1,b=-2",
+        "max_kl": 0.5,
+        "objective": "safer",
+        "batch_size": 3,
+        "trust_remote_code": True,
+        "split": "test[:9]",
+    }
     settings = settings_of(root, "arm", "lora", category="subset", max_prompt_tokens=9, device="cpu", **changes)
     parser = argparse.ArgumentParser()
     accuracy.add_arguments(parser)
@@ -601,11 +713,37 @@ def test_names_from_the_data_cannot_steer_the_terminal(root: Path, tmp_path: Pat
         ({"objective": "safer"}, ConfigError, "is for PKU-SafeRLHF only"),
         ({"data": "nowhere.jsonl"}, DataError, "there is no file or folder nowhere.jsonl"),
         ({"device": "mars"}, ConfigError, "cannot use the device 'mars'"),
+        ({"weights": "full=1"}, ConfigError, "--weights is for guided policies; give a guided folder, or an ARM with"),
+        ({"max_kl": 0.1}, ConfigError, "--max-kl is for guided policies"),
+        ({"max_kl": -1}, BudgetError, "max_kl is -1; it must be a number of nats per token, 0 or more"),
     ],
 )
 def test_mistakes_are_named(root: Path, changes: Any, error: type[GenarmError], message: str) -> None:
     with pytest.raises(error, match=message):
         run(root, "arm", **changes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("half=1", "no reward is named 'half'; this model has: full, light"),
+        ("full=much", "cannot read the weight 'full=much'"),
+        ("", "no weight in ''"),
+    ],
+)
+def test_weights_of_no_policy_are_refused(root: Path, weights: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        run(root, "guided", weights=weights)
+
+
+def test_a_token_that_a_reward_does_not_know_is_named_before_anything_is_scored(root: Path, tmp_path: Path) -> None:
+    """The base has a token more than the ARM, and a response has it."""
+    more = tiny_tokenizer(extra=("<more>",))
+    save_member(tiny_model(seed=3, vocab_size=VOCAB_SIZE + 1), tmp_path / "base", more)
+    compose(tmp_path / "base", {"full": root / "arm"}, tmp_path / "guided")
+    write_pairs(tmp_path / "pairs.jsonl", [("w1", "w2 <more>", "w3", "chat")])
+    with pytest.raises(VocabularyError, match=rf"token id {VOCAB_SIZE}, which the reward 'full' of guided does not"):
+        run(tmp_path, "guided")
 
 
 def test_mistakes_of_the_base_are_named(root: Path, tmp_path: Path) -> None:
@@ -672,9 +810,9 @@ from genarm.lab.accuracy.models import open_rewards
 from genarm.errors import UnsupportedError
 for reference in sys.argv[1:]:
     try:
-        for files in open_rewards(reference, trust_remote_code=False):
-            scores = files.load(dtype="float32", device="cpu").score([[6, 7]], [[8, 1]])
-            print(files.name, files.kind, files.context, len(scores))
+        files = open_rewards(reference, trust_remote_code=False)
+        scores = files.load(dtype="float32", device="cpu").score([[6, 7]], [[8, 1]])
+        print(files.name, files.context, *scores)
     except UnsupportedError as error:
         print(error)
 """
@@ -683,9 +821,9 @@ for reference in sys.argv[1:]:
     command_ = [sys.executable, "-c", program, *references]
     done = subprocess.run(command_, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        *("org/arm arm 128 1", "org/arm@v2 arm 128 1", "org/trajectory trajectory 128 1"),
+        *("org/arm 128 org/arm", "org/arm@v2 128 org/arm@v2", "org/trajectory 128 org/trajectory"),
         "org/trajectory@v2 is a trajectory reward; of these only the main revision can be loaded",
-        "org/guided is a guided model on the hub; download it (hf download) and give the folder",
+        "org/guided 128 base full light guided",
     ]
 
 

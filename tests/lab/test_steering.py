@@ -11,11 +11,9 @@ from rich.console import Console
 
 from builders.tiny import save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, UnsupportedError
-from genarm.lab.accuracy.models import open_rewards
 from genarm.lab.evaluation.recipe_file import load_recipe
 from genarm.lab.evaluation.run import RunOptions, evaluate
 from genarm.lab.methods.sample import Sample
-from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling
 
@@ -110,12 +108,6 @@ def test_identities_hold_in_a_comparison(folder: Path) -> None:
 def test_mistakes_are_named(entry: str, message: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(folder, entry)
-
-
-def test_a_wish_has_no_accuracy(folder: Path) -> None:
-    compose(folder / "base", {}, folder / "guided", wishes={"kind": "be kind"})
-    with pytest.raises(UnsupportedError, match=r"'kind' of .* is a wish in words, .* without wishes"):
-        open_rewards(str(folder / "guided"), trust_remote_code=False)
 
 
 def test_a_guided_folder_with_wishes_is_refused_where_nothing_reads_their_words() -> None:

@@ -1,7 +1,7 @@
 """Measure how often rewards agree with held-out preferences, by category and by length.
 
-A reward is right about a pair when it scores the chosen response higher; ties are never right. Several models are
-compared pair by pair with the first. Intervals are at 95%.
+A reward is right about a pair when it scores the chosen response higher; ties are never right. A guided policy is
+scored by log π_guided − log π_base. Several models are compared pair by pair with the first. Intervals are at 95%.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from genarm.cli.console import open_console, quiet_libraries, say
 from genarm.cli.options import TemplateOptions
 from genarm.lab.accuracy.settings import AccuracySettings
 
-SUMMARY = "measure how often rewards agree with held-out preferences"
+SUMMARY = "measure how often rewards and guided policies agree with held-out preferences"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from genarm.model.config import GuidedConfig
 from genarm.model.generation import last_positions
 from genarm.model.loading import Member
 from genarm.model.vocabulary import Alignment, embedding_rows, readable
-from genarm.model.wishes import Contexts, WishedForward
+from genarm.model.wishes import Contexts, WishedForward, padded, positions
 
 # What `generate` hands on from its own arguments and what tokenizers make: plain models that do not know it ignore it.
 _IGNORED = ("tokenizer", "assistant_tokenizer", "cache_position", "token_type_ids")
@@ -93,6 +93,49 @@ class GuidedForward(nn.Module):
         unknown = [mask if mask is None else mask.to(base_BTV.device) for mask in map(self._unknown, streams)]
         guided_BTV = combine(base_BTV, others, given.take(streams).to(base_BTV.device), unknown)
         return guided_BTV if max_kl_B is None else within_budget(base_BTV, guided_BTV, max_kl_B.to(base_BTV.device))
+
+    def said_of(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        contexts: Sequence[Mapping[str, Sequence[int]]],
+        weights_BR: Tensor,
+        max_kl_B: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What is said of the tokens of responses that are there already, in one forward of every member.
+
+        Args:
+            prompts: B token ids of prompts, and `responses` those of what follows them, one token at least.
+            contexts: of each prompt, {wish: its token ids as that wish reads it}, for every wish of this model.
+            weights_BR: reward weights; a reward runs whatever its weight is.
+            max_kl_B: as in `GuidedForCausalLM.forward`.
+
+        Returns:
+            {member: float32 log-probs [B, T]} in the order of the members and, last, "guided"; 0 after a response.
+        """
+        targets_BT, real_BT = (part.to(self.base.device) for part in padded(responses, 0, left=False))
+        columns = targets_BT.shape[1]
+        members: list[Tensor] = []
+        for index, member in enumerate(self.members):
+            own = [context.get(member.name, prompt) for context, prompt in zip(contexts, prompts, strict=True)]
+            ids, mask = (part.to(targets_BT) for part in padded(own, 0))
+            mask_BT = torch.cat([mask, real_BT], dim=1)
+            plain = bool(mask_BT.all())
+            log_probs_BTV = self._member_log_probs(
+                index,
+                input_ids=torch.cat([ids, targets_BT], dim=1),
+                attention_mask=None if plain else mask_BT,
+                position_ids=None if plain else positions(mask_BT),
+                cache=None,
+                logits_to_keep=columns + 1,
+            )
+            members.append(log_probs_BTV[:, :-1].to(self.base.device))
+        guided_BTV = self._sum(members, range(len(members) - 1), self.coefficients(weights_BR), max_kl_B)
+        names = [*(member.name for member in self.members), "guided"]
+        return {
+            name: said.gather(-1, targets_BT[..., None])[..., 0].masked_fill(real_BT == 0, 0.0)
+            for name, said in zip(names, [*members, guided_BTV], strict=True)
+        }
 
     # --- wishes -------------------------------------------------------------------------------------------------
 

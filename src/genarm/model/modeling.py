@@ -26,7 +26,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from genarm.errors import MemberError, UnsupportedError, kind_of
 from genarm.model.adapters import share_adapters
 from genarm.model.assembly import add_wishes, gather_guided, load_guided
-from genarm.model.combine import combine, within_budget
 from genarm.model.config import GuidedConfig
 from genarm.model.forward import GuidedForward
 from genarm.model.generation import GuidedGeneration, forward_arguments
@@ -430,29 +429,12 @@ class GuidedForCausalLM(
         weights_1R = resolve_weights(dict(reward_weights or {}), self.default_weights, 1)
         ends = end_ids(self.generation_config, tokenizer)
         prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, reading, ends=ends)
-        members = [
-            self._member_log_probs(
-                i,
-                input_ids=self._read_by(i, prompt_ids, contexts, response_ids),
-                attention_mask=None,
-                position_ids=None,
-                cache=None,
-                logits_to_keep=len(response_ids) + 1,
-            )[:, :-1].to(self.device)
-            for i in range(len(self.members))
-        ]
-        unknown = [self._unknown(i) for i in range(len(self.alignments))]
-        guided = combine(members[0], members[1:], self.coefficients(weights_1R).to(self.device), unknown)
-        if (budget := resolve_max_kl(max_kl, 1)) is not None:
-            guided = within_budget(members[0], guided, budget.to(self.device))
-        targets = torch.tensor(response_ids, device=self.device)[None, :, None]
-        said = [m.gather(-1, targets)[0, :, 0] for m in (*members, guided)]
-        check_numbers(dict(zip([*self.config.member_specs, "guided"], said, strict=True)))
+        found = self.said_of([prompt_ids], [response_ids], [contexts], weights_1R, resolve_max_kl(max_kl, 1))
+        check_numbers(found)
+        said = [log_probs_1T[0] for log_probs_1T in found.values()]
         for i, reference in enumerate(self.references, start=1):
             said.append(said[i] if reference is None else said[i] - said[reference])
-        base, total, *rewards = (
-            tuple(values.tolist()) for values in (said[0], said[len(members)], *said[len(members) + 1 :])
-        )
+        base, total, *rewards = (tuple(values.tolist()) for values in (said[0], *said[len(self.members) :]))
         return TokenRewards(
             tokens=token_texts(tokenizer, response_ids),
             token_ids=tuple(response_ids),
@@ -462,13 +444,6 @@ class GuidedForCausalLM(
             weights=dict(zip(self.reward_names, weights_1R[0].tolist(), strict=True)),
             differences=tuple(n for n, r in zip(self.reward_names, self.references, strict=True) if r is not None),
         )
-
-    def _read_by(
-        self, index: int, prompt_ids: list[int], contexts: Mapping[str, list[int]], response_ids: list[int]
-    ) -> Tensor:
-        """Prompt and response [1, T] as a member reads them."""
-        ids = contexts.get(self.members[index].name, prompt_ids)
-        return torch.tensor([ids + response_ids], device=self.device)
 
     def _own_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = None if self.folder is None else load_tokenizer(str(self.folder), None, HubOptions())

@@ -115,8 +115,8 @@ class Contexts:
         return self.ids[name].shape[1] - self.columns
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and their attention mask [B, longest row], padded on the left.
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Token ids and their attention mask [B, longest row], padded on the left, or on the right.
 
     Raises:
         DataError: there are no rows.
@@ -124,8 +124,10 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     if not rows:
         raise DataError("there are no prompts; give at least one")
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        own = slice(width - len(row), None) if left else slice(len(row))
+        ids[number, own], mask[number, own] = torch.tensor(row), 1
     return ids, mask
 
 

@@ -1,88 +1,204 @@
-"""Rewards that score pairs: found by their files, loaded one after the other.
+"""Models that score pairs: found by their files, loaded one after the other.
 
-What a folder or hub id holds is told from its files: a LoRA adapter (an ARM), a guided folder (each of its rewards), a
-model for sequence classification (a trajectory reward), or another model (a causal LM, read as an ARM).
+What a folder or hub id holds is told from its files: a LoRA adapter (an ARM), a guided folder (each of its rewards, and
+the policy that they make of its base), a model for sequence classification (a trajectory reward), or another model (a
+causal LM, read as an ARM).
 
-Shapes: B sequences, T positions.
+Shapes: B sequences, T positions, R rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from genarm.errors import MemberError, UnsupportedError
+from genarm.errors import MemberError, UnsupportedError, VocabularyError
 from genarm.lab.training.trainers import sequence_log_probs
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.adapter_files import read_adapter_config
-from genarm.model.config import GuidedConfig, MemberSpec
+from genarm.model.assembly import local_folder
+from genarm.model.config import GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
-from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer
+from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer, locate
+from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.references import ModelFiles, find_device, open_files
-from genarm.model.vocabulary import align, read_vocabulary
+from genarm.model.vocabulary import align, embedding_rows, read_vocabulary
+from genarm.model.weights import resolve_max_kl
 from genarm.text.prompts import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Ids: TypeAlias = Sequence[int]
-Kind: TypeAlias = Literal["arm", "trajectory"]
+Kind: TypeAlias = Literal["arm", "tuned", "wish", "implicit", "trajectory", "policy"]
 
-# What peft calls the adapter of a reward.
+GUIDED = "guided"
+"""The column of a guided model's own log-probs, beside those of its members."""
+_ENTRIES = 1 << 28
+"""Log-probs of whole distributions that a guided model holds at once: 1 GiB."""
+_NO_WISHES: Mapping[str, Ids] = MappingProxyType({})
 
 
 class Reward(Protocol):
     """Scores responses."""
 
-    @property
-    def rows(self) -> int:
-        """How many ids its embedding knows."""
+    def score(
+        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
+    ) -> dict[str, list[float]]:
+        """{column: the score of each reply to its prompt}, end-of-turn tokens as they are.
+
+        Args:
+            prompts, replies: token ids.
+            contexts: of each prompt, {wish: its token ids as that wish reads it}; () where there are no wishes.
+        """
         ...
 
-    def score(self, prompts: Sequence[Ids], replies: Sequence[Ids]) -> list[float]:
-        """r(x, y) of each reply to its prompt, all in one batch; end-of-turn tokens count as they are."""
+    def check(self, read: Collection[int], scored: Collection[int]) -> None:
+        """Refuse ids that cannot be `read`, or not be `scored` (raises VocabularyError)."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFiles:
-    """A reward as its files describe it.
+    """A reward as its files describe it; its one column is called as it is.
 
     Attributes:
-        name: for tables: the folder's name, with that of the reward where it is a guided folder's.
+        name: for tables: the folder's name.
         kind: an ARM, scored by log π(y|x), or a trajectory reward.
         reference: as the caller named it.
-        spec: the model, and the adapter on it; `folder` is where relative paths in it start.
+        spec: the model, and the adapter on it.
+        files: of the model.
         tokenizer: what pairs are encoded with.
-        ends: the ids that end a response.
-        context: the most tokens that a prompt and its response may have together, where the model says.
     """
 
     name: str
     kind: Kind
     reference: str
     spec: MemberSpec
-    folder: Path | None
+    files: ModelFiles
     tokenizer: PreTrainedTokenizerBase
-    ends: Sequence[int]
-    context: int | None
-    hub: HubOptions
+
+    @property
+    def columns(self) -> dict[str, MemberSpec]:
+        """Which model each column is of."""
+        return {self.name: self.spec}
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+    @cached_property
+    def ends(self) -> Sequence[int]:
+        """The ids that end a response."""
+        return end_ids(self.files.generation_config, self.tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a prompt and its response may have together, where the model says."""
+        return self.files.context
 
     def load(self, *, dtype: str, device: str | None) -> Reward:
         """The reward itself (raises MemberError where it cannot be loaded, ConfigError where there is no device)."""
         if self.kind == "trajectory":
             assert self.spec.model is not None
-            return TrajectoryReward.load(self.spec.model, name=self.name, dtype=dtype, device=find_device(device))
+            where = find_device(device)
+            return HeadReward(
+                name=self.name,
+                model=TrajectoryReward.load(self.spec.model, name=self.name, dtype=dtype, device=where),
+            )
         options = {"dtype": dtype, "device_map": find_device(device)}
-        model = load_model(self.spec, self.folder, self.hub, options, name=self.name)
+        model = load_model(self.spec, None, self.files.hub, options, name=self.name)
         if self.spec.adapter is not None:
-            add_adapters(model, {self.name: self.spec}, self.folder, self.hub)
+            add_adapters(model, {self.name: self.spec}, None, self.files.hub)
         return LogProbReward(name=self.name, model=model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedFiles:
+    """A guided model as its files describe it: a folder, or a base and a reward that no folder puts together.
+
+    Its columns are its members, by their names, and `GUIDED`.
+
+    Attributes:
+        name: for tables.
+        reference: as the caller named it.
+        files: of the folder, or of the base.
+        config: names the members.
+        weights: of each reward, by the name that tables have it by, in the order of the configuration.
+        max_kl: the most nats per token from the base, if there is a bound.
+    """
+
+    name: str
+    reference: str
+    files: ModelFiles
+    config: GuidedConfig
+    weights: Mapping[str, float]
+    max_kl: float | None = None
+
+    @property
+    def columns(self) -> dict[str, MemberSpec]:
+        """Which model each column is of, where one model alone says it; wishes read other prompts."""
+        own = self.files.without or self.files  # wishes may have been added to a model that is no folder of ours
+        folder = local_folder(own.reference, own.revision, own.hub) if own.guided else None
+
+        def whole(spec: MemberSpec) -> MemberSpec:
+            host = spec if spec.model else self.config.base_spec
+            model, adapter = (place and locate(place, folder) for place in (host.model, spec.adapter))
+            return replace(host, model=model, adapter=adapter, adapter_revision=spec.adapter_revision)
+
+        return {name: whole(spec) for name, spec in self.config.member_specs.items() if spec.wish is None}
+
+    @property
+    def rewards(self) -> Iterator[tuple[str, str, Kind, str | None]]:
+        """Of each reward: its name in tables, its column, its kind, and the column that is taken away from it."""
+        members = [*self.config.member_specs]
+        for spec, against in zip(self.config.reward_specs, self.config.references, strict=True):
+            kind: Kind = "wish" if spec.member.wish else "arm" if against is None else "tuned"
+            yield f"{self.name}:{spec.name}", spec.name, kind, None if against is None else members[against]
+
+    @property
+    def wishes(self) -> dict[str, str]:
+        """{reward: system text}."""
+        return self.config.wishes
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What pairs are encoded with: all members read the tokens and the chat template of the base."""
+        return self.files.tokenizer
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The ids that end a response."""
+        return self.files.end_ids
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a prompt and its response may have together, where the members say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def load(self, *, dtype: str, device: str | None) -> Reward:
+        """The model with all of its members (raises what `ModelFiles.load` raises)."""
+        if self.files.guided:
+            model = self.files.load(dtype=dtype, device=device)
+        else:
+            local = Path(self.files.reference)
+            model = GuidedForCausalLM.from_pretrained(
+                local if local.is_dir() else Path(),
+                config=self.config,
+                trust_remote_code=self.files.hub.trust_remote_code,
+                dtype=dtype,
+                device_map=find_device(device),
+            )
+        assert isinstance(model, GuidedForCausalLM)
+        return GuidedReward(name=self.name, model=model, weights=[*self.weights.values()], max_kl=self.max_kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,49 +208,148 @@ class LogProbReward:
     name: str
     model: PreTrainedModel
 
-    @property
-    def rows(self) -> int:
-        """As `Reward.rows`."""
-        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Ids], replies: Sequence[Ids]) -> list[float]:
-        """As `Reward.score`."""
+    def score(
+        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
+    ) -> dict[str, list[float]]:
+        """As `Reward.score`, all in one batch."""
         ids = [torch.tensor([*prompt, *reply]) for prompt, reply in zip(prompts, replies, strict=True)]
         replied = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
         tensors = (ids, [torch.ones_like(row) for row in ids], [mask.long() for mask in replied])
         padded_BT = (pad_sequence(rows, batch_first=True).to(self.model.device) for rows in tensors)
-        scores: list[float] = sequence_log_probs(self.model, *padded_BT).tolist()
-        return scores
+        return {self.name: sequence_log_probs(self.model, *padded_BT).tolist()}
+
+    def check(self, read: Collection[int], scored: Collection[int]) -> None:
+        """As `Reward.check`."""
+        _check_rows(self.name, embedding_rows(self.model), read)
 
 
-def open_rewards(reference: str, *, trust_remote_code: bool) -> list[RewardFiles]:
-    """The rewards at `reference`: one, or those of a guided folder.
+@dataclass(frozen=True, kw_only=True)
+class HeadReward:
+    """A trajectory reward."""
+
+    name: str
+    model: TrajectoryReward
+
+    def score(
+        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
+    ) -> dict[str, list[float]]:
+        """As `Reward.score`."""
+        return {self.name: self.model.score(prompts, replies)}
+
+    def check(self, read: Collection[int], scored: Collection[int]) -> None:
+        """As `Reward.check`."""
+        _check_rows(self.name, self.model.rows, read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedReward:
+    """Every member of a guided model, and the guided policy: Σ_t log π(y_t | x, y_<t) of each, in one forward of each.
+
+    `weights` are of all rewards in order, `max_kl` the most nats per token from the base.
+    """
+
+    name: str
+    model: GuidedForCausalLM
+    weights: Sequence[float]
+    max_kl: float | None
+
+    @torch.inference_mode()
+    def score(
+        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
+    ) -> dict[str, list[float]]:
+        """As `Reward.score`; as many at once as memory for their distributions allows."""
+        contexts = contexts or [_NO_WISHES] * len(prompts)
+        each = (max(map(len, replies)) + 1) * self.model.config.vocab_size * len(self.model.members)  # type: ignore[operator]
+        size = max(1, _ENTRIES // each)
+        found: dict[str, list[float]] = {}
+        for start in range(0, len(replies), size):
+            part = slice(start, start + size)
+            rows = len(replies[part])
+            said = self.model.said_of(
+                prompts[part],
+                replies[part],
+                contexts[part],
+                torch.tensor([self.weights] * rows, dtype=torch.float32).reshape(rows, -1),
+                resolve_max_kl(self.max_kl, rows),
+            )
+            for column, log_probs_BT in said.items():
+                found.setdefault(column, []).extend(log_probs_BT.double().sum(dim=1).tolist())
+        return found
+
+    def check(self, read: Collection[int], scored: Collection[int]) -> None:
+        """As `Reward.check`; of a prompt's ids a reward need not know all."""
+        _check_rows(self.name, embedding_rows(self.model.base), read)
+        for member, alignment in zip(self.model.members[1:], self.model.alignments, strict=True):
+            if strange := {*scored}.intersection(alignment.unknown):
+                raise VocabularyError(
+                    f"responses of the pairs have the token id {min(strange)}, which the reward {member.name!r} of "
+                    f"{self.name} does not know, so that the guided model never produces it; take such responses out"
+                )
+
+
+def _check_rows(name: str, rows: int, ids: Collection[int]) -> None:
+    if max(ids) >= rows:
+        raise VocabularyError(
+            f"the pairs have the token id {max(ids)}, and {name} knows {rows} ids only; use the tokenizer that the "
+            "model was trained with"
+        )
+
+
+def open_rewards(reference: str, *, trust_remote_code: bool) -> RewardFiles | GuidedFiles:
+    """What scores at `reference`: one reward, or a guided folder.
 
     Raises:
         MemberError: there is no such model, it lacks a tokenizer, or an adapter's model is not there.
-        UnsupportedError: a guided model on the hub, or a revision of a trajectory reward.
+        UnsupportedError: a revision of a trajectory reward.
     """
     hub = HubOptions(trust_remote_code=trust_remote_code)
     if (Path(reference).expanduser() / ADAPTER_FILE).is_file():
-        return [_open_adapter(reference, hub)]
+        return _open_adapter(reference, hub)
     files = open_files(reference, trust_remote_code=trust_remote_code)
     if isinstance(files.config, GuidedConfig):
-        return _open_guided(reference, files, files.config)
+        return guided_files(reference, files)
     architectures = getattr(files.config, "architectures", None) or ()
     classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
     spec = MemberSpec(model=files.reference, revision=files.revision)
     if classifier and files.revision is not None:
         raise UnsupportedError(f"{reference} is a trajectory reward; of these only the main revision can be loaded")
-    return [_files(_name(reference), reference, spec, files, kind="trajectory" if classifier else "arm")]
+    return RewardFiles(
+        name=_name(reference),
+        kind="trajectory" if classifier else "arm",
+        reference=reference,
+        spec=spec,
+        files=files,
+        tokenizer=files.tokenizer,
+    )
 
 
-def full_name(files: RewardFiles) -> str:
-    """A name that no other reward has: the whole reference in place of its last part."""
-    return files.reference + files.name[len(_name(files.reference)) :]
+def guided_files(reference: str, files: ModelFiles) -> GuidedFiles:
+    """A guided folder, or another model that was given wishes, at its default weights."""
+    config = files.config
+    assert isinstance(config, GuidedConfig)
+    return GuidedFiles(
+        name=_name(reference), reference=reference, files=files, config=config, weights=config.default_weights
+    )
 
 
-def check_same_tokens(base: RewardFiles, policy: RewardFiles) -> None:
+def guided_by(base: RewardFiles, arm: RewardFiles) -> GuidedFiles | None:
+    """`base` guided by `arm` at weight 1, which reads pairs as the base does; None for a base that is an adapter."""
+    if base.spec.adapter is not None:
+        return None
+    on_base = (arm.spec.model, arm.spec.revision) == (base.spec.model, base.spec.revision)
+    member = replace(arm.spec, model=None, revision=None) if on_base else arm.spec
+    reward = RewardSpec(name="reward", member=member)
+    return GuidedFiles(
+        name=f"{base.name} guided by {arm.name}",
+        reference=arm.reference,
+        files=base.files,
+        config=GuidedConfig.of(base.spec, [reward], [base.files.config, arm.files.config]),
+        weights={arm.name: 1.0},
+    )
+
+
+def check_same_tokens(base: RewardFiles, policy: RewardFiles | GuidedFiles) -> None:
     """Refuse a base that does not read the policy's tokens (raises VocabularyError)."""
     vocabularies = [
         read_vocabulary(files.tokenizer, size=len(files.tokenizer), label=f"{files.name} ({files.reference})")
@@ -158,56 +373,13 @@ def _open_adapter(reference: str, hub: HubOptions) -> RewardFiles:
         ) from error
     spec = MemberSpec(model=files.reference, revision=files.revision, adapter=where)
     # The adapter's own files come first: they have the chat template that it was trained with.
-    return _files(name, reference, spec, files, tokenizer=load_tokenizer(where, None, hub))
-
-
-def _open_guided(reference: str, files: ModelFiles, config: GuidedConfig) -> list[RewardFiles]:
-    """The rewards as they guide: all of them read the tokens and the chat template of the base."""
-    folder, base = Path(files.reference), config.base_spec
-    if not folder.is_dir():
-        raise UnsupportedError(
-            f"{reference} is a guided model on the hub; download it (hf download) and give the folder"
-        )
-    found = []
-    for reward in config.reward_specs:
-        spec = reward.member
-        if spec.wish is not None:
-            raise UnsupportedError(
-                f"reward {reward.name!r} of {reference} is a wish in words, which genarm accuracy does not score; give "
-                "it the models of the other rewards themselves, or a guided folder without wishes"
-            )
-        if reward.reference is not None:
-            raise UnsupportedError(
-                f"reward {reward.name!r} of {reference} is a tuned model less its reference; give genarm accuracy the "
-                "tuned model itself, and the reference as --base, which is taken away from it"
-            )
-        if spec.model is None:
-            spec = replace(base, adapter=spec.adapter, adapter_revision=spec.adapter_revision)
-        found.append(_files(f"{_name(reference)}:{reward.name}", reference, spec, files, folder=folder))
-    return found
-
-
-def _files(
-    name: str,
-    reference: str,
-    spec: MemberSpec,
-    files: ModelFiles,
-    *,
-    kind: Kind = "arm",
-    folder: Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> RewardFiles:
-    tokenizer = tokenizer or files.tokenizer
     return RewardFiles(
         name=name,
-        kind=kind,
+        kind="arm",
         reference=reference,
         spec=spec,
-        folder=folder,
-        tokenizer=tokenizer,
-        ends=end_ids(files.generation_config, tokenizer),
-        context=files.context,
-        hub=files.hub,
+        files=files,
+        tokenizer=load_tokenizer(where, None, hub) or files.tokenizer,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from genarm.data.formats.base import Format
@@ -13,12 +14,14 @@ from genarm.data.sources import Rows, load_rows
 from genarm.data.tokens import TokenPair, TokenReport, encode_preference, fit_lengths
 from genarm.errors import DataError, kind_of
 from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.model.wishes import encode_wishes
 from genarm.text.prompts import USUAL, Reading, check_reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_CATEGORY = "(none)"
+NO_ROOM = "no room for the words of a wish before the prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +45,28 @@ class EncodedPairs:
 
     Attributes:
         rows: number of the row that each of `pairs` comes from, counted from 0.
+        contexts: of each pair, {wish: token ids of its prompt as that wish reads it}.
         report: what was dropped and what was cut.
     """
 
     rows: tuple[int, ...]
     pairs: tuple[TokenPair, ...]
+    contexts: tuple[Mapping[str, Sequence[int]], ...]
     report: TokenReport
+
+    def part(self, first: int, last: int) -> EncodedPairs:
+        """The pairs from number `first` up to before `last`."""
+        part = slice(first, last)
+        return replace(self, rows=self.rows[part], pairs=self.pairs[part], contexts=self.contexts[part])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most tokens of a prompt and of a response."""
+    """The most tokens of a prompt and of a response, and of a prompt as a wish reads it, if there is a bound."""
 
     prompt: int
     response: int
+    wished: int | None = None
 
 
 def read_pairs(settings: AccuracySettings) -> PairData:
@@ -91,13 +102,20 @@ def limits(settings: AccuracySettings, context: int | None, *, model: str) -> Li
         ConfigError: prompt and response do not fit into the context.
     """
     prompt, response = fit_lengths(settings.max_prompt_tokens, settings.max_response_tokens, context, model=model)
-    return Limits(prompt=prompt, response=response)
+    return Limits(prompt=prompt, response=response, wished=None if context is None else context - response)
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, data: PairData, limit: Limits, ends: Sequence[int], reading: Reading = USUAL
+    tokenizer: PreTrainedTokenizerBase,
+    data: PairData,
+    limit: Limits,
+    ends: Sequence[int],
+    reading: Reading = USUAL,
+    wishes: Mapping[str, str] = MappingProxyType({}),
 ) -> EncodedPairs:
     """The pairs of `data` in tokens, cut and dropped as in training; `ends` as for `genarm.text.prompts.encode_pair`.
+
+    A prompt that would be cut is dropped where there are `wishes`, whose words stand at its beginning.
 
     Raises:
         DataError: nothing is left, or a conversation meets a tokenizer without a chat template.
@@ -108,16 +126,25 @@ def encode(
     cuts: Counter[str] = Counter()
     rows: list[int] = []
     pairs: list[TokenPair] = []
+    contexts: list[Mapping[str, Sequence[int]]] = []
     for number, row in enumerate(data.rows):
         try:
             preference = normalise(row, data.format, objective=data.objective, chat=chat)
         except ValueError as error:
             dropped[str(error)] += 1
             continue
-        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, cuts, ends, reading)
+        own: Counter[str] = Counter()
+        outcome = encode_preference(tokenizer, preference, limit.prompt, limit.response, own, ends, reading)
+        context: Mapping[str, Sequence[int]] = {}
+        if wishes and isinstance(outcome, TokenPair):
+            context = encode_wishes(tokenizer, preference.prompt, wishes, reading)
+            if own["prompt"] or (limit.wished and max(map(len, context.values())) > limit.wished):
+                outcome = NO_ROOM
         if isinstance(outcome, TokenPair):
             rows.append(number)
             pairs.append(outcome)
+            contexts.append(context)
+            cuts += own
         else:
             dropped[outcome] += 1
     if not pairs:
@@ -132,7 +159,7 @@ def encode(
         cut_rejected=cuts["rejected"],
         tokens=sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs),
     )
-    return EncodedPairs(rows=tuple(rows), pairs=tuple(pairs), report=report)
+    return EncodedPairs(rows=tuple(rows), pairs=tuple(pairs), contexts=tuple(contexts), report=report)
 
 
 def _categories(rows: Rows, key: str, source: str) -> tuple[str, ...]:

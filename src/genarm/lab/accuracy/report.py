@@ -25,6 +25,9 @@ from genarm.statistics import finite
 HOW = {
     "arm": "log π(y|x), summed over the tokens of the response",
     "implicit": "log π(y|x) − log π_base(y|x), summed over the tokens of the response",
+    "tuned": "log π(y|x) − log π_reference(y|x), summed over the tokens of the response",
+    "wish": "log π(y|wish, x) − log π(y|x), summed over the tokens of the response",
+    "policy": "the guided policy, log π_guided(y|x) − log π_base(y|x), summed over the tokens of the response",
     "trajectory": "a trajectory reward",
 }
 NOTHING = "–"
@@ -33,7 +36,7 @@ NOTHING = "–"
 def print_result(console: Console, result: AccuracyResult) -> None:
     """A table for every reward, and one of differences where there are several."""
     for measured in result.measured:
-        console.print(_heading(measured.name, HOW[measured.kind]))
+        console.print(_heading(measured.name, _how(measured)))
         console.print(_table(measured))
         console.print(_remark(measured), markup=False, highlight=False)
         console.print()
@@ -72,6 +75,8 @@ def as_json(result: AccuracyResult) -> dict[str, Any]:
                 "name": measured.name,
                 "reference": measured.reference,
                 "kind": measured.kind,
+                "weights": measured.weights,
+                "max_kl": measured.max_kl,
                 "limits": asdict(measured.limit),
                 "data": asdict(measured.report),
                 "figures": asdict(measured.figures),
@@ -110,6 +115,15 @@ def command(settings: AccuracySettings) -> str:
         for item in value if isinstance(value, tuple) else (value,):
             words += [option] if item is True else [option, str(item)]
     return shlex.join(words)
+
+
+def _how(measured: Measured) -> str:
+    """How a row's responses are scored; of a policy, at which weights."""
+    if measured.weights is None:
+        return HOW[measured.kind]
+    budget = "" if measured.max_kl is None else f", within {measured.max_kl:g} nats a token"
+    weights = ",".join(f"{name}={weight:g}" for name, weight in measured.weights.items())
+    return f"{HOW[measured.kind]}, at {weights}{budget}"
 
 
 def _heading(name: str, what: str) -> Text:

@@ -1,40 +1,56 @@
-"""`measure`: open every model, then load one after the other, score its pairs and draw up its figures."""
+"""`measure`: open every model, then load one after the other, score its pairs and draw up its figures.
+
+A guided model scores by all of its members in one pass, so what it and another row both need of a model on the same
+pairs is done once: the rows say what they want (`_Row`), and passes (`Pass`) are what gives it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from genarm.data.tokens import TokenReport, example_lines
-from genarm.errors import MemberError, VocabularyError
-from genarm.lab.accuracy.figures import Difference, Figures, Scores, difference, figures
-from genarm.lab.accuracy.models import Ids, Reward, RewardFiles, check_same_tokens, full_name, open_rewards
+from genarm.errors import ConfigError, MemberError
+from genarm.lab.accuracy.figures import Difference, Figures, Floats, Scores, difference, figures
+from genarm.lab.accuracy.models import (
+    GUIDED,
+    GuidedFiles,
+    Kind,
+    Reward,
+    RewardFiles,
+    check_same_tokens,
+    guided_by,
+    open_rewards,
+)
 from genarm.lab.accuracy.pairs import EncodedPairs, Limits, PairData, encode, limits, read_pairs
 from genarm.lab.accuracy.settings import AccuracySettings
+from genarm.model.config import BASE, MemberSpec
+from genarm.model.weights import parse_weights, weight_row
 from genarm.provenance import AT, Record, content_of, model_record
 from genarm.terminal import Bar
-
-Kind: TypeAlias = Literal["arm", "implicit", "trajectory"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One reward on the pairs.
+    """One reward, or one guided policy, on the pairs.
 
     Attributes:
         name, reference: for tables, and as the caller named it.
-        kind: how responses are scored: log π(y|x), log π(y|x) − log π_base(y|x), or by a trajectory reward.
+        kind: how responses are scored: log π(y|x); of a tuned reward or a wish, less that of its reference; of an
+            implicit one, less that of the base that was named; of a policy, log π_guided(y|x) − log π_base(y|x); or by
+            a trajectory reward.
         scores: of every pair that was kept.
         figures, per_token: from the scores, and from the scores divided by the responses' lengths, which a trajectory
             reward has none of.
         report, limit: what was dropped and cut.
+        weights, max_kl: of a policy.
     """
 
     name: str
@@ -45,6 +61,8 @@ class Measured:
     per_token: Figures | None
     report: TokenReport
     limit: Limits
+    weights: Mapping[str, float] | None = None
+    max_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +81,34 @@ class AccuracyResult:
     record: Record
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A reward that has not been loaded, and its pairs."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """A model that has not been loaded, and the pairs that it scores."""
 
-    files: RewardFiles
+    files: RewardFiles | GuidedFiles
     limit: Limits
     encoded: EncodedPairs
 
+    def has(self, spec: MemberSpec, encoded: EncodedPairs) -> str | None:
+        """The column in which a model is on these pairs, if there is one."""
+        if (self.encoded.rows, self.encoded.pairs) != (encoded.rows, encoded.pairs):
+            return None
+        return next((column for column, other in self.files.columns.items() if other == spec), None)
 
-# Called with the name of a model and the number of responses that it has scored.
-_Advance: TypeAlias = Callable[[str, int], None]
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of the result: the column of a pass, less another one, if one is named."""
+
+    name: str
+    kind: Kind
+    shown: Pass
+    column: tuple[Pass, str]
+    less: tuple[Pass, str] | None = None
+
+
+Advance: TypeAlias = Callable[[str, int], None]
+"""Called with the name of a model and the number of responses that it has scored."""
 
 
 def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
@@ -84,17 +119,12 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
             be seen then.
     """
     data = read_pairs(settings)
-    rewards = _open(settings)
-    base = None if settings.base is None else _open_base(settings, settings.base, rewards)
-    prepared = [_prepare(files, base, data, settings) for files in rewards]
-    for line in _reading(data, prepared):
+    passes, rows = _planned(settings, data, _open(settings))
+    for line in reading(data, rows[0].shown):
         console.print(line, markup=False, soft_wrap=True)
-    with _progress(console, prepared, base) as advance:
-        measured = [
-            _measured(item, item.files.kind, _load_and_score(item, settings, advance), data) for item in prepared
-        ]
-        if base is not None:
-            measured += _implicit(base, prepared, measured, data, settings, advance)
+    with progress(console, passes) as advance:
+        found = {of: score_pairs(of, settings, advance) for of in passes}
+    measured = [_measured(row, found, data) for row in rows]
     return AccuracyResult(
         settings=settings,
         format=data.format.description,
@@ -106,9 +136,8 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
     )
 
 
-def _reading(data: PairData, prepared: Sequence[_Prepared]) -> Iterator[str]:
+def reading(data: PairData, first: Pass) -> Iterator[str]:
     """How the data is read, and its first pair as the first model reads it."""
-    first = prepared[0]
     template = "with" if first.files.tokenizer.chat_template and not data.raw else "without"
     yield f"the data is {data.format.description}, read {template} the chat template"
     if data.unread:
@@ -124,34 +153,66 @@ def _record(settings: AccuracySettings, data: PairData) -> Record:
     return {"data": {AT: settings.data, "rows": content_of(map(dict, data.rows))}, **models, **base}
 
 
-def _open(settings: AccuracySettings) -> list[RewardFiles]:
-    """All rewards, by their full reference where two would have one name."""
-    found = [open_rewards(model, trust_remote_code=settings.trust_remote_code) for model in settings.models]
-    names = Counter(files.name for rewards in found for files in rewards)
-    return [
-        replace(files, name=full_name(files)) if names[files.name] > 1 else files
-        for rewards in found
-        for files in rewards
-    ]
+# --- opening ------------------------------------------------------------------------------------------------------
 
 
-def _prepare(files: RewardFiles, base: RewardFiles | None, data: PairData, settings: AccuracySettings) -> _Prepared:
-    """The pairs of a reward, which the base must be able to read too."""
-    readers = [files, base] if base and _is_policy(files, base) else [files]
-    contexts = [(reader.context, reader.name) for reader in readers if reader.context is not None]
-    context, name = min(contexts, default=(None, files.name))
-    limit = limits(settings, context, model=name)
-    return _Prepared(
-        files=files, limit=limit, encoded=encode(files.tokenizer, data, limit, files.ends, settings.reading)
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What the settings name.
+
+    Attributes:
+        models: in their order.
+        base: the reference of implicit rewards, if there is one.
+        products: the base guided by each ARM.
+    """
+
+    models: Sequence[RewardFiles | GuidedFiles]
+    base: RewardFiles | None
+    products: Sequence[GuidedFiles]
+
+
+def _open(settings: AccuracySettings) -> _Opened:
+    """All models, by their full reference where two would have one name, and policies at their weights."""
+    models = [open_rewards(model, trust_remote_code=settings.trust_remote_code) for model in settings.models]
+    names = Counter(files.name for files in models)
+    models = [replace(files, name=files.reference) if names[files.name] > 1 else files for files in models]
+    base = None if settings.base is None else _open_base(settings, settings.base, models)
+    arms = [files for files in models if isinstance(files, RewardFiles) and base and _has_implicit(files, base)]
+    products = [product for arm in arms if base and (product := guided_by(base, arm))]
+    weigh = _weigher(settings, [*(files for files in models if isinstance(files, GuidedFiles)), *products])
+    return _Opened(
+        models=[weigh(files) if isinstance(files, GuidedFiles) else files for files in models],
+        base=base,
+        products=[*map(weigh, products)],
     )
 
 
-def _open_base(settings: AccuracySettings, reference: str, rewards: Sequence[RewardFiles]) -> RewardFiles:
+def _weigher(settings: AccuracySettings, policies: Sequence[GuidedFiles]) -> Callable[[GuidedFiles], GuidedFiles]:
+    """What puts a policy at the weights and the budget of the settings.
+
+    Raises:
+        WeightsError: a weight that cannot be read or of no policy's reward.
+        ConfigError: there is no policy.
+    """
+    if not policies and (settings.weights is not None or settings.max_kl is not None):
+        option = "--max-kl" if settings.weights is None else "--weights"
+        raise ConfigError(f"{option} is for guided policies; give a guided folder, or an ARM with its --base")
+    given = {} if settings.weights is None else parse_weights(settings.weights)
+    weight_row(given, {name: weight for files in policies for name, weight in files.weights.items()})
+
+    def weigh(files: GuidedFiles) -> GuidedFiles:
+        own = {name: given.get(name, weight) for name, weight in files.weights.items()}
+        return replace(files, weights=own, max_kl=settings.max_kl)
+
+    return weigh
+
+
+def _open_base(settings: AccuracySettings, reference: str, models: Sequence[RewardFiles | GuidedFiles]) -> RewardFiles:
     """The reference of implicit rewards, checked to read the tokens of every causal LM."""
-    base, *others = open_rewards(reference, trust_remote_code=settings.trust_remote_code)
-    policies = [files for files in rewards if _is_policy(files, base)]
-    if others or base.kind != "arm":
+    base = open_rewards(reference, trust_remote_code=settings.trust_remote_code)
+    if not isinstance(base, RewardFiles) or base.kind != "arm":
         raise MemberError(f"--base {reference} must be one causal language model, whose log-probabilities are known")
+    policies = [files for files in models if _has_implicit(files, base)]
     if not policies:
         raise MemberError("--base is for causal language models, and none of the models is one beside it; leave it out")
     for policy in policies:
@@ -159,106 +220,138 @@ def _open_base(settings: AccuracySettings, reference: str, rewards: Sequence[Rew
     return base
 
 
-def _is_policy(files: RewardFiles, base: RewardFiles) -> bool:
-    """Whether it has an implicit reward over `base`; that of the base itself would be 0."""
-    return files.kind == "arm" and (files.spec, files.folder) != (base.spec, base.folder)
+def _has_implicit(files: RewardFiles | GuidedFiles, base: RewardFiles) -> bool:
+    """Whether it has an implicit reward over `base`; the base itself and differences have none."""
+    if isinstance(files, GuidedFiles):
+        return any(kind == "arm" for _, _, kind, _ in files.rewards)
+    return files.kind == "arm" and files.spec != base.spec
 
 
-def _left_to_base(prepared: Sequence[_Prepared], base: RewardFiles) -> list[EncodedPairs]:
-    """What the base has to score for the causal LMs: pairs in the same tokens once, and none that it has as a model."""
-    arms = [item for item in prepared if item.files.kind == "arm"]
-    own = [item.encoded for item in arms if not _is_policy(item.files, base)]
-    left: list[EncodedPairs] = []
-    for item in arms:
-        if not any(_same_pairs(item.encoded, known) for known in (*own, *left)):
-            left.append(item.encoded)
-    return left
+# --- what is scored, and what is made of it -----------------------------------------------------------------------
 
 
-def _same_pairs(first: EncodedPairs, second: EncodedPairs) -> bool:
-    return (first.rows, first.pairs) == (second.rows, second.pairs)
+def prepare(
+    files: RewardFiles | GuidedFiles, data: PairData, settings: AccuracySettings, base: RewardFiles | None = None
+) -> Pass:
+    """The pairs of a model, which the base, if one is given, must be able to read too.
+
+    Raises:
+        DataError: nothing is left to score.
+        ConfigError: lengths that do not fit, or template arguments that the chat template does not have.
+    """
+    contexts = [(of.context, of.name) for of in (files, base) if of is not None and of.context is not None]
+    context, name = min(contexts, default=(None, files.name))
+    limit = limits(settings, context, model=name)
+    encoded = encode(files.tokenizer, data, limit, files.ends, settings.reading, files.wishes)
+    return Pass(files=files, limit=limit, encoded=encoded)
 
 
-def _implicit(
-    base: RewardFiles,
-    prepared: Sequence[_Prepared],
-    measured: Sequence[Measured],
-    data: PairData,
-    settings: AccuracySettings,
-    advance: _Advance,
-) -> list[Measured]:
-    """Every causal LM by log π(y|x) − log π_base(y|x), the reward that DPO trains."""
-    known = [
-        (item.encoded, own.scores)
-        for item, own in zip(prepared, measured, strict=True)
-        if item.files.kind == "arm" and not _is_policy(item.files, base)
-    ]
-    if left := _left_to_base(prepared, base):
-        reward = base.load(dtype=settings.dtype, device=settings.device)
-        known += [(pairs, _score(reward, base.name, pairs, settings.batch_size, advance)) for pairs in left]
-    found = []
-    for item, policy in zip(prepared, measured, strict=True):
-        if _is_policy(item.files, base):
-            of_base = next(scores for pairs, scores in known if _same_pairs(pairs, item.encoded))
-            scores = policy.scores.minus(of_base)
-            found.append(replace(_measured(item, "implicit", scores, data), name=f"{policy.name} − {base.name}"))
-    return found
+def _planned(settings: AccuracySettings, data: PairData, opened: _Opened) -> tuple[list[Pass], list[_Row]]:
+    """The passes, those of guided models first, and the rows: rewards, then implicit ones, then policies."""
+    base = opened.base
+
+    def prepared(files: RewardFiles | GuidedFiles) -> Pass:
+        return prepare(files, data, settings, base if base and _has_implicit(files, base) else None)
+
+    own = [(files, prepared(files)) for files in opened.models]
+    policies = [of for files, of in own if isinstance(files, GuidedFiles)] + [*map(prepared, opened.products)]
+    passes = [*policies]
+
+    def column(spec: MemberSpec, otherwise: Pass) -> tuple[Pass, str]:
+        """Where a model's scores of some pairs come from: a pass that has them, or one more."""
+        for of in passes:
+            if (name := of.has(spec, otherwise.encoded)) is not None:
+                return of, name
+        passes.append(otherwise)
+        return otherwise, otherwise.files.name
+
+    rows: list[_Row] = []
+    for files, of in own:
+        if isinstance(files, RewardFiles):
+            rows.append(_Row(name=files.name, kind=files.kind, shown=of, column=column(files.spec, of)))
+            continue
+        for name, at, kind, less in files.rewards:
+            against = None if less is None else (of, less)
+            rows.append(_Row(name=name, kind=kind, shown=of, column=(of, at), less=against))
+    for row in [*rows] if base else ():
+        of, at = row.column
+        if base and row.kind == "arm" and of.files.columns[at] != base.spec:
+            of_base = column(base.spec, replace(row.shown, files=base))
+            rows.append(replace(row, name=f"{row.name} − {base.name}", kind="implicit", less=of_base))
+    rows += [_Row(name=of.files.name, kind="policy", shown=of, column=(of, GUIDED), less=(of, BASE)) for of in policies]
+    return passes, rows
 
 
-def _measured(item: _Prepared, kind: Kind, scores: Scores, data: PairData) -> Measured:
+def _measured(row: _Row, found: Mapping[Pass, Mapping[str, Scores]], data: PairData) -> Measured:
+    of, at = row.column
+    scores = found[of][at]
+    if row.less is not None:
+        scores = scores.minus(found[row.less[0]][row.less[1]])
+    policy = of.files if row.kind == "policy" and isinstance(of.files, GuidedFiles) else None
     return Measured(
-        name=item.files.name,
-        reference=item.files.reference,
-        kind=kind,
+        name=row.name,
+        reference=row.shown.files.reference,
+        kind=row.kind,
         scores=scores,
         figures=figures(scores, data.categories),
-        per_token=None if kind == "trajectory" else figures(scores.per_token(), data.categories),
-        report=item.encoded.report,
-        limit=item.limit,
+        per_token=None if row.kind == "trajectory" else figures(scores.per_token(), data.categories),
+        report=row.shown.encoded.report,
+        limit=row.shown.limit,
+        weights=None if policy is None else policy.weights,
+        max_kl=None if policy is None else policy.max_kl,
     )
 
 
-def _load_and_score(item: _Prepared, settings: AccuracySettings, advance: _Advance) -> Scores:
-    """The model is let go before the next one is loaded."""
-    reward = item.files.load(dtype=settings.dtype, device=settings.device)
-    return _score(reward, item.files.name, item.encoded, settings.batch_size, advance)
+# --- scoring ------------------------------------------------------------------------------------------------------
 
 
-def _score(reward: Reward, name: str, encoded: EncodedPairs, batch_size: int, advance: _Advance) -> Scores:
-    """Scores of all pairs; sequences of about one length are scored together, the longest first."""
-    prompts = [pair.prompt_ids for pair in encoded.pairs] * 2
-    replies = [pair.chosen_ids for pair in encoded.pairs] + [pair.rejected_ids for pair in encoded.pairs]
-    _check_tokens(reward, name, prompts, replies)
+def score_pairs(of: Pass, settings: AccuracySettings, advance: Advance) -> dict[str, Scores]:
+    """The scores of each of a model's columns; the model is let go before the next one is loaded."""
+    reward = of.files.load(dtype=settings.dtype, device=settings.device)
+    return score_with(reward, of, settings.batch_size, advance)
+
+
+def score_with(reward: Reward, of: Pass, batch_size: int, advance: Advance) -> dict[str, Scores]:
+    """As `score_pairs`, of a model that is there; sequences of about one length go together, the longest first.
+
+    Raises:
+        VocabularyError: the pairs have ids that the model does not know.
+        MemberError: scores that are no finite numbers.
+    """
+    name, pairs = of.files.name, of.encoded.pairs
+    prompts = [pair.prompt_ids for pair in pairs] * 2
+    replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    contexts = [*of.encoded.contexts] * 2
+    scored = {i for ids in replies for i in ids}
+    reward.check(scored.union(*prompts), scored)
     order = sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i]), reverse=True)
-    scores = np.zeros(len(replies))
+    found: dict[str, Floats] = {}
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
-        scores[part] = reward.score([prompts[i] for i in part], [replies[i] for i in part])
-        if not np.isfinite(scores[part]).all():
-            raise MemberError(
-                f"{name} gives scores that are no finite numbers: its weights are broken, or too large for its dtype "
-                "(try --dtype float32)"
-            )
+        said = reward.score([prompts[i] for i in part], [replies[i] for i in part], [contexts[i] for i in part])
+        for at, values in said.items():
+            if not np.isfinite(values).all():
+                raise MemberError(
+                    f"{_column_name(of, at)} gives scores that are no finite numbers: its weights are broken, or too "
+                    "large for its dtype (try --dtype float32)"
+                )
+            found.setdefault(at, np.zeros(len(replies)))[part] = values
         advance(name, len(part))
-    chosen_B, rejected_B = scores.reshape(2, -1)
-    chosen_length_B, rejected_length_B = np.array([len(reply) for reply in replies]).reshape(2, -1)
-    return Scores(
-        rows=np.array(encoded.rows),
-        chosen_B=chosen_B,
-        rejected_B=rejected_B,
-        chosen_length_B=chosen_length_B,
-        rejected_length_B=rejected_length_B,
-    )
-
-
-def _check_tokens(reward: Reward, name: str, *sides: Sequence[Ids]) -> None:
-    """Refuse ids that the embedding does not have (raises VocabularyError), which would fail without a name."""
-    highest = max(max(ids) for side in sides for ids in side)
-    if highest >= reward.rows:
-        raise VocabularyError(
-            f"the pairs have the token id {highest}, and {name} knows {reward.rows} ids only; use the tokenizer that "
-            "the model was trained with"
+    lengths_2B = np.array([len(reply) for reply in replies]).reshape(2, -1)
+    return {
+        at: Scores(
+            rows=np.array(of.encoded.rows),
+            chosen_B=values[: len(pairs)],
+            rejected_B=values[len(pairs) :],
+            chosen_length_B=lengths_2B[0],
+            rejected_length_B=lengths_2B[1],
         )
+        for at, values in found.items()
+    }
+
+
+def _column_name(of: Pass, column: str) -> str:
+    return of.files.name if column in (of.files.name, GUIDED) else f"{of.files.name}:{column}"
 
 
 def _differences(measured: Sequence[Measured]) -> tuple[Difference, ...]:
@@ -268,11 +361,9 @@ def _differences(measured: Sequence[Measured]) -> tuple[Difference, ...]:
 
 
 @contextmanager
-def _progress(console: Console, prepared: Sequence[_Prepared], base: RewardFiles | None) -> Iterator[_Advance]:
+def progress(console: Console, passes: Sequence[Pass]) -> Iterator[Advance]:
     """A bar over the responses that all models together have to score."""
-    responses = [2 * len(item.encoded.pairs) for item in prepared]
-    of_base = [2 * len(pairs.pairs) for pairs in _left_to_base(prepared, base)] if base else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console) as progress:
-        task = progress.add_task("loading", total=sum(responses) + sum(of_base))
-        yield lambda name, count: progress.update(task, description=f"scoring with {name}", advance=count)
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("loading", total=sum(2 * len(of.encoded.pairs) for of in passes))
+        yield lambda name, count: bar.update(task, description=f"scoring with {name}", advance=count)

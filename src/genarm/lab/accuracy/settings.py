@@ -27,7 +27,7 @@ class AccuracySettings(Loading):
             "nargs": "+",
             "metavar": "MODEL",
             "help": "an ARM (a causal LM's folder or hub id, or a LoRA adapter's folder), a guided folder (each of its "
-            "rewards), or a trajectory reward model",
+            "rewards, and the guided policy), or a trajectory reward model",
         }
     )
     data: str = field(
@@ -54,7 +54,23 @@ class AccuracySettings(Loading):
         metadata={
             "metavar": "MODEL",
             "help": "also score each causal LM by log π − log π_base, the implicit reward of DPO, with this model as "
-            "the base",
+            "the base, and the policy of this base guided by it",
+        },
+    )
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "NAME=W,…",
+            "help": "reward weights of guided policies, as in helpful=1,harmless=0.5; the folder's own for those not "
+            "named; an ARM that guides --base has its name in the tables, and 1",
+        },
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "E",
+            "help": "the most nats that a token's distribution may be from the base's in guided policies, as in "
+            "genarm generate",
         },
     )
     max_prompt_tokens: int | None = field(default=None, metadata={"help": "longer prompts lose their beginning"})
@@ -79,6 +95,10 @@ class AccuracySettings(Loading):
         twice = sorted({model for model in self.models if self.models.count(model) > 1})
         if twice:
             raise ConfigError(f"the model {twice[0]} is given twice; name each once")
+        if self.max_kl is not None:
+            from genarm.model.weights import check_max_kl  # which imports torch
+
+            check_max_kl(self.max_kl)
         for name in ("batch_size", "max_prompt_tokens", "max_response_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
