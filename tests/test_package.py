@@ -41,7 +41,7 @@ def test_no_public_name_is_a_module_too() -> None:
 
 
 SIGNATURES = {
-    "ArmTrainer": "(model, args, *, beta, pad_id, train_pairs, eval_pairs=None, callbacks=None)",
+    "ArmTrainer": "(model, args, *, beta, train_pairs, eval_pairs=None, callbacks=None)",
     "Completion": "(*, text, tokens, ending, prompt_tokens, reused_tokens, drafted, accepted)",
     "Engine": "(model, tokenizer, options=None, *, draft=None, draft_tokenizer=None)",
     "Engine.from_pretrained": "(reference, options=None, *, dtype='auto', device=None, draft=None, "

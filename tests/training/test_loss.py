@@ -12,7 +12,7 @@ from builders.tiny import tiny_model, tiny_tokenizer
 from genarm.data.formats.base import Preference
 from genarm.data.tokens import tokenize
 from genarm.training import loss as loss_module
-from genarm.training.collator import PairCollator
+from genarm.training.collator import collate
 from genarm.training.loss import arm_loss, response_log_probs, token_log_probs
 from genarm.training.trainer import ArmTrainer
 
@@ -148,9 +148,9 @@ def test_equals_trl_cpo_sigmoid_without_nll(family: str, tmp_path: Path) -> None
     expected, metrics = theirs.get_batch_loss_metrics(model, batch)
 
     pairs = tokenize(tokenizer, [Preference(**row) for row in rows], max_prompt_tokens=64, max_response_tokens=64).pairs
-    ours = ArmTrainer(model, TrainingArguments(**arguments), beta=0.3, pad_id=0, train_pairs=list(pairs))
-    got = ours.compute_loss(model, PairCollator(pad_id=0)(pairs))
+    ours = ArmTrainer(model, TrainingArguments(**arguments), beta=0.3, train_pairs=list(pairs))
+    got = ours.compute_loss(model, collate(pairs))
     torch.testing.assert_close(got, expected)
-    chosen, rejected = ours.rewards(model, PairCollator(pad_id=0)(pairs))
+    chosen, rejected = ours.rewards(model, collate(pairs))
     assert chosen.mean().item() == pytest.approx(metrics["logps/chosen"], rel=1e-5)
     assert rejected.mean().item() == pytest.approx(metrics["logps/rejected"], rel=1e-5)

@@ -40,13 +40,10 @@ class Arm(Kind):
         from genarm.training.loading import load_model
 
         arguments = TrainingArguments(**setup.options)  # first: DeepSpeed splits the weights while they are loaded
-        # Any id serves: padding is masked in attention and loss alike.
-        pad_id = next(i for i in (setup.tokenizer.pad_token_id, setup.tokenizer.eos_token_id, 0) if i is not None)
         return self.trainer_class()(
             load_model(setup.config, setup.tokenizer),
             arguments,
             beta=setup.config.resolved_beta,
-            pad_id=int(pad_id),
             train_pairs=list(setup.data.training),
             eval_pairs=list(setup.data.held_out) if setup.data.held_out else None,
             callbacks=setup.callbacks,

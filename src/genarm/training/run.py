@@ -110,7 +110,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
     if isinstance(trainer, ArmTrainer):
         try:
-            trainer.check_padding()
+            for note in trainer.check_reading():
+                console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         except MemberError:
             with suppress(OSError):  # the trainer has made its folder already; what is not empty stays
                 Path(trainer.args.output_dir or "").rmdir()

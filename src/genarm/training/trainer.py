@@ -5,6 +5,7 @@ Shapes: B pairs, 2B sequences (chosen first), T positions, R response positions,
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -18,19 +19,17 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from genarm.data.tokens import TokenPair
-from genarm.errors import GenarmError, MemberError
+from genarm.errors import GenarmError
 from genarm.statistics import proportion
-from genarm.training.collator import PairCollator
+from genarm.training.collator import collate
 from genarm.training.loss import arm_loss
-from genarm.training.reader import Batch, ModelReader
+from genarm.training.reader import WAYS, Batch, ModelReader, sample
 from genarm.training.responses import ResponseStates, summed, token_log_probs
 
 # What the trainer adds to each entry of the log, beside the loss, as means over pairs since the last entry.
 TRAIN_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
-
-# How many pairs are looked at for a short and a long prompt.
-PADDING_ROWS = 256
+logger = logging.getLogger(__name__)
 
 
 class CheckedTrainer(Trainer):
@@ -44,16 +43,14 @@ class CheckedTrainer(Trainer):
 
 
 class PairTrainer(CheckedTrainer):
-    """Learns from pairs, and is evaluated by their accuracy.
-
-    `length_mask` names the part of a batch whose ones are the lengths of the responses; what is before both responses
-    of a pair may be counted as well, as only differences matter.
-    """
-
-    length_mask = "response_mask"
+    """Learns from pairs, and is evaluated by their accuracy."""
 
     def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
+        raise NotImplementedError
+
+    def lengths(self, batch: Batch) -> torch.Tensor:
+        """Tokens of both responses of each pair [2, B]; the prompt may count as well: only differences matter."""
         raise NotImplementedError
 
     def prediction_step(
@@ -67,8 +64,7 @@ class PairTrainer(CheckedTrainer):
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             rewards_B2 = self.rewards(model, batch).T.contiguous()
-        lengths_B2 = batch[self.length_mask].sum(-1).view(2, -1).T.contiguous()
-        return None, rewards_B2, lengths_B2
+        return None, rewards_B2, self.lengths(batch).to(rewards_B2.device).T.contiguous()
 
 
 class ArmTrainer(PairTrainer):
@@ -84,7 +80,6 @@ class ArmTrainer(PairTrainer):
         args: TrainingArguments,
         *,
         beta: float,
-        pad_id: int,
         train_pairs: list[TokenPair],
         eval_pairs: list[TokenPair] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -94,7 +89,7 @@ class ArmTrainer(PairTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(pad_id=pad_id),
+            data_collator=collate,
             train_dataset=train_pairs,
             eval_dataset=eval_pairs or None,
             compute_metrics=self._pair_metrics,
@@ -116,40 +111,26 @@ class ArmTrainer(PairTrainer):
             self.args.device.type, torch.bfloat16, enabled=self._bf16_autocast, cache_enabled=cache_enabled
         )
 
-    @torch.no_grad()
-    def check_padding(self) -> None:
-        """Refuse a model for which the rewards of a pair depend on the pairs beside it.
-
-        The pair with the shortest prompt of the first ones, alone and beside the one with the longest: prompts are
-        padded on the left, which some models (Recurrent Gemma) read as if it were text.
+    def check_reading(self) -> list[str]:
+        """Find out how the model can read pairs, before it is trained; returns what there is to say of it.
 
         Raises:
-            MemberError: the rewards differ by more than rounding.
+            MemberError: what the model says of a text depends on the texts beside it.
         """
-        data: Any = self.train_dataset
-        pairs = sorted(data[:PADDING_ROWS], key=lambda pair: len(pair.prompt_ids))
-        if self.args.per_device_train_batch_size == 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return
         model: Any = self.model
-        training = model.training
-        model.eval()
-        beside, alone = (
-            self.rewards(model, self._prepare_inputs(self.data_collator(batch)))[:, 0]
-            for batch in ([pairs[0], pairs[-1]], [pairs[0]])
-        )
-        model.train(training)
-        off = float((beside - alone).abs().max())
-        exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        if off > (0.01 if exact and not self._bf16_autocast else 0.5) + 0.01 * float(alone.abs().max()):
-            raise MemberError(
-                f"padding changes what this model says: the reward of a pair is {off:.2g} nats off beside a longer "
-                "one; train with --batch-size 1 (and more --accumulation), or a model of another family"
-            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return []  # the weights are not there yet: it is found out in the first forward
+        with self.compute_loss_context_manager():
+            return self._read_by(model, model)[1]
 
     def rewards(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
         states = self.states(model, batch)
         return summed(token_log_probs(states), states).view(2, -1)
+
+    def lengths(self, batch: Batch) -> torch.Tensor:
+        """Tokens of both responses of each pair: [2, B]."""
+        return torch.tensor(batch["lengths"]).T[1:]
 
     def states(self, model: nn.Module, batch: Batch) -> ResponseStates:
         """What `model` says before each token of the responses of `batch`.
@@ -157,10 +138,30 @@ class ArmTrainer(PairTrainer):
         Any causal LM will do (a frozen base, a reference, the trained model with its adapter switched off): the
         positions are the same for all, and in the same order.
         """
-        plain = self.accelerator.unwrap_model(model)
-        if plain not in self._readers:
-            self._readers[plain] = ModelReader(plain)
-        return self._readers[plain].states(model, batch)
+        reader, notes = self._read_by(self.accelerator.unwrap_model(model), model)
+        for note in notes:
+            logger.warning(note)
+        return reader.states(model, batch)
+
+    def _read_by(self, plain: nn.Module, model: nn.Module) -> tuple[ModelReader, list[str]]:
+        """The reader of a model, and what there is to say of it the first time."""
+        if plain in self._readers:
+            return self._readers[plain], []
+        # An output layer whose weights are in pieces can be called in the whole model's forward alone.
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        reader = ModelReader(plain, [way for way in WAYS if whole or not way.split])
+        data: Any = self.train_dataset
+        notes = reader.check(model, self._prepare_inputs(collate(sample(data))))
+        self._readers[plain] = reader
+        return reader, notes
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; models are left with the attention that they came with."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for reader in self._readers.values():
+                reader.leave()
 
     def loss(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor) -> torch.Tensor:
         """The loss of B pairs, a scalar, from the rewards of their responses."""
@@ -177,7 +178,7 @@ class ArmTrainer(PairTrainer):
         chosen_B, rejected_B = self.rewards(model, inputs)
         loss = self.loss(chosen_B, rejected_B)
         if model.training:
-            self._add_to_sums(chosen_B.detach(), rejected_B.detach(), inputs["attention_mask"].sum())
+            self._add_to_sums(chosen_B.detach(), rejected_B.detach(), inputs["input_ids"].numel())
         return (loss, {"rewards": torch.stack([chosen_B, rejected_B])}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -199,10 +200,10 @@ class ArmTrainer(PairTrainer):
         (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
 
-    def _add_to_sums(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor, tokens: torch.Tensor) -> None:
+    def _add_to_sums(self, chosen_B: torch.Tensor, rejected_B: torch.Tensor, tokens: int) -> None:
         pairs = torch.ones_like(chosen_B)
         per_pair = torch.stack([chosen_B > rejected_B, chosen_B - rejected_B, chosen_B, rejected_B, pairs])
-        sums = torch.cat([per_pair.double().sum(-1), tokens.double().view(1)])
+        sums = torch.cat([per_pair.double().sum(-1), per_pair.new_tensor([tokens], dtype=torch.float64)])
         self._sums = self._sums.to(sums.device) + sums
 
     def _drain_sums(self) -> dict[str, float]:

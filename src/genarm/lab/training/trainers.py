@@ -26,6 +26,7 @@ from genarm.training.config import TrainConfig
 from genarm.training.kinds import Setup
 from genarm.training.loading import adapter_config, load_weights
 from genarm.training.loss import response_log_probs
+from genarm.training.reader import Batch
 from genarm.training.trainer import CheckedTrainer, PairTrainer, check_numbers, pair_metrics
 
 Made = TypeVar("Made")
@@ -45,7 +46,11 @@ class PairBaseline(PairTrainer, Baseline):
     """A baseline that learns from pairs."""
 
     beta: float
-    length_mask = "attention_mask"
+
+    def lengths(self, batch: Batch) -> torch.Tensor:
+        """See `PairTrainer.lengths`."""
+        mask_ST: torch.Tensor = batch["attention_mask"]
+        return mask_ST.sum(-1).view(2, -1)
 
 
 class TranslatedLog(Trainer):
