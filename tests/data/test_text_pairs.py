@@ -15,10 +15,10 @@ from genarm.data.tokens import EXAMPLE_WIDTH, TokenPair, example_lines
 from genarm.lab.accuracy.models import open_rewards
 from genarm.lab.accuracy.pairs import encode, limits, read_pairs
 from genarm.lab.accuracy.settings import AccuracySettings
-from genarm.lab.training.prompts import load_prompts
 from genarm.model.references import open_files
 from genarm.training.config import TrainConfig
 from genarm.training.data import load_pairs
+from genarm.training.prompts import load_prompts
 
 ROWS = [{"prompt": f"w{i} w9", "chosen": f"w{i} w3", "rejected": "w4"} for i in range(6)]
 

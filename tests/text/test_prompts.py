@@ -22,7 +22,6 @@ from genarm.lab.accuracy.report import command
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.lab.evaluation.prompts import read_questions
 from genarm.lab.evaluation.recipe import PromptSpec
-from genarm.lab.training.prompts import load_prompts
 from genarm.server.schema import Message
 from genarm.text.detokenizer import token_texts
 from genarm.text.prompts import (
@@ -36,6 +35,7 @@ from genarm.text.prompts import (
 )
 from genarm.training.config import TrainConfig, make_config, to_toml, training_differences
 from genarm.training.data import load_pairs
+from genarm.training.prompts import load_prompts
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from genarm.data.formats.base import Preference
@@ -61,6 +61,11 @@ class TokenPair:
     prompt_ids: array[int]
     chosen_ids: array[int]
     rejected_ids: array[int]
+
+    @property
+    def parts(self) -> dict[str, Sequence[int]]:
+        """Its token ids by what they are, for a reader."""
+        return {"prompt": self.prompt_ids, "chosen": self.chosen_ids, "rejected": self.rejected_ids}
 
     @property
     def width(self) -> int:
@@ -191,12 +196,12 @@ def report_table(reports: Mapping[str, TokenReport]) -> Table:
 
 def example_lines(tokenizer: PreTrainedTokenizerBase, item: TokenPair | Sequence[int]) -> list[str]:
     """A pair, or a prompt alone, as the model reads it: special tokens and line breaks are visible."""
-    parts: dict[str, Sequence[int]] = {"prompt": item} if not isinstance(item, TokenPair) else asdict(item)
+    parts = item.parts if isinstance(item, TokenPair) else {"prompt": item}
     lines = []
     for name, ids in parts.items():
         text = repr(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
         shown = text if len(text) <= EXAMPLE_WIDTH else f"{text[: EXAMPLE_WIDTH // 2]} … {text[-EXAMPLE_WIDTH // 2 :]}"
-        lines.append(f"{name.removesuffix('_ids')}: {shown}")
+        lines.append(f"{name}: {shown}")
     return lines
 
 

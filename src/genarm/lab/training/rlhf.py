@@ -62,7 +62,7 @@ class Rlhf(Baseline):
 
     def load(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[Ids]:
         """Prompts to reply to."""
-        from genarm.lab.training.prompts import load_prompts
+        from genarm.training.prompts import load_prompts
 
         return load_prompts(config, tokenizer)
 

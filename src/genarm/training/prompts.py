@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from genarm.data.formats.base import Preference
 from genarm.data.preferences import PreferenceSet
 from genarm.data.prompts import to_prompts
-from genarm.data.sources import load_rows
+from genarm.data.sources import Rows, load_rows, read_text
 from genarm.data.tokens import TokenReport
 from genarm.errors import ConversationError, DataError
 from genarm.text.prompts import Prompt, check_reading, encode_prompt
 from genarm.training.config import TrainConfig
 from genarm.training.data import HELD_OUT, TRAINING, Ids, TrainData, held_out_source, split_off
+
+Read = TypeVar("Read")
+TOO_LONG = "the prompt is too long"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +37,37 @@ class PromptReport(TokenReport):
 
 
 def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[Ids]:
-    """Distinct prompts to reply to, of preference pairs or of rows with a prompt alone.
+    """Distinct prompts to reply to, of preference pairs or of rows with a prompt alone, in tokens.
 
     A prompt of the latter is taken as in the former.
+    """
+
+    def encode(prompt: Prompt) -> list[Ids]:
+        return [encode_prompt(tokenizer, prompt, config.reading)]
+
+    read = load_readings(config, tokenizer, encode, cut=True)
+    first = {
+        name: [ids for (ids,) in items] for name, items in ((TRAINING, read.training), (HELD_OUT, read.held_out or ()))
+    }
+    return TrainData(
+        training=first[TRAINING],
+        held_out=None if read.held_out is None else first[HELD_OUT],
+        reports=read.reports,
+        formats=read.formats,
+        leaked=read.leaked,
+    )
+
+
+def load_readings(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[Prompt], Sequence[Ids]],
+    *,
+    cut: bool,
+) -> TrainData[Sequence[Ids]]:
+    """As `load_prompts`, each prompt as it is read in one way or several, as `encode` says.
+
+    One that is longer than --max-prompt-tokens is cut from the left, or left out where `cut` is false.
     """
     check_reading(tokenizer, config.reading)
     chat = bool(tokenizer.chat_template) and not config.raw
@@ -48,7 +81,9 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
         sources[TRAINING] = dataclasses.replace(whole, pairs=kept)
         sources[HELD_OUT] = dataclasses.replace(whole, pairs=held_back, malformed={})
     assert config.max_prompt_tokens is not None
-    sets = {name: _encode_prompts(tokenizer, source, config, f"{name} prompts") for name, source in sources.items()}
+    sets = {
+        name: _encode_prompts(encode, source, config, f"{name} prompts", cut=cut) for name, source in sources.items()
+    }
     trained = {pair.prompt_key for pair in sources[TRAINING].pairs}
     held_out = {pair.prompt_key for pair in sources[HELD_OUT].pairs} if HELD_OUT in sources else set()
     return TrainData(
@@ -61,33 +96,43 @@ def load_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tra
 
 
 def _read_prompts(source: str, split: str, config: TrainConfig, chat: bool) -> PreferenceSet:
-    return to_prompts(load_rows(source, split=split), source=source, objective=config.objective, chat=chat)
+    path = Path(source)
+    rows: Rows
+    if path.is_file() and path.name.lower().removesuffix(".gz").endswith(".txt"):
+        rows = [{"prompt": line} for line in read_text(path).splitlines() if line.strip()]
+    else:
+        rows = load_rows(source, split=split)
+    return to_prompts(rows, source=source, objective=config.objective, chat=chat)
 
 
 def _encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, source: PreferenceSet, config: TrainConfig, what: str
-) -> tuple[list[Ids], TokenReport]:
+    encode: Callable[[Prompt], Sequence[Ids]], source: PreferenceSet, config: TrainConfig, what: str, *, cut: bool
+) -> tuple[list[Sequence[Ids]], TokenReport]:
     longest = config.max_prompt_tokens
     assert longest is not None
     dropped: Counter[str] = Counter(source.malformed)
-    kept: list[Ids] = []
-    cut = 0
+    kept: list[Sequence[Ids]] = []
+    cuts = 0
     for prompt in _distinct(source.pairs, dropped):
         try:
-            ids = encode_prompt(tokenizer, prompt, config.reading)
+            readings = encode(prompt)
         except ConversationError as error:  # such as: roles must alternate
             dropped[str(error)] += 1
             continue
-        cut += len(ids) > longest
-        kept.append(ids[-longest:])
+        too_long = any(len(ids) > longest for ids in readings)
+        if too_long and not cut:
+            dropped[TOO_LONG] += 1
+            continue
+        cuts += too_long
+        kept.append([ids[-longest:] for ids in readings])
     if not kept:
         raise DataError(f"{source.source} gives no {what}: {dict(dropped)}; expected rows with a prompt")
     report = PromptReport(
         rows=len(kept) + dropped.total(),
         kept=len(kept),
         dropped=dict(dropped),
-        cut_prompts=cut,
-        tokens=sum(map(len, kept)),
+        cut_prompts=cuts,
+        tokens=sum(len(ids) for readings in kept for ids in readings),
     )
     return kept, report
 
