@@ -60,8 +60,9 @@ SIGNATURES = {
     "Token": "(*, id, text, log_prob, base, rewards, top=(), kl=None)",
     "TokenRewards": "(*, tokens, token_ids, base, rewards, guided, weights, differences=())",
     "TrainConfig": (
-        "(*, model, data, output, kind='arm', rewards=None, revision=None, trust_remote_code=False, "
-        "chat_template=None, raw=False, split='train', objective=None, eval_data=None, eval_split=None, "
+        "(*, model, data='', output, kind='arm', rewards=None, revision=None, trust_remote_code=False, "
+        "chat_template=None, loss=None, through=None, through_weight=None, start=None, wish=None, prompts=None, "
+        "raw=False, split='train', objective=None, eval_data=None, eval_split=None, "
         "eval_fraction=0.05, template_arg=(), max_prompt_tokens=None, max_response_tokens=None, lora=False, "
         "lora_rank=8, lora_alpha=16, lora_dropout=None, lora_targets='all-linear', load_in_4bit=False, "
         "beta=None, generations=None, epochs=1.0, max_steps=None, learning_rate=None, schedule='cosine', "

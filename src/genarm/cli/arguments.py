@@ -94,7 +94,7 @@ def _option(
         found["dest"] = name
         if over_file:
             found["default"] = argparse.SUPPRESS
-            if not (default in (None, (), dataclasses.MISSING) or isinstance(default, bool)):
+            if not (default in (None, (), "", dataclasses.MISSING) or isinstance(default, bool)):
                 found["help"] += f" (default: {default})"
         elif default is dataclasses.MISSING:
             found["required"] = True

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 
 from genarm.errors import ConfigError, GenarmError, MemberError
 from genarm.files import check_new_folder, new_folder, no_folder, refuse_file
@@ -31,6 +30,7 @@ from genarm.model.loading import (
     load_tokenizer,
     locate,
 )
+from genarm.model.trained import said_of_start, trained_through, training_of
 from genarm.model.vocabulary import Vocabulary, align, read_vocabulary, shown, unknown_note, unknown_tokens
 from genarm.model.weights import weight_row
 from genarm.text.prompts import as_conversation, encode_prompt, end_ids
@@ -38,8 +38,6 @@ from genarm.text.prompts import as_conversation, encode_prompt, end_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TRAIN_SETTINGS = "train_config.toml"
-"""What `genarm train` leaves in an ARM's folder: the settings of the training."""
 _NEVER_COPIED = shutil.ignore_patterns("checkpoints", "*.bin", "*.pt", "*.pth", "*.pkl", ".git", ".cache")
 
 
@@ -118,7 +116,7 @@ def compose(
     _check_names(new, adapter_models)
     if odd := sorted({*(adapter_models or {})} & {*wishes}):
         raise ConfigError(f"{odd[0]!r} is a wish, which the base reads, so it goes on no other model; leave that out")
-    if stray := sorted({*references} - {*tuned}):
+    if stray := sorted({*references} - {*tuned} - {*rewards}):
         raise ConfigError(
             f"{stray[0]!r} is no tuned reward, so it has no reference; give it as --tuned {stray[0]}=PATH"
         )
@@ -130,13 +128,23 @@ def compose(
     base_spec = replace(base_spec, **settings.get(BASE, {}))
     members = {name: reward.member for name, reward in present.items()}
     against = {name: reward.reference for name, reward in present.items()}
+    said: list[str] = []
     for name, text in wishes.items():
         members[name], against[name] = MemberSpec(wish=text), None
     for name, path in {**rewards, **tuned}.items():
         members[name] = _reward_spec(name, str(path), base_spec, (adapter_models or {}).get(name), hub)
+        trained = training_of(members[name], hub)
         against[name] = THE_BASE if name in tuned else None
         if name in references:
+            if name not in tuned and trained.get("start") != "zero":
+                raise ConfigError(
+                    f"{name!r} is no tuned reward, so it has no reference; give it as --tuned {name}=PATH"
+                )
             against[name] = _reference_spec(name, str(references[name]), base_spec, hub)
+        elif trained.get("start") == "zero":
+            against[name] = _start_spec(name, members[name], trained, base_spec, hub)
+            said.append(said_of_start(name, str(path), trained, against[name], hub))
+        said += trained_through(name, trained, base_spec, (weights or {}).get(name, 1.0))
     values = weight_row(weights or {}, {name: present[name].weight if name in present else 1.0 for name in members})
     texts = {**{name: reward.description for name, reward in present.items()}, **(descriptions or {})}
     specs = [
@@ -159,7 +167,7 @@ def compose(
         for name, spec in all_specs.items()
         if name != BASE and spec.model is not None
     }
-    notes = _compare(base_described, described.values())
+    notes = [*said, *_compare(base_described, described.values())]
     for spec in specs:
         notes += _reads_otherwise(spec, base_described, described.get(spec.name, base_described), hub)
         notes += _unlike_its_reference(spec)
@@ -251,6 +259,22 @@ def _reference_spec(name: str, reference: str, base: MemberSpec, hub: HubOptions
     return THE_BASE if is_base else spec
 
 
+def _start_spec(
+    name: str, member: MemberSpec, trained: Mapping[str, Any], base: MemberSpec, hub: HubOptions
+) -> MemberSpec:
+    """The model that a reward was trained from, and is a difference to: of an adapter, the one that it goes on."""
+    if member.adapter is not None:
+        return MemberSpec(model=member.model, revision=member.revision)
+    model, revision = str(trained.get("model")), trained.get("revision")
+    try:
+        return _reference_spec(name, model if revision is None else f"{model}@{revision}", base, hub)
+    except MemberError as error:
+        raise MemberError(
+            f"the reward {name!r} is a difference to the model that it was trained from, {model}, which is not there "
+            f"any more; say where it is now with --reference {name}=MODEL"
+        ) from error
+
+
 def _unlike_its_reference(reward: RewardSpec) -> list[str]:
     """Whether a difference is one of two models that have nothing to do with each other."""
     member = reward.member
@@ -324,9 +348,7 @@ def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub
     templates = [getattr(t, "chat_template", None) for t in (base.tokenizer, tokenizer)]
     if templates[0] != templates[1]:
         notes.append(f"{label} has another chat template than the base; the base's is used for every member")
-    settings: dict[str, Any] = {}
-    with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):  # another tool's file of that name
-        settings = tomllib.loads(_file_of(where, TRAIN_SETTINGS, revision, hub) or "")
+    settings = training_of(member, hub)
     arguments = settings.get("template_arg")
     if settings.get("raw") and templates[0] is not None:
         notes.append(f"{label} was trained on text without a chat template, so conversations are new to it")
@@ -335,18 +357,6 @@ def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub
         "reads other prompts than it has learned"
         for argument in (arguments if isinstance(arguments, list) else ())
     ]
-
-
-def _file_of(where: str, name: str, revision: str | None, hub: HubOptions) -> str | None:
-    """The text of a file of a model or an adapter, here or on the hub; None where there is no such file."""
-    path = Path(where) / name
-    if not Path(where).is_dir():
-        options = {key: value for key, value in hub.common().items() if value is not None}
-        try:
-            path = Path(hf_hub_download(where, name, revision=revision, **options))
-        except (OSError, ValueError):
-            return None
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _bundled(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import re
+import shlex
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from genarm.training.kinds import Kind, Setup
 
@@ -14,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Arm(Kind):
-    """Learns which response is preferred from log-probabilities, token by token."""
+    """Learns which response is preferred from log-probabilities, token by token.
+
+    Other losses than the paper's begin with this class: each says by its trainer what it learns, and by `base` and
+    `weight` how its result is composed.
+    """
 
     name = "arm"
     takes: ClassVar = {"beta": 0.05, "early_stopping": None, "load_in_4bit": False, "lora_dropout": 0.05}
@@ -47,7 +53,12 @@ class Arm(Kind):
             train_pairs=list(setup.data.training),
             eval_pairs=list(setup.data.held_out) if setup.data.held_out else None,
             callbacks=setup.callbacks,
+            **self.trainer_options(setup),
         )
+
+    def trainer_options(self, setup: Setup) -> dict[str, Any]:
+        """What the trainer is made of beside the model and the pairs."""
+        return {}
 
     def introduction(self, config: TrainConfig) -> str:
         """What it is trained on, and what it is for."""
@@ -58,11 +69,25 @@ class Arm(Kind):
             "not meant to be sampled from alone."
         )
 
+    def base(self, config: TrainConfig) -> str:
+        """The base that its use is shown with."""
+        return "BASE"
+
+    def weight(self, config: TrainConfig) -> float:
+        """The weight that it is shown with."""
+        return 1.0
+
+    def compose_command(self, config: TrainConfig) -> str:
+        """How it is put together with a base."""
+        name = config.output.name if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", config.output.name) else "arm"
+        weight = "" if self.weight(config) == 1 else f":{self.weight(config):g}"
+        reward = shlex.quote(f"{name}={config.output}{weight}")
+        return f"genarm compose --base {shlex.quote(self.base(config))} --reward {reward} --output guided"
+
     def use(self, config: TrainConfig) -> list[str]:
         """Composed with a base."""
-        return [
-            "```bash",
-            f"genarm compose --base BASE --reward {config.output.name}={config.output} --output guided",
-            'genarm generate guided --prompt "…"',
-            "```",
-        ]
+        return ["```bash", self.compose_command(config), 'genarm generate guided --prompt "…"', "```"]
+
+    def closing(self, config: TrainConfig) -> list[str]:
+        """Likewise."""
+        return [f"guide a model with it: {self.compose_command(config)}"]

@@ -17,21 +17,23 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from genarm.errors import ConfigError
-from genarm.training.kinds import KINDS, check_kind, find_kind
+from genarm.training.kinds import KINDS, LOSSES, check_kind, kind_of
 
 if TYPE_CHECKING:
     from genarm.text.prompts import Reading
 
 SCHEDULES = ("cosine", "linear", "constant")
 OBJECTIVES = ("better", "safer")
+STARTS = ("zero", "model")
 
 # What may differ between a run and its resumption: these say where results go, not what they are.
 _NOT_TRAINING = frozenset({"output", "report_to"})
 
 
 # Titles under which --help lists the options.
-_MODEL, _DATA, _LORA, _TRAINING, _PROGRESS = (
+_MODEL, _LOSS, _DATA, _LORA, _TRAINING, _PROGRESS = (
     "model and result",
+    "loss of an ARM",
     "data",
     "LoRA",
     "training",
@@ -54,12 +56,14 @@ class TrainConfig:
 
     model: str = field(metadata=_about(_MODEL, "model to start from: a hub id or a folder", metavar="MODEL"))
     data: str = field(
+        default="",
         metadata=_about(
             _MODEL,
             "preference pairs: a hub id (owner/name, or owner/name/subfolder), a folder, or a file "
-            "(.jsonl, .json, .parquet, .csv, .tsv); for --kind rlhf, their prompts count, or rows with a prompt alone",
+            "(.jsonl, .json, .parquet, .csv, .tsv); for --kind rlhf, their prompts count, or rows with a prompt alone; "
+            "--loss distil needs none",
             metavar="DATA",
-        )
+        ),
     )
     output: Path = field(metadata=_about(_MODEL, "folder for the result; must not hold another run", metavar="DIR"))
     kind: str = field(
@@ -83,6 +87,59 @@ class TrainConfig:
     trust_remote_code: bool = field(default=False, metadata=_about(_MODEL, "run Python code that comes with the model"))
     chat_template: Path | None = field(
         default=None, metadata=_about(_MODEL, "Jinja file to use as the tokenizer's chat template", metavar="FILE")
+    )
+
+    loss: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS,
+            "how --kind arm learns: arm (the paper's, the default), reference (what the model says more than at its "
+            "start), product (through the guided policy itself, with a base), or distil (a wish in words, without "
+            "pairs)",
+            choices=LOSSES,
+        ),
+    )
+    through: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS,
+            "for --loss product and distil, the frozen base that the ARM shall guide: a hub id or a folder (default: "
+            "the model itself, as it starts)",
+            metavar="BASE",
+        ),
+    )
+    through_weight: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS,
+            "for --loss product and distil, the weight w = β_r/β at which the ARM shall guide, or a range of weights "
+            "that it shall serve (default: 1)",
+            metavar="W or LOW-HIGH",
+        ),
+    )
+    start: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS,
+            "for --loss product and distil, what the reward is at the start: zero (it is a difference to the model as "
+            "it starts, and is composed so), or model (the log-probability of a language model, as an ARM's is)",
+            choices=STARTS,
+        ),
+    )
+    wish: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS, "for --loss distil, the system text whose effect the ARM shall have; @FILE reads it", metavar="TEXT"
+        ),
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata=_about(
+            _LOSS,
+            "for --loss distil, prompts that the wished-for model answers: named as --data, or a .txt with one per "
+            "line; of pairs, their prompts",
+            metavar="PROMPTS",
+        ),
     )
 
     raw: bool = field(
@@ -235,6 +292,10 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value))
+        if isinstance(self.through_weight, int | float):  # as TOML may have it
+            object.__setattr__(self, "through_weight", f"{self.through_weight}")
+        if not self.data and isinstance(self.prompts, str):  # what is read, whatever it is called
+            object.__setattr__(self, "data", self.prompts)
         _check_types(self)
         _check_ranges(self)
         check_kind(self)
@@ -250,7 +311,7 @@ class TrainConfig:
         """The learning rate, with the default that goes with what is trained."""
         if self.learning_rate is not None:
             return self.learning_rate
-        adapter, whole = find_kind(self.kind).learning_rates
+        adapter, whole = kind_of(self).learning_rates
         return adapter if self.lora else whole
 
     @property
@@ -265,7 +326,7 @@ class TrainConfig:
 
     def _resolved(self, name: str, otherwise: float) -> float:
         given = getattr(self, name)
-        return float(find_kind(self.kind).takes.get(name, otherwise) or 0.0) if given is None else given
+        return float(kind_of(self).takes.get(name, otherwise) or 0.0) if given is None else given
 
 
 def option_name(field_name: str) -> str:
@@ -281,7 +342,8 @@ def make_config(overrides: Mapping[str, Any], file: Path | None = None) -> Train
     """
     settings = {**(_read_toml(file) if file else {}), **overrides}
     _refuse_unknown(settings, source=str(file) if file else "the settings")
-    required = [f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING]
+    prompts = "prompts" in LOSSES.get(str(settings.get("loss")), KINDS["arm"]).takes
+    required = ["model", "prompts" if prompts else "data", "output"]
     missing = [option_name(name) for name in required if name not in settings]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing; give it on the command line or in the file of --config")
@@ -339,9 +401,9 @@ def _check_types(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    for name in ("model", "data", "split"):
-        if not getattr(config, name).strip():
-            raise ConfigError(f"{option_name(name)} is empty; give a name")
+    for name in ("model", "data", "split", "through", "wish", "prompts"):
+        if getattr(config, name) is not None and not getattr(config, name).strip():
+            raise ConfigError(f"{option_name(name)} is empty; give a {'text' if name == 'wish' else 'name'}")
     at_least_one = ("max_prompt_tokens", "max_response_tokens", "lora_rank", "lora_alpha", "batch_size")
     for name in (
         *at_least_one,

@@ -1,4 +1,4 @@
-"""What a kind of training is, and all kinds that there are: `arm`, and what others have registered.
+"""What a kind of training is, and all kinds that there are: `arm` with its losses, and what others have registered.
 
 A kind is one class, in a file of its own, with all that differs between kinds: the options that it takes and their
 defaults, how its data are read, its trainer, and what its model card says. The command line reads these classes, so
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from genarm.training.config import TrainConfig
     from genarm.training.data import TrainData
 
-Options = Mapping[str, float | int | bool | None]
+Options = Mapping[str, float | int | bool | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,17 @@ class Setup:
 
 
 # The options that only some kinds take.
-OPTIONAL = ("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout")
+OPTIONAL = (
+    *("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout"),
+    *("through", "through_weight", "start", "wish", "prompts"),
+)
 
 
 class Kind:
     """A kind of training; what is not overridden is as for a policy that learns from pairs.
 
     Attributes:
-        name: as --kind has it.
+        name: as --kind has it, or of an ARM's loss, as --loss has it.
         takes: those of `OPTIONAL` that this kind takes, with their defaults.
         lacks: why it does not take the others, for those where there is something to say.
         learning_rates: the default with an adapter, and without.
@@ -97,6 +100,9 @@ class Kind:
 
         return load_pairs(config, tokenizer)
 
+    def keep(self, config: TrainConfig, data: TrainData[Any]) -> None:
+        """Write down what was drawn for this run, once its folder is begun; called in the main process."""
+
     def make_trainer(self, setup: Setup) -> Trainer:
         """The trainer.
 
@@ -124,6 +130,10 @@ class Kind:
             package, loader = "peft", "AutoPeftModelForCausalLM"
         load = f'model = {loader}.from_pretrained("{config.output.name}")'
         return ["```python", f"from {package} import {loader}", "", load, "```"]
+
+    def closing(self, config: TrainConfig) -> list[str]:
+        """The last lines of a run on a terminal: what the result is for."""
+        return []
 
     def leak(self, count: int) -> str:
         """What is wrong with `count` held-out items whose prompts are trained on too."""
@@ -158,10 +168,18 @@ class Kind:
 KINDS: dict[str, Kind] = {}
 """By name, in the order in which they are listed."""
 
+LOSSES: dict[str, Kind] = {}
+"""What --kind arm may be trained by, by the name of its loss, likewise: each is a kind of its own."""
+
 
 def register(*kinds: Kind) -> None:
     """Let --kind be one of these, too."""
     KINDS.update({kind.name: kind for kind in kinds})
+
+
+def register_losses(*kinds: Kind) -> None:
+    """Let --loss be one of these, too."""
+    LOSSES.update({kind.name: kind for kind in kinds})
 
 
 def find_kind(name: str) -> Kind:
@@ -176,17 +194,36 @@ def find_kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def check_kind(config: TrainConfig) -> None:
-    """Refuse options that mean nothing for the kind.
+def kind_of(config: TrainConfig) -> Kind:
+    """What `config` trains: its kind, of an ARM with its loss.
 
     Raises:
-        ConfigError: names the option, the kinds that take it, and what to do.
+        ConfigError: there is no such kind or loss.
     """
     kind = find_kind(config.kind)
+    if kind.name != "arm" or config.loss is None:
+        return kind
+    if config.loss not in LOSSES:
+        raise ConfigError(f"--loss must be one of {', '.join(LOSSES)}, got {config.loss!r}")
+    return LOSSES[config.loss]
+
+
+def check_kind(config: TrainConfig) -> None:
+    """Refuse options that mean nothing for the kind or the loss.
+
+    Raises:
+        ConfigError: names the option, the kinds and losses that take it, and what to do.
+    """
+    kind = kind_of(config)
+    if config.loss is not None and config.kind != "arm":
+        raise ConfigError(f"--loss is for --kind arm, not {config.kind}; leave it out")
     for name in OPTIONAL:
         if name not in kind.takes and getattr(config, name):
-            takers = " and ".join(other.name for other in KINDS.values() if name in other.takes) or "others"
+            kinds = " and ".join(other.name for other in KINDS.values() if name in other.takes)
+            losses = " and ".join(other.name for other in LOSSES.values() if name in other.takes)
+            takers = f"--kind {kinds}" if kinds else f"--loss {losses}" if losses else "other kinds"
+            own = config.kind if kind in KINDS.values() else f"--loss {kind.name}"
             why = f": {kind.lacks[name]}" if name in kind.lacks else ""
             option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is for --kind {takers}, not {config.kind}{why}; leave it out")
+            raise ConfigError(f"{option} is for {takers}, not {own}{why}; leave it out")
     kind.check(config)

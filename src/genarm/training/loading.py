@@ -27,7 +27,7 @@ from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
 from genarm.model.loading import HubOptions, load_generation_config
 from genarm.text.prompts import end_ids
 from genarm.training.config import TrainConfig
-from genarm.training.kinds import find_kind
+from genarm.training.kinds import kind_of
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -37,16 +37,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
         MemberError: the model's configuration cannot be loaded, or is no causal LM's to train.
         ConfigError: the lengths do not fit into the model's context.
     """
-    kind, model_config = find_kind(config.kind), _model_config(config)
+    kind, model_config = kind_of(config), _model_config(config)
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     prompt, response = fit_lengths(config.max_prompt_tokens, config.max_response_tokens, context, model=config.model)
     return dataclasses.replace(
         config,
-        model=_absolute(config.model),
-        data=_absolute(config.data),
-        eval_data=_absolute(config.eval_data) if config.eval_data else None,
+        model=absolute(config.model),
+        data=absolute(config.data),
+        eval_data=absolute(config.eval_data) if config.eval_data else None,
         chat_template=Path(os.path.abspath(config.chat_template)) if config.chat_template else None,
         output=Path(os.path.abspath(config.output)),
+        loss=kind.name if config.kind == "arm" else None,
         learning_rate=config.resolved_learning_rate,
         beta=config.resolved_beta if "beta" in kind.takes else None,
         lora_dropout=config.resolved_lora_dropout,
@@ -204,5 +205,6 @@ def _model_config(config: TrainConfig) -> PretrainedConfig:
     return found
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
+    """The absolute path of what is here; the name of anything else as it is."""
     return os.path.abspath(name) if Path(name).exists() else name

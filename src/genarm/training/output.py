@@ -18,11 +18,10 @@ from typing import Any
 
 from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
-from genarm.model.compose import TRAIN_SETTINGS
+from genarm.model.trained import TRAIN_INPUTS, TRAIN_SETTINGS
 from genarm.provenance import Record, check, note
 from genarm.training.config import TrainConfig, make_config, to_toml, training_differences
 
-INPUTS = "inputs.json"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 _STAGING = ".result"
@@ -86,17 +85,17 @@ class RunFolder:
     def check_inputs(self, record: Record) -> None:
         """Refuse to resume where the model or the data are no more what they were (raises DataError)."""
         if self.checkpoints.is_dir() or self.metrics() is not None:
-            if not (self.path / INPUTS).is_file():
+            if not (self.path / TRAIN_INPUTS).is_file():
                 raise DataError(
-                    f"{self.path} has no {INPUTS}, so nothing says what its run was trained on (earlier versions "
+                    f"{self.path} has no {TRAIN_INPUTS}, so nothing says what its run was trained on (earlier versions "
                     f"wrote none); choose another --output, or remove {self.path}"
                 )
-            check(self.path / INPUTS, record, self.path)
+            check(self.path / TRAIN_INPUTS, record, self.path)
 
     def begin(self, config: TrainConfig, record: Record) -> None:
         """Mark the folder as that of a run with these settings, made from what `record` says."""
         write_text(self.path / TRAIN_SETTINGS, to_toml(config))
-        note(self.path / INPUTS, record)
+        note(self.path / TRAIN_INPUTS, record)
 
     def metrics(self) -> dict[str, float] | None:
         """The figures of a finished run; None if it is not finished."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from genarm.data.tokens import TokenReport
 from genarm.statistics import Proportion
 from genarm.training.config import TrainConfig, to_toml
-from genarm.training.kinds import Kind, find_kind
+from genarm.training.kinds import Kind, kind_of
 
 LogEntry = Mapping[str, float]
 
@@ -26,8 +26,8 @@ class RunReport:
     log: Sequence[LogEntry]
 
 
-def accuracies(metrics: Mapping[str, float]) -> dict[str, Proportion]:
-    """Held-out accuracy, over all pairs and by which response is the longer, as label → proportion."""
+def accuracies(metrics: Mapping[str, float], name: str = "accuracy") -> dict[str, Proportion]:
+    """Held-out accuracy, or a figure like it, over all pairs and by which response is longer: label → proportion."""
     groups = {
         "all": "",
         "chosen longer": "_chosen_longer",
@@ -36,14 +36,14 @@ def accuracies(metrics: Mapping[str, float]) -> dict[str, Proportion]:
     }
     return {
         label: Proportion(
-            count=round(metrics[f"eval_accuracy{suffix}"] * metrics[f"eval_pairs{suffix}"]),
+            count=round(metrics[f"eval_{name}{suffix}"] * metrics[f"eval_pairs{suffix}"]),
             n=int(metrics[f"eval_pairs{suffix}"]),
-            rate=metrics[f"eval_accuracy{suffix}"],
-            low=metrics[f"eval_accuracy{suffix}_low"],
-            high=metrics[f"eval_accuracy{suffix}_high"],
+            rate=metrics[f"eval_{name}{suffix}"],
+            low=metrics[f"eval_{name}{suffix}_low"],
+            high=metrics[f"eval_{name}{suffix}_high"],
         )
         for label, suffix in groups.items()
-        if f"eval_accuracy{suffix}" in metrics
+        if f"eval_{name}{suffix}" in metrics
     }
 
 
@@ -60,7 +60,7 @@ def write_plots(folder: Path, plots: Mapping[str, str], log: Sequence[LogEntry])
 
 def model_card(report: RunReport) -> str:
     """The README.md of the result, with metadata that the hub reads."""
-    config, kind = report.config, find_kind(report.config.kind)
+    config, kind = report.config, kind_of(report.config)
     return "\n".join(
         [
             _front_matter(config, kind),

@@ -35,7 +35,7 @@ from genarm.terminal import PlainConsole
 from genarm.training.arguments import training_options
 from genarm.training.config import TrainConfig
 from genarm.training.data import TrainData
-from genarm.training.kinds import Kind, Setup, find_kind
+from genarm.training.kinds import Kind, Setup, kind_of
 from genarm.training.loading import load_tokenizer, resolve
 from genarm.training.output import Checkpoint, RunFolder
 from genarm.training.progress import ProgressDisplay
@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         GenarmError: any setting, data or model that does not serve; a loss that is not finite.
         MissingExtraError: a kind of training whose trainer is not installed.
     """
-    kind = find_kind(config.kind)
+    kind = kind_of(config)
     kind.require()
     check_launch(config)
     process = _join_processes()
@@ -121,6 +121,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     process.wait_for_everyone()  # nobody looks at the folder any more
     if process.is_main_process:
         folder.begin(config, inputs)
+        kind.keep(config, data)
     seconds = _train(trainer, checkpoint)
     metrics = _final_metrics(trainer.state, seconds, best=config.early_stopping is not None)
     report = RunReport(
@@ -133,7 +134,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     _write_result(trainer, kind, tokenizer, folder, report)
     for line in kind.summary(metrics):
         console.print(line, highlight=False, markup=False)
-    console.print(f"wrote {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    for line in [f"wrote {folder.path}", *kind.closing(config)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return TrainResult(
         output=folder.path,
         metrics=metrics,

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from genarm.errors import ConfigError, GenarmError
 from genarm.training.config import TrainConfig
-from genarm.training.kinds import find_kind
+from genarm.training.kinds import kind_of
 
 _FSDP, _DEEPSPEED = "FSDP", "DeepSpeed"
 
@@ -36,7 +36,7 @@ def check_launch(config: TrainConfig) -> None:
         return
     if asked == _DEEPSPEED and find_spec("deepspeed") is None:
         raise ConfigError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed, or use FSDP")
-    if not find_kind(config.kind).split_weights:
+    if not kind_of(config).split_weights:
         raise ConfigError(
             f"the launch asks for {asked}, which is for ARMs, and the settings say --kind {config.kind}; "
             "launch with plain processes (accelerate launch --multi_gpu)"
