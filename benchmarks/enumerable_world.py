@@ -1,6 +1,7 @@
 """How close does guided decoding come to the optimum it aims at? Everything here is computed exactly.
 
-    python benchmarks/enumerable_world.py
+    python benchmarks/enumerable_world.py            # the paper's loss, three worlds
+    python benchmarks/enumerable_world.py --losses   # every loss, on the base that it was trained through and on others
 
 The world: 2 prompts, responses of 4 tokens over a vocabulary of 4, so 256 responses each. A random base (a tiny
 Llama) and a random reward r(x, y), one number per whole response. An ARM is trained on exact Bradley–Terry
@@ -13,12 +14,18 @@ optimum π*(y|x) ∝ π_base(y|x) exp(r(x, y) / β) of the KL-regularised object
   approximation of normalising per token;
 - the guided model with the ideal ARM, whose conditionals are π*(v | x, y_<t) / π_base(v | x, y_<t), normalised:
   the theory's claim that *some* ARM reaches the optimum exactly.
+
+With --losses, each loss of `genarm train` that learns from pairs trains the same network for as many steps, and guides
+the base that it was trained through, the same base with noise on its logits, and another base, each towards its own
+optimum; beside it, the ideal ARM of the first base.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from genarm import GuidedForCausalLM
+from genarm.training.losses.through import guided_log_probs, guided_rewards, reward_log_probs
 
 V, L = 4, 4  # vocabulary, response length
 PROMPTS = (0, 1)
@@ -70,8 +78,9 @@ def tiny_llama(seed: int, spread: float) -> PreTrainedModel:
 
 def conditionals(model: PreTrainedModel, prompt: int) -> Tensor:
     """Log-probs [N, L, V] of every next token along every response; a model's logits may be log-probs already."""
-    ids = torch.cat([torch.full((len(RESPONSES), 1), prompt), RESPONSES], dim=1)
-    return model(ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    begun = RESPONSES[::V, :-1]  # what the last token comes after: each prefix once
+    ids = torch.cat([torch.full((len(begun), 1), prompt), begun], dim=1)
+    return model(ids, use_cache=False).logits.double().log_softmax(-1).repeat_interleave(V, dim=0)
 
 
 def sequence_log_probs(conditionals_NLV: Tensor) -> Tensor:
@@ -99,6 +108,139 @@ def train_on_exact_preferences(model: PreTrainedModel, rewards: dict[int, Tensor
         schedule.step()
         excess = float(excess_sum)
     return excess / len(rewards)
+
+
+# --- every loss -----------------------------------------------------------------------------------------------------
+
+LOSSES = ("arm", "reference", "product", "product, start model")
+STARTS = {"small": "a small random network", "base": "a copy of the base"}
+BASES = ("own", "noise 0.5", "noise 1.0", "another")
+
+
+def rho(own_NLV: Tensor, start_NLV: Tensor, loss: str) -> Tensor:
+    """What a reward adds to the base's log-probs, at weight 1: a difference to its start or not."""
+    return reward_log_probs(own_NLV, start_NLV if loss in ("reference", "product") else None)
+
+
+def train_by(
+    loss: str,
+    arm: PreTrainedModel,
+    base: PreTrainedModel,
+    rewards: dict[int, Tensor],
+    *,
+    beta_r: float,
+    weights: tuple[float, float],
+    steps: int,
+) -> None:
+    """Minimise a loss of `genarm train` in expectation over all pairs, through `base` at weights from a range."""
+    with torch.no_grad():
+        fixed = {x: (conditionals(base, x), conditionals(arm, x)) for x in rewards}
+    optimizer = torch.optim.Adam(arm.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    labels = RESPONSES.reshape(-1)
+    for _ in range(steps):
+        total = torch.zeros((), dtype=torch.float64)
+        w = float(torch.empty(()).uniform_(*weights))
+        for prompt, reward_N in rewards.items():
+            base_NLV, start_NLV = fixed[prompt]
+            gain_NLV = rho(conditionals(arm, prompt), start_NLV, loss)
+            if loss.startswith("product"):
+                weight_C = torch.full((len(labels),), w, dtype=torch.float64)
+                tokens = guided_rewards(labels, base_NLV.reshape(-1, V), gain_NLV.reshape(-1, V), weight_C, None)
+                score_N = tokens.view(-1, L).sum(-1)
+            else:
+                score_N = sequence_log_probs(gain_NLV)
+            margins_NN, wins_NN = score_N[:, None] - score_N, torch.sigmoid(reward_N[:, None] - reward_N)
+            total = total + F.binary_cross_entropy_with_logits(beta_r * margins_NN, wins_NN)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def noise(seed: int, spread: float) -> Tensor:
+    """Noise [N, L, V] on the logits of every prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for t in range(L):
+        table = spread * torch.randn(V**t, V, generator=generator, dtype=torch.float64)
+        parts.append(table.repeat_interleave(V ** (L - t), dim=0))
+    return torch.stack(parts, dim=1)
+
+
+def bases_of(base: PreTrainedModel, seed: int, prompt: int) -> dict[str, Tensor]:
+    """Conditionals [N, L, V] of the base that is trained through, of noisy ones, and of another."""
+    own = conditionals(base, prompt)
+    noisy = {f"noise {x}": (own + noise(97 * seed + prompt, x)).log_softmax(-1) for x in (0.5, 1.0)}
+    return {"own": own, **noisy, "another": conditionals(tiny_llama(seed + 500, 0.35), prompt)}
+
+
+def share_removed(
+    gains: Mapping[int, Tensor], base: PreTrainedModel, seed: int, rewards: dict[int, Tensor], w: float, beta: float
+) -> dict[str, float]:
+    """Share of KL(base ‖ optimum) that guiding removes, on each base; `gains` has log ρ [N, L, V] by prompt."""
+    before, after = dict.fromkeys(BASES, 0.0), dict.fromkeys(BASES, 0.0)
+    for prompt, reward_N in rewards.items():
+        for name, base_NLV in bases_of(base, seed, prompt).items():
+            base_N = sequence_log_probs(base_NLV)
+            optimum_N = base_N + reward_N / beta
+            guided_N = sequence_log_probs(guided_log_probs(base_NLV, gains[prompt], w, None))
+            before[name] += kl(base_N, optimum_N)
+            after[name] += kl(guided_N, optimum_N)
+    return {name: 1 - after[name] / before[name] for name in BASES}
+
+
+@torch.no_grad()
+def compare_losses(seed: int, *, beta: float, steps: int, start: str) -> dict[str, dict[str, float]]:
+    """{loss: {base: share of the way to its optimum}}, the ideal ARM of the base trained through last."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = {x: torch.randn(len(RESPONSES), generator=generator, dtype=torch.float64) for x in PROMPTS}
+    base, w = tiny_llama(seed, 0.35), 1 / beta
+    found = {}
+    for loss in LOSSES:
+        arm = copy.deepcopy(base) if start == "base" else tiny_llama(seed + 1000, 0.05)
+        before = {x: conditionals(arm, x) for x in rewards}
+        with torch.enable_grad():
+            train_by(loss, arm, base, rewards, beta_r=1.0, weights=(w, w), steps=steps)
+        gains = {x: rho(conditionals(arm, x), before[x], loss) for x in rewards}
+        found[loss] = share_removed(gains, base, seed, rewards, w, beta)
+    own = {x: conditionals(base, x) for x in rewards}
+    ideal = {x: ideal_arm(own[x], sequence_log_probs(own[x]) + rewards[x] / beta) for x in rewards}
+    return {**found, "ideal ARM": share_removed(ideal, base, seed, rewards, w, beta)}
+
+
+@torch.no_grad()
+def compare_weights(seed: int, *, steps: int) -> dict[str, dict[str, float]]:
+    """{weights trained through: {weight: share removed on the base trained through}}, by `product`."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = {x: torch.randn(len(RESPONSES), generator=generator, dtype=torch.float64) for x in PROMPTS}
+    base = tiny_llama(seed, 0.35)
+    found: dict[str, dict[str, float]] = {}
+    for weights in ((0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (0.5, 2.0)):
+        arm = tiny_llama(seed + 1000, 0.05)
+        before = {x: conditionals(arm, x) for x in rewards}
+        torch.manual_seed(seed)
+        with torch.enable_grad():
+            train_by("product", arm, base, rewards, beta_r=1.0, weights=weights, steps=steps)
+        gains = {x: rho(conditionals(arm, x), before[x], "product") for x in rewards}
+        found["-".join(f"{w:g}" for w in dict.fromkeys(weights))] = {
+            f"{w:g}": share_removed(gains, base, seed, rewards, w, 1 / w)["own"] for w in (0.5, 1.0, 2.0)
+        }
+    return found
+
+
+def print_losses(seeds: int, steps: int) -> None:
+    for beta, start in itertools.product((2.0, 1.0, 0.5), STARTS):
+        worlds = [compare_losses(seed, beta=beta, steps=steps, start=start) for seed in range(seeds)]
+        print(f"β = {beta:g}, started from {STARTS[start]}: share of KL(base ‖ optimum) removed, in each world")
+        for loss in worlds[0]:
+            cells = [" ".join(f"{world[loss][base]:5.2f}" for world in worlds) for base in BASES]
+            print(f"| {loss} | {' | '.join(cells)} |", flush=True)
+    print(f"product at weights | {' | '.join(('0.5', '1', '2'))} |")
+    tables = [compare_weights(seed, steps=steps) for seed in range(seeds)]
+    for weights in tables[0]:
+        cells = [" ".join(f"{table[weights][w]:5.2f}" for table in tables) for w in ("0.5", "1", "2")]
+        print(f"| {weights} | {' | '.join(cells)} |", flush=True)
 
 
 def kl(log_p_N: Tensor, log_q_N: Tensor) -> float:
@@ -155,7 +297,13 @@ def run(seed: int = 0, *, beta: float = 1.0, beta_r: float = 1.0, spread: float 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many worlds (default 3)")
-    for seed in range(parser.parse_args().seeds):
+    parser.add_argument("--losses", action="store_true", help="compare every loss of genarm train, on several bases")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each training with --losses")
+    arguments = parser.parse_args()
+    if arguments.losses:
+        print_losses(arguments.seeds, arguments.steps)
+        return
+    for seed in range(arguments.seeds):
         for beta in (2.0, 1.0, 0.5):
             print(f"seed {seed}, β = {beta:g}\n{run(seed, beta=beta)}\n")
 
