@@ -20,10 +20,12 @@ from genarm.lab.bench.contestants import make_task, naive
 from genarm.lab.bench.counting import acceptance, acceptance_options, count
 from genarm.lab.bench.figures import (
     FULL,
+    HEAD,
     LORA,
     NAIVE,
     TRANSFORMERS,
     TUNED,
+    TWO_HEADS,
     TWO_LORAS,
     TWO_TUNED,
     TWO_WISHES,
@@ -31,6 +33,7 @@ from genarm.lab.bench.figures import (
     WISH,
     Figure,
     Target,
+    at_streams,
     speculating,
     targets_for,
     time_over_unguided,
@@ -79,7 +82,7 @@ def test_everything_is_measured_in_every_round(done: Any) -> None:
     record = json.loads((folder / "decode.json").read_text(encoding="utf-8"))
     timed = record["timed"]
     contestants = {TRANSFORMERS, UNGUIDED, NAIVE, LORA, TWO_LORAS, FULL, speculating(0.6), speculating(0.9)}
-    contestants |= {TUNED, TWO_TUNED, WISH, TWO_WISHES}
+    contestants |= {TUNED, TWO_TUNED, WISH, TWO_WISHES, HEAD, TWO_HEADS, at_streams(UNGUIDED, 3), at_streams(HEAD, 3)}
     assert set(timed["seconds"]) == contestants
     assert all(len(row) == 2 and min(row) > 0 for row in timed["seconds"].values())
     assert list(timed["tokens_per_second"]) == ["1", "3"]
@@ -386,13 +389,14 @@ def test_time_per_token_leaves_the_first_token_out() -> None:
 
 def test_every_target_belongs_to_a_figure(done: Any) -> None:
     """A target under a name that no figure has would never be looked at."""
-    guided = (LORA, TWO_LORAS, TUNED, TWO_TUNED, WISH, TWO_WISHES, FULL, speculating(0.8))
+    heads = (HEAD, TWO_HEADS, at_streams(UNGUIDED, 16), at_streams(HEAD, 16))
+    guided = (LORA, TWO_LORAS, TUNED, TWO_TUNED, *heads, WISH, TWO_WISHES, FULL, speculating(0.8))
     contestants = (TRANSFORMERS, UNGUIDED, NAIVE, *guided)
     seconds = {name: [1.0] for name in contestants}
     names = set(timed_ratios(seconds, {1: [1.0], 16: [1.0]}))
     names |= {figure["name"] for figure in json.loads((done[0] / "decode.json").read_text(encoding="utf-8"))["figures"]}
     cpu = targets_for(device="cpu", base_shape="200m", dtype="bfloat16")
-    assert len(cpu) == 13
+    assert len(cpu) == 15
     assert set(cpu) <= names
     assert targets_for(device="cpu", base_shape="200m", dtype="float32") == targets_for(
         device="cuda", base_shape="tiny", dtype="bfloat16"

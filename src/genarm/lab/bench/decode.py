@@ -147,7 +147,8 @@ def _time(settings: DecodeSettings, where: Where, console: Console) -> Timed:
         console.print("counting drafts")
         speculated = [field.speculated(wanted, made) for wanted, (_, made) in arms.items()]
         gc.collect()
-        seconds, streamed = field.timed(), {str(n): run for n, run in field.streamed(streams).items()}
+        seconds = {**field.timed(), **field.crowded(streams[-1])}
+        streamed = {str(n): run for n, run in field.streamed(streams).items()}
         values = take_turns(
             {**seconds, **streamed},
             settings.rounds,

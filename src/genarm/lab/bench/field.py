@@ -17,15 +17,18 @@ from genarm.lab.bench.contestants import Task, in_engine, in_transformers, naive
 from genarm.lab.bench.counting import Counts, acceptance, acceptance_options, count
 from genarm.lab.bench.figures import (
     FULL,
+    HEAD,
     LORA,
     NAIVE,
     TRANSFORMERS,
     TUNED,
+    TWO_HEADS,
     TWO_LORAS,
     TWO_TUNED,
     TWO_WISHES,
     UNGUIDED,
     WISH,
+    at_streams,
     speculating,
 )
 from genarm.lab.bench.models import random_adapters, twin, word_tokenizer
@@ -85,6 +88,8 @@ class Field:
             TWO_LORAS: (self._with_loras("one", "two"), usual),
             TUNED: (self._with_loras("one", tuned=True), usual),
             TWO_TUNED: (self._with_loras("one", "two", tuned=True), usual),
+            HEAD: (self._with_loras("one", tuned=True, heads=True), usual),
+            TWO_HEADS: (self._with_loras("one", "two", tuned=True, heads=True), usual),
             FULL: (self._with_full(next(iter(self.arms))), silent),
         }
         return {
@@ -105,6 +110,16 @@ class Field:
         )
         engine = self._engine(f"{LORA}, up to {max(streams)} streams", self._with_loras("one"), options)
         return {n: throughput(engine, self.task, n) for n in streams}
+
+    def crowded(self, streams: int) -> dict[str, Contestant]:
+        """Seconds per token of so many streams together, unguided and with a head ARM."""
+        options = EngineOptions(
+            streams=streams, context=self.task.positions, chunk=streams * self.task.prompt_tokens, wishes=0
+        )
+        models = {UNGUIDED: twin(self.pair.base), HEAD: self._with_loras("one", tuned=True, heads=True)}
+        names = {at_streams(name, streams): model for name, model in models.items()}
+        engines = {name: self._engine(name, model, options) for name, model in names.items()}
+        return {name: _seconds(throughput(engine, self.task, streams)) for name, engine in engines.items()}
 
     def speculated(self, wanted: float, made: float) -> Speculated:
         """What speculation with this ARM comes to; `timed` uses the engine again."""
@@ -127,11 +142,11 @@ class Field:
         self.engines[name] = engine
         return engine
 
-    def _with_loras(self, *names: str, tuned: bool = False) -> GuidedForCausalLM:
+    def _with_loras(self, *names: str, tuned: bool = False, heads: bool = False) -> GuidedForCausalLM:
         base = twin(self.pair.base)
         return GuidedForCausalLM.from_members(
             base,
-            random_adapters(base, names, seed=self.seed),
+            random_adapters(base, names, seed=self.seed, heads=heads),
             references=dict.fromkeys(names, base) if tuned else {},
             weights=dict.fromkeys(names, WEIGHT),
         )
@@ -155,3 +170,8 @@ class Field:
         (adapter,) = random_adapters(copy.deepcopy(self.pair.base), ("one",), seed=self.seed).values()
         merged: PreTrainedModel = adapter.merge_and_unload()
         return merged
+
+
+def _seconds(rate: Contestant) -> Contestant:
+    """Seconds per token of a contestant that returns tokens per second."""
+    return lambda number: 1 / rate(number)

@@ -15,6 +15,8 @@ LORA = "one LoRA ARM, this engine"
 TWO_LORAS = "two LoRA ARMs, this engine"
 TUNED = "one tuned LoRA less the base, this engine"
 TWO_TUNED = "two tuned LoRAs less the base, this engine"
+HEAD = "one head ARM, this engine"
+TWO_HEADS = "two head ARMs, this engine"
 WISH = "one wish, this engine"
 TWO_WISHES = "two wishes, this engine"
 FULL = "full ARM of 1/8, no speculation, this engine"
@@ -23,6 +25,11 @@ FULL = "full ARM of 1/8, no speculation, this engine"
 def speculating(agreement: float) -> str:
     """The contestant that drafts from an ARM with this agreement."""
     return f"full ARM of 1/8, speculation at {agreement:.0%} acceptance, this engine"
+
+
+def at_streams(contestant: str, streams: int) -> str:
+    """A contestant with so many streams at once."""
+    return f"{contestant.removesuffix(', this engine')}, {streams} streams, this engine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,7 @@ _ANYWHERE: Targets = {REAL: _most(0.40)}
 _UNTRAINED: Targets = {
     **{time_over_unguided(name): _most(1.15) for name in (TUNED, WISH)},
     **{time_over_unguided(name): _most(1.30) for name in (TWO_TUNED, TWO_WISHES)},
+    **{time_over_unguided(name): _most(1.03) for name in (HEAD, at_streams(HEAD, 16))},
 }
 _THERE: Mapping[tuple[str, str, str], Targets] = {
     ("cpu", "200m", "bfloat16"): {
@@ -126,9 +134,10 @@ def timed_ratios(
         tokens_per_second: {streams: tokens per second in each round}, 1 among them.
     """
     unguided = seconds[UNGUIDED]
-    guided = [name for name in seconds if name not in (TRANSFORMERS, UNGUIDED, NAIVE)]
+    of = {at_streams(HEAD, n): at_streams(UNGUIDED, n) for n in tokens_per_second}
+    guided = [name for name in seconds if name not in (TRANSFORMERS, UNGUIDED, NAIVE, *of.values())]
     return {
-        **{time_over_unguided(name): ratios(seconds[name], unguided) for name in guided},
+        **{time_over_unguided(name): ratios(seconds[name], seconds[of.get(name, UNGUIDED)]) for name in guided},
         OVER_NAIVE: ratios(seconds[NAIVE], seconds[LORA]),
         **{
             streams_over_one(streams): ratios(row, tokens_per_second[1])

@@ -51,17 +51,23 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def random_adapters(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> dict[str, PeftModel]:
-    """LoRA adapters on all linear layers of `model` but the last, with random A and B; `model` then carries them."""
+def random_adapters(
+    model: PreTrainedModel, names: Sequence[str], *, seed: int, heads: bool = False
+) -> dict[str, PeftModel]:
+    """LoRA adapters on all linear layers of `model` but the last, with random A and B; `model` then carries them.
+
+    With `heads`, on the last one alone.
+    """
     torch.manual_seed(seed)
-    return {name: PeftModel(model, _lora_config(), adapter_name=name).eval() for name in names}
+    config = _lora_config("lm_head" if heads else "all-linear")
+    return {name: PeftModel(model, config, adapter_name=name).eval() for name in names}
 
 
-def _lora_config() -> LoraConfig:
+def _lora_config(targets: str) -> LoraConfig:
     return LoraConfig(
         r=LORA_RANK,
         lora_alpha=2 * LORA_RANK,
-        target_modules="all-linear",
+        target_modules=targets,
         init_lora_weights=False,  # B random too; with peft's usual zeros the ARM would be the base
         task_type="CAUSAL_LM",
     )
