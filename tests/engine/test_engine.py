@@ -809,10 +809,10 @@ def test_with_blocks(model: GuidedForCausalLM) -> None:
 def fail_once(monkeypatch: pytest.MonkeyPatch, trunk: Any, after: int) -> None:
     forward, calls = trunk.forward, itertools.count()
 
-    def failing(feeds: Any) -> Any:
+    def failing(*given: Any) -> Any:
         if next(calls) == after:
             raise RuntimeError("the device is on fire")
-        return forward(feeds)
+        return forward(*given)
 
     monkeypatch.setattr(trunk, "forward", failing)
 

@@ -186,14 +186,14 @@ def test_a_cancelled_request_is_gone_within_a_step(monkeypatch: pytest.MonkeyPat
         next(iter(victim))
 
         trunk = engine._built.members.trunks[0]
-        usual = trunk.run
+        usual = trunk._run
 
         def hold(*inputs: Any) -> Any:
             reached.set()
             go_on.wait(30)
             return usual(*inputs)
 
-        monkeypatch.setattr(trunk, "run", hold)
+        monkeypatch.setattr(trunk, "_run", hold)
         assert reached.wait(30)
         steps = engine.statistics().steps
         victim.cancel()

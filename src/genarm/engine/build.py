@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from genarm.engine.device import cost, draft_cost, settle
 from genarm.engine.members import Members
 from genarm.engine.options import MOST_WISHES
+from genarm.engine.output_adapters import is_of_the_output
 from genarm.engine.proof import expect, prove
 from genarm.engine.request import wish_name
 from genarm.engine.request_state import BASE_MEMBER
@@ -55,6 +56,7 @@ class _Group:
     members: list[TrunkMember]
     alignment: Alignment | None
     names: list[str]
+    of_the_output: list[str] = field(default_factory=list)
 
     def place(self, member: Member) -> int:
         """Which of the trunk's own members it is."""
@@ -98,11 +100,18 @@ def build(
     capacity = _capacity(context, most)
     groups: list[_Group] = []
     places: list[tuple[int, int]] = []
+    of_the_output: dict[int, int] = {}
     for member, alignment in zip(members, alignments, strict=True):
         index = next((i for i, group in enumerate(groups) if group.model is member.model), None)
         if index is None:
             index = len(groups)
             groups.append(_Group(model=member.model, members=[], alignment=alignment, names=[]))
+        plain = index == 0 and member.wish is None and members[BASE_MEMBER].adapter is None
+        if plain and member.adapter and is_of_the_output(member.model, member.adapter):
+            of_the_output[len(places)] = len(groups[0].of_the_output)
+            groups[0].of_the_output.append(member.adapter)
+            places.append(places[BASE_MEMBER])
+            continue
         places.append((index, groups[index].place(member)))
         if len(places) - 1 not in own:
             groups[index].names.append(member.name)
@@ -125,6 +134,7 @@ def build(
         unknown=[None if mask is None else mask.to(device) for mask in unknown],
         wishes={i: m.wish for i, m in enumerate(members) if m.wish is not None},
         own_wishes=own,
+        of_the_output=of_the_output,
     )
     return Built(
         members=placed,
@@ -178,6 +188,7 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
             rows=rows,
             capacity=capacity,
             graphs=path.graphs,
+            of_the_output=group.of_the_output,
         )
         prove(trunk, expected)
     except UnsupportedError:
@@ -189,9 +200,10 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
                 "ask for fewer streams or a shorter context"
             ) from error
         raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
+    told = f"; {', '.join(group.of_the_output)}: told from its hidden states" if group.of_the_output else ""
     together = "" if len(group.names) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
-    return trunk, f"{names}: {path.why}{together}{replayed}; KV cache {_size(trunk.kv_cache.bytes)}"
+    return trunk, f"{names}: {path.why}{together}{replayed}{told}; KV cache {_size(trunk.kv_cache.bytes)}"
 
 
 def _out_of_memory(error: Exception) -> bool:

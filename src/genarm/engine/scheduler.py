@@ -58,7 +58,7 @@ class Scheduler:
         """Let waiting requests run, in their order, while there are rows; each takes over the prefix that is cached."""
         while self.waiting and self._fits(self.waiting[0]):
             state = self.waiting.popleft()
-            for member in state.members:
+            for member in self.members.readers(state):
                 known = state.read_by(member)
                 # Log-probs are wanted at every token of a prompt that is scored, so every token must be run.
                 if state.scores_prompt and member not in state.contexts:
@@ -71,7 +71,7 @@ class Scheduler:
     def _fits(self, state: RequestState) -> bool:
         if len(self.running) >= self.streams:
             return False
-        needed = [self.members.places[member][0] for member in state.members]
+        needed = [self.members.places[member][0] for member in self.members.readers(state)]
         return all(trunk.kv_cache.free >= needed.count(i) for i, trunk in enumerate(self.members.trunks))
 
     def schedule(self, drafts: Mapping[RequestState, Sequence[int]]) -> Schedule:
@@ -99,7 +99,7 @@ class Scheduler:
         row is one token behind those of the others until the drafts are accepted or forgotten.
         """
         reads = []
-        for member in state.members:
+        for member in state.rows:
             if member in state.guessers and (drafts or self.members.is_draft_model(member)):
                 continue
             ids = [*state.missing(member), *drafts]
@@ -108,8 +108,8 @@ class Scheduler:
 
     def _prefill(self, state: RequestState, budget: int) -> tuple[list[Read], bool]:
         """The next chunk of a prompt, about `budget` tokens over all members, and whether it is the last one."""
-        missing = {member: state.missing(member) for member in state.members}
-        whole = sum(map(len, missing.values())) <= max(budget, len(state.members))
+        missing = {member: state.missing(member) for member in state.rows}
+        whole = sum(map(len, missing.values())) <= max(budget, len(missing))
         share = max(1, budget // len(missing))
         reads = []
         for member, ids in missing.items():

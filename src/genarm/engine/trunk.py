@@ -24,8 +24,9 @@ from genarm.engine.graphs import DecodeGraphs
 from genarm.engine.kv_cache import KVCache, LayerShape
 from genarm.engine.lora import SharedAdapters, can_share
 from genarm.engine.norms import fuse_norms, one_kernel_norms
+from genarm.engine.output_adapters import OutputAdapters
 from genarm.errors import UnsupportedError, kind_of
-from genarm.model.adapters import adapter_layers, running
+from genarm.model.adapters import adapter_layers, names_on, running
 from genarm.model.combine import log_probs
 from genarm.model.vocabulary import Alignment, embedding_rows
 
@@ -59,6 +60,7 @@ class Trunk:
         rows: int,
         capacity: int,
         graphs: bool,
+        of_the_output: Sequence[str] = (),
     ) -> None:
         """Find out what the model's attention stores, allot the KV cache and stack the adapters.
 
@@ -69,6 +71,7 @@ class Trunk:
             rows: requests times members that may run at once.
             capacity: positions of each row.
             graphs: capture decode steps as CUDA graphs, if the model can be captured.
+            of_the_output: adapters of the output layer alone, which members without a row of their own have.
 
         Raises:
             UnsupportedError: an attention that the engine cannot reproduce.
@@ -79,13 +82,14 @@ class Trunk:
         self.device = input_device(model)
         self.embedding_size = embedding_rows(model)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        adapters = [member.adapter for member in members]
+        named = [adapter for adapter in adapters if adapter is not None]
         # Adapters of the output layer would get the wanted tokens only, and in another order than the others.
-        self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, adapter_layers(model))
+        self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, named)
+        self._output = OutputAdapters(model, of_the_output) if of_the_output else None
         self._plug = Plug(model)
         shapes = _probe(model, self._plug, self._arguments, self.device)
         self.kv_cache = KVCache(shapes, rows=rows, capacity=capacity)
-        adapters = [member.adapter for member in members]
-        named = [adapter for adapter in adapters if adapter is not None]
         self.shared = can_share(model, named)
         self._adapters = (
             SharedAdapters(model, adapters, _adapter_dtype(model), self._run_once) if named and self.shared else None
@@ -99,29 +103,44 @@ class Trunk:
         self.passes = 0
 
     @torch.inference_mode()
-    def forward(self, feeds: Sequence[Feed]) -> list[Tensor]:
+    def forward(self, feeds: Sequence[Feed], riders: Sequence[Sequence[int]] | None = None) -> list[list[Tensor]]:
         """Run new tokens; their rows then hold them.
 
         Args:
             feeds: at most one per row.
+            riders: for each feed, those of the adapters `of_the_output` that are asked about it as well.
 
         Returns:
-            For each feed, float32 log-probs [want, V] after its last `want` tokens.
+            For each feed, float32 log-probs [want, V] after its last `want` tokens, and those of its riders.
         """
-        return [self._fit(log_probs_WV) for log_probs_WV in self.run(feeds)]
+        said = self._run(feeds)
+        riders = riders or [()] * len(feeds)
+        return [[self._fit(own), *self._ride(own, low, of)] for (own, low), of in zip(said, riders, strict=True)]
+
+    def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """As `forward`, over the ids of the model's own vocabulary, and without riders."""
+        return [own for own, _ in self._run(feeds)]
+
+    def _ride(self, log_probs_WV: Tensor, low_WR: Tensor, riders: Sequence[int]) -> list[Tensor]:
+        if self._output is None:
+            return []
+        return [self._output.log_probs(rider, log_probs_WV, low_WR) for rider in riders]
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """As `forward`, over the ids of the model's own vocabulary."""
+    def _run(self, feeds: Sequence[Feed]) -> list[tuple[Tensor, Tensor]]:
+        """Log-probs of each feed, and what the adapters of the output layer read of it (none where there are none)."""
         self.passes += 1
         groups = [feeds] if self.shared else _by_member(feeds)
-        wanted: dict[int, Tensor] = {}
+        wanted: dict[int, tuple[Tensor, Tensor]] = {}
         for group in groups:
             adapter = self.members[group[0].row.member].adapter
             plan = plan_pass(self.kv_cache, group, self.embedding_size, self.device, self._adapted)
             with running(self.model, None if self.shared else adapter):
                 logits_WV = self._logits(plan) if self._graphs is None else self._graphs.run(plan)
-            pieces = log_probs(logits_WV).split([feed.want for feed in group])
+            sizes = [feed.want for feed in group]
+            vocabulary = logits_WV.shape[1] - (0 if self._output is None else self._output.rank)
+            own, low = logits_WV.tensor_split([vocabulary], dim=1)
+            pieces = zip(log_probs(own).split(sizes), low.split(sizes), strict=True)
             wanted.update((id(feed), piece) for feed, piece in zip(group, pieces, strict=True))
         for feed in feeds:
             feed.row.ids.extend(feed.ids)
@@ -140,7 +159,16 @@ class Trunk:
         return log_probs_WV if self.alignment is None else self.alignment.fit(log_probs_WV)
 
     def _logits(self, plan: Pass) -> Tensor:
-        """Logits [W, V] of a pass: tensors in, a tensor out, nothing that waits for the device."""
+        """Logits of a pass: tensors in, a tensor out, nothing that waits for the device.
+
+        They are [W, V], or [W, V + R] with what the adapters of the output layer read of each position.
+        """
+        if self._output is None:
+            return self._forward(plan)
+        with self._output.listening():
+            return self._forward(plan)
+
+    def _forward(self, plan: Pass) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": plan.ids_T[None], "position_ids": plan.positions_T[None]}
         if self._keeps:
             inputs["logits_to_keep"] = plan.outputs_W
@@ -151,13 +179,15 @@ class Trunk:
                 with self._adapters.masked(plan.adapters_T):
                     output = self.model(**inputs, use_cache=False, return_dict=True)
         logits_TV: Tensor = output.logits[0]
+        if self._output is not None:
+            logits_TV = torch.cat([logits_TV, self._output.low().to(logits_TV.dtype)], dim=1)
         return logits_TV if self._keeps else logits_TV.index_select(0, plan.outputs_W)
 
 
-def _beyond_the_body(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
-    """Whether some of `layers` come after the model's last hidden states."""
-    body = set(model.base_model.modules())
-    return any(layer not in body for layer in layers)
+def _beyond_the_body(model: PreTrainedModel, adapters: Sequence[str]) -> bool:
+    """Whether some of `adapters` have layers that come after the model's last hidden states."""
+    body = {*map(id, model.base_model.modules())}
+    return any(id(layer) not in body and not names_on(layer).isdisjoint(adapters) for layer in adapter_layers(model))
 
 
 def cannot_run(model: PreTrainedModel, problem: str) -> UnsupportedError:

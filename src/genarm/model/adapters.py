@@ -30,6 +30,11 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def names_on(layer: BaseTunerLayer) -> set[str]:
+    """The adapters that a layer carries."""
+    return {str(name) for kind in layer.adapter_layer_names for name in getattr(layer, kind, ())}
+
+
 def share_adapters(model: nn.Module) -> None:
     """Switch the adapters of `model` off, except where `running` says otherwise in a thread; may be called again.
 
