@@ -26,7 +26,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def members(root: Path, family: str = "llama") -> dict[str, Path]:
-    """A base, a smaller model of another family and another ratio of query to KV heads, and adapters on both."""
+    """A base, a smaller model of another family and another ratio of query to KV heads, and adapters on both.
+
+    "head" and "head2" are adapters of the base's output layer alone.
+    """
     base = tiny_model(family, seed=1, **SHAPES[family])
     small = tiny_model("llama" if family == "qwen2" else "qwen2", seed=2, hidden=128, layers=1, num_key_value_heads=4)
     places = {"base": save_member(base, root / "base"), "small": save_member(small, root / "small")}
@@ -35,6 +38,11 @@ def members(root: Path, family: str = "llama") -> dict[str, Path]:
     ):
         host = places["base" if model is base else "small"]
         places[name] = tiny_lora(model, root / name, seed=seed, base_path=str(host), rank=rank)
+    for seed, (name, rank) in enumerate([("head", 3), ("head2", 5)], start=7):
+        targets = ["lm_head"]
+        places[name] = tiny_lora(
+            base, root / name, seed=seed, base_path=str(places["base"]), rank=rank, targets=targets
+        )
     return places
 
 

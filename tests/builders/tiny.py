@@ -100,19 +100,27 @@ def save_member(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToken
     return folder
 
 
-def tiny_lora(model: PreTrainedModel, folder: Path, *, seed: int, base_path: str, rank: int = 4) -> Path:
+def tiny_lora(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    seed: int,
+    base_path: str,
+    rank: int = 4,
+    targets: str | list[str] = "all-linear",
+) -> Path:
     """Write a random LoRA adapter that fits `model` (a copy of it is wrapped; `model` is left alone)."""
     import copy
 
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     adapted = get_peft_model(copy.deepcopy(model), config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at the start, which would make the adapter the base
             torch.nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # of an adapted output layer, too
     settings = folder / "adapter_config.json"
     import json
 

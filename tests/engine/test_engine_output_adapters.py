@@ -92,7 +92,9 @@ def test_the_numbers_of_prompts_and_replies_are_the_members_own() -> None:
     base = tiny_model("llama", seed=0)
     model = guided(base)
     weights = {"kind": 1.5, "brief": -0.5}
-    asked = Request(prompt=PROMPTS[3], weights=weights, prompt_log_probs=2, ignore_eos=True, sampling=greedy([6]).sampling)
+    asked = Request(
+        prompt=PROMPTS[3], weights=weights, prompt_log_probs=2, ignore_eos=True, sampling=greedy([6]).sampling
+    )
     with Engine(model, TOKENIZER, options(chunk=4)) as engine, engine.stream(asked) as stream:
         reply = stream.result()
         assert stream.prompt is not None
@@ -104,7 +106,9 @@ def test_the_numbers_of_prompts_and_replies_are_the_members_own() -> None:
         assert token.log_prob == pytest.approx(float(guided_TV[i, token.id]), abs=1e-4)
         assert token.base == pytest.approx(float(base_TV[i, token.id]), abs=1e-4)
         # At weight 1 the guided model is the tuned one where the base is the reference.
-        assert token.rewards["kind"] == pytest.approx(float(parts["kind"][i, token.id] - base_TV[i, token.id]), abs=1e-4)
+        assert token.rewards["kind"] == pytest.approx(
+            float(parts["kind"][i, token.id] - base_TV[i, token.id]), abs=1e-4
+        )
 
 
 def model_with(model: GuidedForCausalLM, weights: dict[str, float]) -> Any:

@@ -29,8 +29,10 @@ FAMILIES = {
         {"helpful": "lora", "harmless": "lora2"},
         {"brief": "small_lora", "kind": "small_lora2"},
         {"helpful": "lora", "arm": "small", "brief": "small_lora"},
+        {"kind": "head", "brief": "head2"},
+        {"helpful": "lora", "kind": "head", "arm": "small"},
     ],
-    "qwen2": [{"helpful": "lora", "arm": "small"}],
+    "qwen2": [{"helpful": "lora", "arm": "small"}, {"kind": "head"}],
     "qwen3": [{"helpful": "lora"}],
     "mistral": [{"helpful": "lora", "arm": "small"}],  # one has a sliding window, the other has none
 }
@@ -91,6 +93,16 @@ def test_members_that_do_not_count_have_no_logits(places: Any) -> None:
         ask(llm, [Asked(prompt=[7, 8], weights={"arm": 0, "brief": 1}, tokens=2)])
         # One read of the base's output layer for its two members; two rows are quicker twice.
         assert calls == [("base", 4), ("arm", 1)] * 2
+
+
+def test_heads_add_nothing_to_what_the_layers_run(places: Any) -> None:
+    guided = folder(*places["llama"], {"kind": "head", "brief": "head2"})
+    with engine(guided) as llm:
+        model = inner_model(llm).members.trunks[0].model
+        rows: list[int] = []
+        model.model.embed_tokens.register_forward_hook(lambda *call: rows.append(call[2].shape[0]))
+        ask(llm, [Asked(prompt=[7, 8, 9], tokens=2) for _ in range(3)])
+    assert rows == [9, 3]
 
 
 def test_a_token_that_goes_through_twice_is_kept_once(places: Any) -> None:

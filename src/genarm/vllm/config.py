@@ -22,6 +22,8 @@ from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, 
 from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.vllm import ARCHITECTURE
 
+OUTPUT_LAYER = "lm_head"
+
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
@@ -51,12 +53,15 @@ class TrunkSpec:
         model: its folder or hub id.
         revision: its hub revision.
         streams: the base comes first where it is among them.
+        heads: members of the base's model with an adapter of the output layer alone: they have no way through it of
+            their own, as what they say is told from the base's hidden states.
     """
 
     name: str
     model: str
     revision: str | None
     streams: tuple[MemberStream, ...]
+    heads: tuple[MemberStream, ...] = ()
 
 
 class ServedConfig(GuidedConfig):
@@ -127,10 +132,7 @@ class ServedConfig(GuidedConfig):
             adapter = None if spec.adapter is None else locate(spec.adapter, folder)
             stream = MemberStream(member=member, name=name, adapter=adapter, adapter_revision=spec.adapter_revision)
             streams.setdefault((locate(str(host.model), folder), host.revision), []).append(stream)
-        return tuple(
-            TrunkSpec(name=group[0].name, model=model, revision=revision, streams=tuple(group))
-            for (model, revision), group in streams.items()
-        )
+        return tuple(_trunk(model, revision, group) for (model, revision), group in streams.items())
 
     def alignments(self) -> list[Alignment]:
         """How every other member's vocabulary relates to the base's (reads their tokenizers).
@@ -166,7 +168,7 @@ class ServedConfig(GuidedConfig):
         for trunk in self.trunks:
             spec = MemberSpec(model=trunk.model, revision=trunk.revision)
             digest.update(load_model_config(spec, None, hub, name=trunk.name).to_json_string().encode())
-            for stream in trunk.streams:
+            for stream in (*trunk.streams, *trunk.heads):
                 if stream.adapter is not None:
                     settings = read_adapter_config(
                         stream.adapter, {"revision": stream.adapter_revision}, name=stream.name
@@ -186,6 +188,21 @@ class ServedConfig(GuidedConfig):
         if self.folder is None:
             raise MemberError("this guided configuration was not read from a folder; load it with AutoConfig")
         return Path(self.folder)
+
+
+def _trunk(model: str, revision: str | None, group: list[MemberStream]) -> TrunkSpec:
+    heads = [stream for stream in group if group[0].name == BASE and _is_of_the_output(stream)]
+    streams = tuple(stream for stream in group if stream not in heads)
+    return TrunkSpec(name=group[0].name, model=model, revision=revision, streams=streams, heads=tuple(heads))
+
+
+def _is_of_the_output(stream: MemberStream) -> bool:
+    """Whether a member's adapter is on the output layer alone."""
+    if stream.adapter is None:
+        return False
+    settings = read_adapter_config(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
+    targets: Any = settings.target_modules
+    return ([targets] if isinstance(targets, str) else sorted(targets or ())) == [OUTPUT_LAYER]
 
 
 def served_config(model_config: Any) -> ServedConfig:

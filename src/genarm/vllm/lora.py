@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from genarm.errors import MemberError
-from genarm.model.adapter_files import low_rank_parts, read_adapter
+from genarm.model.adapter_files import AdapterFiles, LowRank, low_rank_parts, read_adapter
 from genarm.model.config import MemberSpec
 from genarm.model.loading import HubOptions, load_model_config
 
@@ -63,14 +63,19 @@ class _Part:
         self.shard = shard
 
 
-def _read(model: nn.Module, stream: MemberStream, trunk: TrunkSpec) -> list[tuple[str, _Part]]:
+def read_parts(stream: MemberStream, trunk: TrunkSpec) -> tuple[AdapterFiles, dict[str, LowRank]]:
+    """A member's adapter, and what it adds to each layer, by the checkpoint's names (raises MemberError)."""
     assert stream.adapter is not None
     files = read_adapter(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
     spec = MemberSpec(model=trunk.model, revision=trunk.revision)
-    config = load_model_config(spec, None, HubOptions(), name=trunk.name)
+    return files, low_rank_parts(load_model_config(spec, None, HubOptions(), name=trunk.name), files)
+
+
+def _read(model: nn.Module, stream: MemberStream, trunk: TrunkSpec) -> list[tuple[str, _Part]]:
+    files, found = read_parts(stream, trunk)
     modules = dict(model.named_modules())
     parts = []
-    for name, low_rank in low_rank_parts(config, files).items():
+    for name, low_rank in found.items():
         place = _place(modules, getattr(model, "packed_modules_mapping", {}), name)
         if place is None and _is_elsewhere(modules, name):
             continue  # on another stage of the pipeline

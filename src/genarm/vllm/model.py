@@ -109,15 +109,13 @@ class GuidedForCausalLM(nn.Module, SupportsPP):
         *weights, budget_N = self._table.take(hidden_states.shape[0]).unbind(dim=1)
         weights_NR = torch.stack(weights, dim=1)
         given = coefficients(weights_NR, self._references, len(self._alignments))
-        active = (given.streams_BS != 0).any(dim=0).tolist()
+        active = (given.streams_BS != 0).any(dim=0).tolist()  # alike on every rank
+        wanted = {0, *(i + 1 for i, counts in enumerate(active) if counts)}
         parts: dict[int, Tensor | None] = {}
         start = 0
         for trunk in self._trunks:
             own = hidden_states[:, start : start + trunk.hidden_size * len(trunk.streams)]
             start += own.shape[1]
-            wanted = [
-                stream.member == 0 or active[stream.member - 1] for stream in trunk.streams
-            ]  # alike on every rank
             parts |= trunk.logits(own, wanted)
         base = parts.pop(0)
         if base is None:

@@ -12,6 +12,7 @@ between the stages of a pipeline, they are [N] with the members side by side alo
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from genarm.errors import UnsupportedError
 from genarm.model.config import BASE
 from genarm.model.contract import check_finite
 from genarm.model.vocabulary import readable
+from genarm.vllm.heads import OutputHeads
 from genarm.vllm.lora import add_adapters
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class SharedModel(nn.Module):
         self._vocab_size = own.model_config.get_vocab_size()
         self._reads_all_ids = self._vocab_size >= vllm_config.model_config.get_vocab_size()
         self.model: Any = initialize_model(vllm_config=own, prefix=own_prefix)
+        self.heads: OutputHeads | None = None
         if len(self.streams) > 1:
             _refuse_unshareable(self.model, own.model_config, trunk)
             _widen_attention(self.model, len(self.streams))
@@ -71,6 +74,7 @@ class SharedModel(nn.Module):
         """
         check_finite(dict(self.model.named_parameters()), what=f"{self.trunk.name!r} at {self.trunk.model!r}")
         add_adapters(self.model, self.trunk)
+        self.heads = OutputHeads(self.model, self.trunk) if self.trunk.heads else None
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: IntermediateTensors | None
@@ -87,14 +91,14 @@ class SharedModel(nn.Module):
             return _side_by_side(output, copies)
         return {f"{self.trunk.name}.{key}": _side_by_side(value, copies) for key, value in output.items()}
 
-    def logits(self, hidden_states: Tensor, wanted: list[bool]) -> dict[int, Tensor | None]:
+    def logits(self, hidden_states: Tensor, wanted: Container[int]) -> dict[int, Tensor | None]:
         """{member: logits [N, V]} of the members that are wanted, with one read of the output layer.
 
         Args:
             hidden_states: [N, S·H], as `forward` gives them.
-            wanted: for each member whether it counts; the others are left out.
+            wanted: the members that count, the base among them; the others are left out.
         """
-        chosen = [i for i, want in enumerate(wanted) if want]
+        chosen = [i for i, stream in enumerate(self.streams) if stream.member in wanted]
         if not chosen:
             return {}
         states_NSH = hidden_states.unflatten(-1, (len(self.streams), -1))
@@ -102,7 +106,10 @@ class SharedModel(nn.Module):
             states_NSH = states_NSH[:, chosen]
         logits = self._output_layer(states_NSH.flatten(0, 1))
         parts = [None] * len(chosen) if logits is None else logits.unflatten(0, (-1, len(chosen))).unbind(1)
-        return {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
+        found = {self.streams[i].member: part for i, part in zip(chosen, parts, strict=True)}
+        if self.heads is not None:
+            found |= self.heads.logits(found[self.streams[0].member], states_NSH[:, 0], wanted)
+        return found
 
     def _output_layer(self, rows: Tensor) -> Tensor | None:
         if quicker_twice(rows.shape[0], rows.device):
