@@ -1,4 +1,4 @@
-"""Measure how fast this machine decodes."""
+"""Measure how fast this machine decodes, serves and trains."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import open_console, quiet_libraries, say
 from genarm.cli.options import DraftOptions, ModelOptions
 from genarm.engine import EngineOptions
-from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
+from genarm.lab.bench.settings import DecodeSettings, ServeSettings, TrainSettings, VllmSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from genarm.lab.bench.report import Circumstances
 
-SUMMARY = "measure decoding speed on this machine"
+SUMMARY = "measure the speed of decoding and training on this machine"
 
 _DECODE = """Measure the decoding engine: guided and unguided, with and without speculation, at one and at many streams,
 beside transformers' generate and a naive loop of two models.
@@ -44,6 +44,13 @@ The server is started for the measurement, as a process of its own on this machi
 results are printed as Markdown; progress goes to standard error."""
 
 
+_TRAIN = """Measure the training of an ARM, packed and in padded rows, beside trl's CPO (the same loss without its
+likelihood term) and DPO on the same tokens: time of a step, and peak memory.
+
+Contestants are ordinary runs of their trainers, each in a process of its own, and take turns; all figures are ratios
+within a round. The results are printed as Markdown; progress goes to standard error."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be measured, each with its options."""
     subjects = parser.add_subparsers(dest="subject", metavar="WHAT", required=True)
@@ -60,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("decode", "the decoding engine, in this process", _DECODE, _decode, DecodeSettings, streams=decode_streams)
     add("vllm", "guided folders inside vLLM, over plain vLLM", _VLLM, _vllm, VllmSettings)
     served = (ModelOptions, ServeSettings, EngineOptions, DraftOptions)
+    add("train", "training, beside trl's trainers", _TRAIN, _train, TrainSettings)
     add("serve", "a model's server, as its clients see it", _SERVE, _serve, *served)
 
 
@@ -118,3 +126,11 @@ def _serve(arguments: argparse.Namespace) -> _Bench:
 
     measure = partial(run_serve, settings_from(arguments, ServeSettings))
     return _Bench(measure=measure, device=lambda r: "cpu" if r.device == "auto" else r.device, markdown=as_markdown)
+
+
+def _train(arguments: argparse.Namespace) -> _Bench:
+    from genarm.lab.bench.train import run_train
+    from genarm.lab.bench.train_report import as_markdown
+
+    measure = partial(run_train, settings_from(arguments, TrainSettings))
+    return _Bench(measure=measure, device=lambda r: r.trained.device, markdown=as_markdown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from genarm.errors import GenarmError
 from genarm.statistics import proportion
 from genarm.training.collator import collate
 from genarm.training.loss import arm_loss
-from genarm.training.reader import WAYS, Batch, ModelReader, sample
+from genarm.training.reader import WAYS, Batch, ModelReader, Way, sample
 from genarm.training.responses import ResponseStates, summed, token_log_probs
 
 # What the trainer adds to each entry of the log, beside the loss, as means over pairs since the last entry.
@@ -71,8 +71,11 @@ class ArmTrainer(PairTrainer):
     """Trains a causal LM (or a PEFT adapter on one) as an autoregressive reward model.
 
     The loss is −log σ(β · (r(x, y⁺) − r(x, y⁻))) with r(x, y) = Σ_t log π(y_t | x, y_<t) (GenARM, section 4.2).
-    Rewards and margins in the logs are in nats, not multiplied by β.
+    Rewards and margins in the logs are in nats, not multiplied by β. `ways` are the ways to read pairs, of which a
+    model's first one that is right is taken.
     """
+
+    ways: Sequence[Way] = WAYS
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class ArmTrainer(PairTrainer):
             return self._readers[plain], []
         # An output layer whose weights are in pieces can be called in the whole model's forward alone.
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        reader = ModelReader(plain, [way for way in WAYS if whole or not way.split])
+        reader = ModelReader(plain, [way for way in self.ways if whole or not way.split])
         data: Any = self.train_dataset
         notes = reader.check(model, self._prepare_inputs(collate(sample(data))))
         self._readers[plain] = reader

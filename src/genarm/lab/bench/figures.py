@@ -193,3 +193,24 @@ def vllm_ratios(rates: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str,
     }
     gains = {shared_over_merged(n): ratios(rows[VLLM_LORA], rows[VLLM_MERGED]) for n, rows in rates.items()}
     return found | gains
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+TRAIN_PACKED = "ARM, packed"
+TRAIN_PADDED = "ARM, padded rows"
+TRAIN_CPO = "CPO, trl"
+TRAIN_DPO = "DPO, trl"
+
+
+def train_figures(seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int]) -> list[Figure]:
+    """From {contestant: seconds per step in each round} and {contestant: bytes at most}."""
+    targets = {TRAIN_CPO: (_least(1.8), _most(0.6)), TRAIN_DPO: (None, None), TRAIN_PADDED: (None, None)}
+    figures = []
+    for other, (faster, smaller) in targets.items():
+        speed, share = ratios(seconds[other], seconds[TRAIN_PACKED]), peaks[TRAIN_PACKED] / peaks[other]
+        figures += [
+            Figure(name=f"ARM, packed: speed over {other}", values=speed, target=faster),
+            Figure(name=f"ARM, packed: peak memory over {other}", values=[share], target=smaller),
+        ]
+    return figures

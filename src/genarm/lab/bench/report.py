@@ -15,12 +15,13 @@ from genarm.lab.bench.counting import DRAFTS
 from genarm.lab.bench.decode import DecodeResult
 from genarm.lab.bench.field import Speculated
 from genarm.lab.bench.figures import Figure
-from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
+from genarm.lab.bench.settings import DecodeSettings, ServeSettings, TrainSettings, VllmSettings
 from genarm.lab.bench.timing import spread
 from genarm.lab.machine import Machine
 
 if TYPE_CHECKING:
     from genarm.lab.bench.serve import ServeResult
+    from genarm.lab.bench.train import TrainResult
     from genarm.lab.bench.vllm import VllmResult
 
 
@@ -45,7 +46,10 @@ class Circumstances:
 
 
 def write_report(
-    folder: Path, result: DecodeResult | VllmResult | ServeResult, circumstances: Circumstances, markdown: str
+    folder: Path,
+    result: DecodeResult | VllmResult | ServeResult | TrainResult,
+    circumstances: Circumstances,
+    markdown: str,
 ) -> None:
     """`decode.json`, with all that was measured, raw figures included, and `decode.md`, or as the subject is called."""
     record: dict[str, Any] = {
@@ -63,7 +67,7 @@ def write_report(
     write_text(folder / f"{result.settings.subject}.md", markdown)
 
 
-def command(settings: DecodeSettings | VllmSettings | ServeSettings) -> str:
+def command(settings: DecodeSettings | VllmSettings | ServeSettings | TrainSettings) -> str:
     """A command line that measures the same, every option said."""
     words = ["genarm", "bench", settings.subject, *([settings.folder] if isinstance(settings, ServeSettings) else [])]
     for name, value in asdict(settings).items():

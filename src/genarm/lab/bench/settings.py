@@ -122,10 +122,35 @@ class ServeSettings(Loading):
         _check_least_one(self, ("requests", "rounds", "concurrency"))
 
 
-def _check_least_one(settings: ShapeSettings | ServeSettings, names: Sequence[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What `genarm bench train` measures.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    subject = "train"
+
+    model: str = field(metadata={"metavar": "MODEL", "help": "model to train: a hub id or a folder"})
+    data: str = field(metadata={"metavar": "DATA", "help": "preference pairs, as genarm train takes them"})
+    lora: bool = field(default=False, metadata={"help": "train an adapter, as genarm train --lora does"})
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations again in the backward"})
+    batch_size: int = field(default=8, metadata={"help": "pairs of a step"})
+    steps: int = field(default=2, metadata={"help": "of a round"})
+    rounds: int = field(default=5, metadata={"help": "in which every contestant trains once"})
+    seed: int = field(default=0, metadata={"metavar": "S", "help": "of everything random"})
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        _check_least_one(self, ("batch_size", "steps", "rounds"))
+
+
+def _check_least_one(settings: ShapeSettings | ServeSettings | TrainSettings, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, Sequence) and min(value) < 1:
             raise ConfigError(f"--{name} has {min(value)}; each must be at least 1")
         if isinstance(value, int) and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
