@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +78,15 @@ def tiny_llama(seed: int, spread: float) -> PreTrainedModel:
 
 def conditionals(model: PreTrainedModel, prompt: int) -> Tensor:
     """Log-probs [N, L, V] of every next token along every response; a model's logits may be log-probs already."""
+    return conditionals_of_all(model, [prompt])[0]
+
+
+def conditionals_of_all(model: PreTrainedModel, prompts: list[int]) -> Tensor:
+    """The same for several prompts, [prompts, N, L, V], in one forward."""
     begun = RESPONSES[::V, :-1]  # what the last token comes after: each prefix once
-    ids = torch.cat([torch.full((len(begun), 1), prompt), begun], dim=1)
-    return model(ids, use_cache=False).logits.double().log_softmax(-1).repeat_interleave(V, dim=0)
+    ids = torch.cat([torch.tensor(prompts).repeat_interleave(len(begun))[:, None], begun.repeat(len(prompts), 1)], 1)
+    found = model(ids, use_cache=False).logits.double().log_softmax(-1).repeat_interleave(V, dim=0)
+    return found.view(len(prompts), len(RESPONSES), L, V)
 
 
 def sequence_log_probs(conditionals_NLV: Tensor) -> Tensor:
@@ -135,23 +141,23 @@ def train_by(
     """Minimise a loss of `genarm train` in expectation over all pairs, through `base` at weights from a range."""
     with torch.no_grad():
         fixed = {x: (conditionals(base, x), conditionals(arm, x)) for x in rewards}
+    wins = {x: torch.sigmoid(reward_N[:, None] - reward_N) for x, reward_N in rewards.items()}
     optimizer = torch.optim.Adam(arm.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     labels = RESPONSES.reshape(-1)
     for _ in range(steps):
         total = torch.zeros((), dtype=torch.float64)
         w = float(torch.empty(()).uniform_(*weights))
-        for prompt, reward_N in rewards.items():
-            base_NLV, start_NLV = fixed[prompt]
-            gain_NLV = rho(conditionals(arm, prompt), start_NLV, loss)
+        own = conditionals_of_all(arm, [*rewards])
+        for own_NLV, (prompt, (base_NLV, start_NLV)) in zip(own, fixed.items(), strict=True):
+            gain_NLV = rho(own_NLV, start_NLV, loss)
             if loss.startswith("product"):
                 weight_C = torch.full((len(labels),), w, dtype=torch.float64)
                 tokens = guided_rewards(labels, base_NLV.reshape(-1, V), gain_NLV.reshape(-1, V), weight_C, None)
                 score_N = tokens.view(-1, L).sum(-1)
             else:
                 score_N = sequence_log_probs(gain_NLV)
-            margins_NN, wins_NN = score_N[:, None] - score_N, torch.sigmoid(reward_N[:, None] - reward_N)
-            total = total + F.binary_cross_entropy_with_logits(beta_r * margins_NN, wins_NN)
+            total = total + F.binary_cross_entropy_with_logits(beta_r * (score_N[:, None] - score_N), wins[prompt])
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -191,13 +197,15 @@ def share_removed(
 
 
 @torch.no_grad()
-def compare_losses(seed: int, *, beta: float, steps: int, start: str) -> dict[str, dict[str, float]]:
+def compare_losses(
+    seed: int, *, beta: float, steps: int, start: str, losses: Sequence[str] = LOSSES
+) -> dict[str, dict[str, float]]:
     """{loss: {base: share of the way to its optimum}}, the ideal ARM of the base trained through last."""
     generator = torch.Generator().manual_seed(seed)
     rewards = {x: torch.randn(len(RESPONSES), generator=generator, dtype=torch.float64) for x in PROMPTS}
     base, w = tiny_llama(seed, 0.35), 1 / beta
     found = {}
-    for loss in LOSSES:
+    for loss in losses:
         arm = copy.deepcopy(base) if start == "base" else tiny_llama(seed + 1000, 0.05)
         before = {x: conditionals(arm, x) for x in rewards}
         with torch.enable_grad():
@@ -230,7 +238,7 @@ def compare_weights(seed: int, *, steps: int) -> dict[str, dict[str, float]]:
 
 
 def print_losses(seeds: int, steps: int) -> None:
-    for beta, start in itertools.product((2.0, 1.0, 0.5), STARTS):
+    for beta, start in itertools.product((1.0, 0.5, 2.0), STARTS):
         worlds = [compare_losses(seed, beta=beta, steps=steps, start=start) for seed in range(seeds)]
         print(f"β = {beta:g}, started from {STARTS[start]}: share of KL(base ‖ optimum) removed, in each world")
         for loss in worlds[0]:
