@@ -21,6 +21,7 @@ FOLDERS = {
     "train": ["train", "--model", "no-model", "--data", "no.jsonl", "--output"],
     "eval": ["eval", "recipe.toml", "--scale", "tiny", "--output"],
     "demo": ["demo", "--output"],
+    "tune": ["tune", "no-model", "--pairs", "no.jsonl", "--output"],
     "bench": ["bench", "decode", "--real", "no-model", "no-model", "--output"],
     "bench serve": ["bench", "serve", "no-model", "--output"],
 }

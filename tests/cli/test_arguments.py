@@ -14,7 +14,7 @@ import pytest
 
 import genarm.cli
 from genarm.batch.plan import Plan
-from genarm.cli import chat, pairs
+from genarm.cli import chat, pairs, tune
 from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.demo import DemoOptions
 from genarm.cli.eval import EvalOptions
@@ -27,6 +27,7 @@ from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
 from genarm.lab.judges.settings import ClientSettings
 from genarm.lab.pairs.select import Selection
+from genarm.lab.tune.settings import TuneOptions
 from genarm.model.placement import Loading
 from genarm.sampling import Sampling
 from genarm.training.config import TrainConfig
@@ -42,6 +43,10 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "pairs": (ModelOptions, pairs._PLAN, Selection, PromptOptions, TemplateOptions, Sampling, Loading, *ENGINE),
     "judge": (ClientSettings,),
     "accuracy": (AccuracySettings, TemplateOptions),
+    "tune": (
+        *(ModelOptions, TuneOptions, WishOptions, PromptOptions, TemplateOptions, Sampling, tune._PLAN),
+        AccuracySettings,
+    ),
     "eval": (EvalOptions,),
     "demo": (DemoOptions,),
     "bench decode": (DecodeSettings,),

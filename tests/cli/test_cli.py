@@ -42,6 +42,13 @@ OPTIONS = {
         *("--tuned", "--reference", "--wish", "--weight"),
         "--trust-remote-code",
     },
+    "tune": {
+        *MODEL,
+        *SAMPLING,
+        *("--pairs", "--split", "--objective", "--max-prompt-tokens", "--max-response-tokens", "--beta"),
+        *("--prompts", "--score", "--judge-url", "--judge-model", "--samples", "--scales", "--vary", "--budget"),
+        *("--wish", "--template-arg", "--raw", "--batch-size", "--output", "--write", "--preset"),
+    },
     "bench decode": {
         *("--base-shape", "--dtype", "--device", "--tokens", "--rounds", "--streams", "--agreement"),
         *("--real", "--prompts", "--output", "--seed"),

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import tomli_w
 
+from genarm.data.presets import read_presets
 from genarm.errors import ConfigError
 from genarm.lab.evaluation.recipe_file import load_recipe
 from genarm.lab.evaluation.world import WorldSettings
 from genarm.lab.judges.protocol import load_protocol
-from genarm.server.names import read_presets
 
 RECIPE: dict[str, Any] = {
     "seed": 1,

@@ -16,10 +16,11 @@ import pytest
 
 from builders.serving import CHAT, CONTEXT, TOKENIZER, Running, events, running
 from builders.tiny import VOCAB_SIZE
+from genarm.data.presets import read_presets
 from genarm.errors import ConfigError, GenarmError, WeightsError
 from genarm.server.bodies import LARGEST_BODY
 from genarm.server.errors import ApiError
-from genarm.server.names import Names, RewardInfo, read_presets, rewards_of
+from genarm.server.names import Names, RewardInfo, rewards_of
 from genarm.server.security import read_keys
 
 

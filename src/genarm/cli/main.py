@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 VERBS = (
     *("train", "compose", "generate", "chat", "score", "serve"),
-    *("pairs", "judge", "accuracy", "eval", "demo", "bench"),
+    *("pairs", "judge", "accuracy", "tune", "eval", "demo", "bench"),
 )
 
 USER_ERROR = 2

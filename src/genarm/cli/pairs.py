@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         session = open_session(arguments)
         jobs = session.jobs(requests, plan)
         conversations = [session.files.conversation(r.prompt, system=session.system, raw=False) for r in requests]
-        scorer = _scorer(arguments, requests)
+        scorer = make_score(arguments, requests, replies=Path(f"{arguments.output}.replies"))
         settings = PairSettings(sampling=session.settings(requests, plan), score=scorer.record, selection=selection)
         with goes_on(arguments.output), progress() as advance:
             counts = make_pairs(
@@ -100,13 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scorer(arguments: argparse.Namespace, requests: Sequence[BatchRequest]) -> Scorer:
-    """What `--score` means, checked against the rows."""
+def make_score(arguments: argparse.Namespace, requests: Sequence[BatchRequest], *, replies: Path) -> Scorer:
+    """What `--score` means, checked against the rows; a judge's replies go into the folder `replies`."""
     from genarm.lab.judges.interface import ScorerOptions
     from genarm.lab.judges.kinds import make_scorer
     from genarm.lab.judges.unit_tests import UnitTestScorer
 
-    options = settings_from(arguments, ScorerOptions, replies=Path(f"{arguments.output}.replies"))
+    options = settings_from(arguments, ScorerOptions, replies=replies)
     scorer = make_scorer(arguments.score, options)
     scorer.check([{"prompt": request.prompt, "id": request.id, **request.carried} for request in requests])
     if isinstance(scorer, UnitTestScorer):

@@ -167,7 +167,8 @@ def _need_extra() -> None:
 
 
 def _names(options: ServeOptions, files: ModelFiles) -> Names:
-    from genarm.server.names import Names, read_presets, rewards_of
+    from genarm.data.presets import read_presets
+    from genarm.server.names import Names, rewards_of
 
     path = Path(files.reference)
     return Names(

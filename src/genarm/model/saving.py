@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from genarm.errors import UnsupportedError
+from genarm.files import write_text
 from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.contract import named_tensors
 
@@ -51,6 +54,19 @@ def save_guided(
         _write_member(member, specs[member.name], model.folder, folder, sharding)
     model.generation_config.save_pretrained(folder)
     _portable(model.config, model.folder).save_pretrained(folder)
+
+
+def write_default_weights(folder: Path, weights: Mapping[str, float]) -> None:
+    """Make `weights` the default ones of the guided folder `folder`; nothing else in it changes.
+
+    Raises:
+        DataError: its config.json cannot be written.
+    """
+    path = folder / "config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for reward in record["rewards"]:
+        reward["weight"] = weights[reward["name"]]
+    write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def push_guided(

@@ -5,17 +5,11 @@ An item `max_kl` among the weights of a name or a preset is the budget in nats p
 
 from __future__ import annotations
 
-import json
-import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import FiniteFloat
-
-from genarm.data.tables import read_table
+from genarm.data.presets import BUDGET, check_preset_name
 from genarm.errors import ConfigError, WeightsError
 from genarm.model.config import GuidedConfig
 from genarm.model.weights import check_max_kl, parse_weights, weight_row
@@ -23,10 +17,6 @@ from genarm.server.errors import ApiError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-PRESETS_FILE = "presets.json"
-BUDGET = "max_kl"
-_PRESET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +57,7 @@ class Names:
             raise ConfigError(f"--max-weight is {self.largest:g}; it must be above 0")
         self.check_range(self.defaults, "raise --max-weight")
         for name, weights in self.presets.items():
-            if not _PRESET.fullmatch(name):
-                raise ConfigError(f"a preset cannot be named {name!r}; use letters, digits, '_', '-' and '.'")
+            check_preset_name(name)
             try:
                 check_max_kl(self._budget(weights))
                 self.check_range(self._complete(self._weights(weights)), "raise --max-weight")
@@ -172,27 +161,3 @@ def rewards_of(config: PreTrainedConfig) -> tuple[RewardInfo, ...]:
         )
         for spec in config.reward_specs
     )
-
-
-def read_presets(folder: Path, file: Path | None) -> dict[str, dict[str, float]]:
-    """The presets of a model's folder, and those of a TOML file over them: a table of weights and "max_kl" for each.
-
-    Raises:
-        ConfigError: a file that is not there or not what it should be.
-    """
-    presets: dict[str, dict[str, float]] = {}
-    inside = folder / PRESETS_FILE
-    if inside.is_file():
-        presets |= _parse(inside, json.loads)
-    if file is not None:
-        presets |= _parse(file, tomllib.loads)
-    return presets
-
-
-def _parse(path: Path, loads: Any) -> dict[str, dict[str, float]]:
-    try:
-        data = loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the presets in {path}: {error}") from error
-    presets: dict[str, dict[str, float]] = read_table(dict[str, dict[str, FiniteFloat]], data, f"presets in {path}")
-    return presets

@@ -119,7 +119,7 @@ def make_pairs(
     sampled, scored = _beside(output, "samples"), _beside(output, "scores")
     digest = claim(output, settings.record, parts=(sampled, scored))
     samples = _sample(sampled, jobs, plan, settings.sampling, open_engine, advance)
-    scores = _score(scored, samples, conversations, scorer, digest, advance)
+    scores = score_samples(scored, samples, conversations, scorer, digest, advance)
     selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
     rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)]
     counts = _count(samples, selected)
@@ -183,7 +183,7 @@ def _sample(
     return rows
 
 
-def _score(
+def score_samples(
     path: Path,
     samples: Sequence[Row],
     conversations: Sequence[Prompt],
@@ -191,7 +191,19 @@ def _score(
     digest: str,
     advance: Advance,
 ) -> dict[tuple[int, str], float | None]:
-    """The score of every different response by (prompt's index, response); chunks that the file lacks are scored."""
+    """The score of every different response by (prompt's index, response); chunks that the file lacks are scored.
+
+    Args:
+        path: the file of scores.
+        samples: rows of `genarm.batch.run.decode`.
+        conversations: each prompt as the model reads it.
+        scorer: scores the responses.
+        digest: of the settings, which each row of the file carries.
+        advance: told of every step.
+
+    Raises:
+        DataError: rows of other settings, or a scorer that fails.
+    """
     different: dict[tuple[int, str], Row] = {}
     for sample in samples:
         different.setdefault((sample["index"], sample["response"]), sample)

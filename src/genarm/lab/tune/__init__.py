@@ -1,0 +1,1 @@
+"""Weights for a user: from pairs that they prefer, or from a sweep that somebody scores."""
