@@ -22,7 +22,7 @@ from genarm.lab.tune.regression import Coefficient, Fit, Floats, fit_pairs
 from genarm.provenance import AT, Record, claim, content_of, model_record, plain
 from genarm.statistics import Proportion, proportion
 
-CHUNK = 32
+CHUNK = 16
 """Pairs whose margins are written together."""
 
 Advance = Callable[[str, int, int], None]
@@ -136,12 +136,19 @@ def _margins(
     digest = claim(path, record)
     rows = resume_rows(path, digest)
     total = len(pairs.encoded.pairs)
-    advance("pairs", len(rows), total)
+    scored = 2 * len(rows)
+
+    def count(_: str, responses: int) -> None:
+        nonlocal scored
+        scored += responses
+        advance("responses", scored, 2 * total)
+
+    count("", 0)
     if len(rows) < total:
         model = pairs.files.load(dtype=settings.dtype, device=settings.device)
         for start in range(len(rows), total, CHUNK):
             part = Pass(files=pairs.files, limit=pairs.limit, encoded=pairs.encoded.part(start, start + CHUNK))
-            scores = score_with(model, part, settings.batch_size, lambda *_: None)
+            scores = score_with(model, part, settings.batch_size, count)
             found = {
                 column: (scores[column] if less is None else scores[column].minus(scores[less])).margin_B
                 for column, less in rewards.items()
@@ -158,7 +165,6 @@ def _margins(
             ]
             append_rows(path, new)
             rows += new
-            advance("pairs", len(rows), total)
     return rows
 
 
