@@ -56,7 +56,7 @@ class _Group:
     members: list[TrunkMember]
     alignment: Alignment | None
     names: list[str]
-    of_the_output: list[str] = field(default_factory=list)
+    of_the_output: list[TrunkMember] = field(default_factory=list)
 
     def place(self, member: Member) -> int:
         """Which of the trunk's own members it is."""
@@ -109,7 +109,7 @@ def build(
         plain = index == 0 and member.wish is None and members[BASE_MEMBER].adapter is None
         if plain and member.adapter and is_of_the_output(member.model, member.adapter):
             of_the_output[len(places)] = len(groups[0].of_the_output)
-            groups[0].of_the_output.append(member.adapter)
+            groups[0].of_the_output.append(TrunkMember(name=member.name, adapter=member.adapter))
             places.append(places[BASE_MEMBER])
             continue
         places.append((index, groups[index].place(member)))
@@ -188,7 +188,7 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
             rows=rows,
             capacity=capacity,
             graphs=path.graphs,
-            of_the_output=group.of_the_output,
+            of_the_output=[member.adapter for member in group.of_the_output if member.adapter],
         )
         prove(trunk, expected)
     except UnsupportedError:
@@ -200,7 +200,8 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
                 "ask for fewer streams or a shorter context"
             ) from error
         raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
-    told = f"; {', '.join(group.of_the_output)}: told from its hidden states" if group.of_the_output else ""
+    heads = ", ".join(member.name for member in group.of_the_output)
+    told = f"; {heads}: told from its hidden states" if heads else ""
     together = "" if len(group.names) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
     return trunk, f"{names}: {path.why}{together}{replayed}{told}; KV cache {_size(trunk.kv_cache.bytes)}"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from genarm.training.kinds import Kind, Setup
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import Trainer
 
     from genarm.training.config import TrainConfig
@@ -23,7 +25,7 @@ class Arm(Kind):
     """
 
     name = "arm"
-    takes: ClassVar = {"beta": 0.05, "early_stopping": None, "load_in_4bit": False, "lora_dropout": 0.05}
+    takes: ClassVar = {"beta": 0.05, "early_stopping": None, "load_in_4bit": False, "head": None, "lora_dropout": 0.05}
     split_weights = True
     title = "an autoregressive reward model"
     tags = ("reward-model", "autoregressive-reward-model")
@@ -60,10 +62,18 @@ class Arm(Kind):
         """What the trainer is made of beside the model and the pairs."""
         return {}
 
+    def save(self, config: TrainConfig, trainer: Trainer, folder: Path) -> None:
+        """A head as the adapter of the output layer that it is."""
+        if config.head:
+            from genarm.training.head import unfold
+
+            unfold(trainer.accelerator.unwrap_model(trainer.model))
+        super().save(config, trainer, folder)
+
     def introduction(self, config: TrainConfig) -> str:
         """What it is trained on, and what it is for."""
         return (
-            f"A {'LoRA adapter on' if config.lora else 'fine-tuned'} `{config.model}`, trained on preference pairs "
+            f"A {config.made_of} `{config.model}`, trained on preference pairs "
             "with the GenARM loss ([arXiv 2410.08193](https://arxiv.org/abs/2410.08193)). Its log-probabilities are "
             "token-level rewards: they steer a frozen language model with the same tokenizer while it decodes. It is "
             "not meant to be sampled from alone."

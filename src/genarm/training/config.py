@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genarm.text.prompts import Reading
 
 SCHEDULES = ("cosine", "linear", "constant")
+HEAD_LEARNING_RATE = 5e-3
 OBJECTIVES = ("better", "safer")
 STARTS = ("zero", "model")
 
@@ -209,8 +210,17 @@ class TrainConfig:
         default="all-linear",
         metadata=_about(_LORA, "modules that get an adapter: all-linear, or names separated by commas"),
     )
+    head: int | None = field(
+        default=None,
+        metadata=_about(
+            _LORA,
+            "train a head ARM of this rank instead: a map of the last hidden states, read by the model's own output "
+            "layer, which guides the model that it is trained on nearly for nothing",
+            metavar="RANK",
+        ),
+    )
     load_in_4bit: bool = field(
-        default=False, metadata=_about(_LORA, "QLoRA: hold the frozen weights in 4 bits (needs --lora)")
+        default=False, metadata=_about(_LORA, "QLoRA: hold the frozen weights in 4 bits (needs --lora or --head)")
     )
 
     beta: float | None = field(
@@ -312,7 +322,17 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         adapter, whole = kind_of(self).learning_rates
-        return adapter if self.lora else whole
+        return HEAD_LEARNING_RATE if self.head else adapter if self.lora else whole
+
+    @property
+    def adapter(self) -> bool:
+        """Whether the model's own weights stay as they are."""
+        return self.lora or self.head is not None
+
+    @property
+    def made_of(self) -> str:
+        """What is trained of the model, in the words of a model card: "fine-tuned", say, before the model's name."""
+        return f"head of rank {self.head} on" if self.head else "LoRA adapter on" if self.lora else "fine-tuned"
 
     @property
     def resolved_beta(self) -> float:
@@ -404,7 +424,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("model", "data", "split", "through", "wish", "prompts"):
         if getattr(config, name) is not None and not getattr(config, name).strip():
             raise ConfigError(f"{option_name(name)} is empty; give a {'text' if name == 'wish' else 'name'}")
-    at_least_one = ("max_prompt_tokens", "max_response_tokens", "lora_rank", "lora_alpha", "batch_size")
+    at_least_one = ("max_prompt_tokens", "max_response_tokens", "lora_rank", "lora_alpha", "head", "batch_size")
     for name in (
         *at_least_one,
         "accumulation",
@@ -436,7 +456,9 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    if config.load_in_4bit and not config.lora:
+    if config.lora and config.head:
+        raise ConfigError("--lora trains all linear layers but the last and --head the last alone; give one of the two")
+    if config.load_in_4bit and not config.adapter:
         raise ConfigError("--load-in-4bit trains an adapter on frozen 4-bit weights: add --lora, or leave it out")
     if config.early_stopping is None:
         return

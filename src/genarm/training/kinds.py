@@ -40,7 +40,7 @@ class Setup:
 
 # The options that only some kinds take.
 OPTIONAL = (
-    *("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout"),
+    *("beta", "rewards", "generations", "early_stopping", "load_in_4bit", "lora_dropout", "head"),
     *("through", "through_weight", "start", "wish", "prompts"),
 )
 
@@ -126,7 +126,7 @@ class Kind:
     def use(self, config: TrainConfig) -> list[str]:
         """The model card's lines on how the result is used."""
         package, loader = "transformers", self.loader
-        if config.lora and not self.merged:
+        if config.adapter and not self.merged:
             package, loader = "peft", "AutoPeftModelForCausalLM"
         load = f'model = {loader}.from_pretrained("{config.output.name}")'
         return ["```python", f"from {package} import {loader}", "", load, "```"]

@@ -27,6 +27,7 @@ from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
 from genarm.model.loading import HubOptions, load_generation_config
 from genarm.text.prompts import end_ids
 from genarm.training.config import TrainConfig
+from genarm.training.head import add_head
 from genarm.training.kinds import kind_of
 
 
@@ -93,6 +94,8 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         ConfigError: no module has the name given in `lora_targets`.
     """
     model = load_weights(config, tokenizer, AutoModelForCausalLM)
+    if config.head:
+        return add_head(model, config.head, config.resolved_lora_dropout)
     return add_adapter(model, config, "CAUSAL_LM") if config.lora else model
 
 
@@ -111,7 +114,7 @@ def load_weights(
         MissingExtraError: `load_in_4bit` without bitsandbytes.
     """
     frozen_dtype = torch.bfloat16 if config.bf16 else torch.float32
-    options = {"dtype": frozen_dtype if config.lora else torch.float32, **options}
+    options = {"dtype": frozen_dtype if config.adapter else torch.float32, **options}
     if config.load_in_4bit:
         options |= _four_bit_options()
     model = load_whole(

@@ -94,7 +94,7 @@ def _front_matter(config: TrainConfig, kind: Kind) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        library_name="peft" if config.lora and not kind.merged else "transformers",
+        library_name="peft" if config.adapter and not kind.merged else "transformers",
         pipeline_tag=kind.task,
         tags=["genarm", *kind.tags],
         # The hub refuses cards whose base model or data set is a path.

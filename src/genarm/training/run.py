@@ -268,4 +268,5 @@ def _model_line(config: TrainConfig, trainer: Trainer) -> str:
     assert model is not None
     trained, total = parameter_counts(model)
     how = f"LoRA rank {config.lora_rank}" if config.lora else "all weights"
+    how = f"head of rank {config.head}" if config.head else how
     return f"model {config.model}: {how}, {trained:,} of {total:,} parameters are trained"

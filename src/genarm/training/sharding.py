@@ -41,6 +41,11 @@ def check_launch(config: TrainConfig) -> None:
             f"the launch asks for {asked}, which is for ARMs, and the settings say --kind {config.kind}; "
             "launch with plain processes (accelerate launch --multi_gpu)"
         )
+    if config.head:
+        raise ConfigError(
+            f"the launch asks for {asked}, and a head needs its output layer whole; leave out --head, or launch with "
+            "plain processes (accelerate launch --multi_gpu)"
+        )
     if config.load_in_4bit:
         raise ConfigError(
             f"the launch asks for {asked}, and 4-bit weights are not split; leave out --load-in-4bit, or launch with "

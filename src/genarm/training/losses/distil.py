@@ -73,7 +73,7 @@ class Distil(Product):
         """What it is trained on, and what it is for."""
         what = "log π − log π_start" if starts_at_zero(self, config) else "its log-probability"
         return (
-            f"A {'LoRA adapter on' if config.lora else 'fine-tuned'} `{config.model}` that makes of the frozen base "
+            f"A {config.made_of} `{config.model}` that makes of the frozen base "
             f"`{self.base(config)}` what the system text “{config.wish}” makes of it, without that text: trained by "
             f"the KL divergence on replies of the base that reads it, at weight {config.through_weight or 1}. The "
             f"reward of a token is {what}."

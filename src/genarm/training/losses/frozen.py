@@ -47,6 +47,13 @@ class Frozen:
             yield trained
         trained.train(training)
 
+    def is_below_head(self, trained: nn.Module) -> bool:
+        """Whether it has the trained model's hidden states, as nothing before the output layer is trained."""
+        found: Any = trained
+        if self.model is not None:
+            return False
+        return [one for one in found.modules() if isinstance(one, BaseTunerLayer)] == [found.get_output_embeddings()]
+
     def adapted_head(self, trained: nn.Module) -> bool:
         """Whether the output layer says something else once the adapter is on again."""
         found: Any = trained
@@ -77,7 +84,7 @@ def start_of(config: TrainConfig) -> Frozen:
 
     A resumed run loads it from the same place, whose content is checked then.
     """
-    if config.lora:
+    if config.adapter:
         return Frozen()
     model = load_whole(
         AutoModelForCausalLM,

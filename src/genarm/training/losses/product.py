@@ -67,7 +67,7 @@ class Product(Arm):
         """What it is trained on, and what it is for."""
         what = "log π − log π_start" if starts_at_zero(self, config) else "its log-probability"
         return (
-            f"A {'LoRA adapter on' if config.lora else 'fine-tuned'} `{config.model}`, trained on preference pairs "
+            f"A {config.made_of} `{config.model}`, trained on preference pairs "
             f"through the policy that it makes of the frozen base `{self.base(config)}` at weight "
             f"{config.through_weight or 1}: base · reward^w, normalised at every token. The reward of a token is "
             f"{what}. It is meant for that base, at such weights."

@@ -53,7 +53,7 @@ class Reference(Arm):
     def introduction(self, config: TrainConfig) -> str:
         """What it is trained on, and what it is for."""
         return (
-            f"A {'LoRA adapter on' if config.lora else 'fine-tuned'} `{config.model}`, trained on preference pairs "
+            f"A {config.made_of} `{config.model}`, trained on preference pairs "
             "anchored at that model: the reward of a token is what the trained model says more than it, log π − "
             "log π_start (trained by the loss of DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)). It steers "
             "a frozen language model with the same tokenizer while it decodes; `genarm compose` reads the reference "

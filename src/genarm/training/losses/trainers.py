@@ -7,7 +7,9 @@ V ids of the base's vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,13 +54,21 @@ class AnchoredTrainer(ArmTrainer):
         return list(dict.fromkeys(notes))
 
     @torch.no_grad()
-    def frozen_states(self, frozen: Frozen, trained: nn.Module, batch: Batch) -> ResponseStates:
-        """What a frozen model says before each token of the responses of `batch`."""
+    def frozen_states(
+        self, frozen: Frozen, trained: nn.Module, batch: Batch, beside: ResponseStates | None = None
+    ) -> ResponseStates:
+        """What a frozen model says before each token of the responses of `batch`.
+
+        `beside` is what the trained model says of it, if that is known: the hidden states may be the same.
+        """
         plain = self.accelerator.unwrap_model(trained)
+        states = beside if frozen.is_below_head(plain) else None
+        if states is not None and not isinstance(states.head, nn.Identity):
+            return dataclasses.replace(states, head=partial(_head_of, frozen, plain, states.head))
         with frozen.running(plain) as model:
             states = self.states(model, batch)
-            if frozen.adapted_head(plain):  # which would be read when the adapter is on again
-                states = dataclasses.replace(states, hidden_ND=states.head(states.hidden_ND), head=nn.Identity())
+        if frozen.adapted_head(plain) and not isinstance(states.head, nn.Identity):
+            states = dataclasses.replace(states, head=partial(_head_of, frozen, plain, states.head))
         return states
 
 
@@ -68,8 +78,8 @@ class ReferenceTrainer(AnchoredTrainer):
     def rewards(self, model: nn.Module, batch: Batch) -> Tensor:
         """r(x, y) of both responses of each pair: float32 [2, B], chosen then rejected."""
         assert self.start is not None
-        start = self.frozen_states(self.start, model, batch)
-        return differences(self.states(model, batch), start).view(2, -1)
+        states = self.states(model, batch)
+        return differences(states, self.frozen_states(self.start, model, batch, states)).view(2, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +114,12 @@ class ThroughTrainer(AnchoredTrainer):
 
     def streams(self, model: nn.Module, batch: Batch) -> Streams:
         """One forward of each model."""
-        base = self.frozen_states(self.through.base, model, batch)
+        trained = self.states(model, batch)
+        base = self.frozen_states(self.through.base, model, batch, trained)
         start = None
         if self.start is not None:
-            start = base if self.start is self.through.base else self.frozen_states(self.start, model, batch)
-        return Streams(trained=self.states(model, batch), base=base, start=start)
+            start = base if self.start is self.through.base else self.frozen_states(self.start, model, batch, trained)
+        return Streams(trained=trained, base=base, start=start)
 
     def rho(self, own_CV: Tensor, start_CV: Tensor | None) -> Tensor:
         """log ρ over the base's ids [C, V]."""
@@ -172,6 +183,12 @@ def differences(trained: ResponseStates, start: ResponseStates | None) -> Tensor
             start_N = token_log_probs(start)
         values_N = values_N - start_N
     return summed(values_N, trained)
+
+
+def _head_of(frozen: Frozen, trained: nn.Module, head: Callable[[Tensor], Tensor], hidden_CD: Tensor) -> Tensor:
+    """The logits of a frozen model that shares the trained one's output layer, whatever adapts that: [C, V]."""
+    with frozen.running(trained):
+        return head(hidden_CD)
 
 
 def as_it_is(hidden_ND: Tensor) -> Tensor:
