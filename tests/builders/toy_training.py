@@ -49,6 +49,7 @@ def write_toy(folder: Path, *, family: str = "llama", n: int = 96, spread: float
         "max_prompt_tokens": 16,
         "max_response_tokens": 16,
         "learning_rate": 5e-3,
+        "eval_steps": 6,
     }
 
 

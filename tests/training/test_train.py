@@ -20,6 +20,7 @@ from genarm.data.formats.base import Preference
 from genarm.data.tokens import TokenPair, tokenize
 from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraError
 from genarm.training.config import TrainConfig, make_config, to_toml
+from genarm.training.data import evaluation_plan
 from genarm.training.run import train
 from genarm.training.trainer import ArmTrainer, pair_metrics
 
@@ -196,15 +197,42 @@ def test_held_out_prompts_are_split_off(tmp_path: Path) -> None:
 
 
 def test_a_short_run_is_not_mostly_evaluation(tmp_path: Path) -> None:
-    """A sixth of the training pairs are trained on, so a sixth of the held-out ones are evaluated on, unless named."""
-    settings = write_toy(tmp_path, n=600)
+    """Evaluations are of a third of the pairs that are trained on, all together, unless they are asked for."""
+    settings = write_toy(tmp_path, n=300)
+    del settings["eval_steps"]
+    short = {"batch_size": 10, "accumulation": 1, "max_steps": 9}
+    console = Console(file=io.StringIO(), width=200)
+    result = train(TrainConfig(**{**settings, **short}), console=console)
+    assert result.metrics["eval_pairs"] == 30
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "note: 30 of the 60 held-out pairs are evaluated on, as the run is short; give --eval-steps" in text
+    assert text.count("held-out loss") == 1
+    asked = run(settings, **short, eval_steps=5, output=tmp_path / "asked")
+    assert asked.metrics["eval_pairs"] == 60
+    log = (asked.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log if "eval_loss" in line] == [0, 5, 9]
+
     del settings["eval_data"]
-    short = {"batch_size": 10, "accumulation": 1, "max_steps": 5}
-    assert run(settings, eval_fraction=0.5, **short).metrics["eval_pairs"] == pytest.approx(50, abs=10)
-    shorter = run(settings, eval_fraction=0.5, **{**short, "max_steps": 1}, output=tmp_path / "shorter")
-    assert shorter.metrics["eval_pairs"] == pytest.approx(30, abs=4)  # 10 would say nothing
-    named = run({**settings, "eval_data": settings["data"]}, **short, output=tmp_path / "named")
-    assert named.metrics["eval_pairs"] == 600
+    split = run(settings, eval_fraction=0.5, **{**short, "max_steps": 5}, output=tmp_path / "split")
+    assert split.metrics["eval_pairs"] == pytest.approx(32, abs=2)  # fewer would say nothing
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "plan"),
+    [
+        (9500, 500, (500, 6)),
+        (1600, 500, (500, 1)),
+        (3000, 500, (500, 2)),
+        (192, 500, (64, 1)),
+        (20, 500, (32, 1)),
+        (20, 5, (5, 1)),
+        (200, 5, (5, 6)),
+    ],
+)
+def test_evaluations_take_a_tenth_of_a_run(trained: int, held_out: int, plan: tuple[int, int]) -> None:
+    pairs, evaluations = evaluation_plan(trained, held_out)
+    assert (pairs, evaluations) == plan
+    assert pairs * evaluations / 3 <= trained / 9 + 1 or (pairs, evaluations) == (min(32, held_out), 1)
 
 
 def test_divergence_stops_the_run(tmp_path: Path) -> None:
@@ -212,12 +240,12 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
     model = tiny_model()
     model.lm_head.weight.data.fill_(3e38)  # finite, and its products are not
     save_member(model, tmp_path / "model")
-    with pytest.raises(GenarmError, match=r"held-out loss is nan before the first step: the weights .* are broken"):
+    with pytest.raises(GenarmError, match=r"log-probs are nan before the first step: the weights .* are broken"):
         run(settings)
-    del settings["eval_data"]
-    with pytest.raises(GenarmError, match="loss is nan at step 1: training has diverged"):
-        run(settings, eval_fraction=0.0, output=tmp_path / "second")
-    assert not (tmp_path / "arm" / "metrics.json").exists()
+    assert not (tmp_path / "arm").exists()
+    save_member(tiny_model(), tmp_path / "model")
+    with pytest.raises(GenarmError, match=r"is nan at step \d: training has diverged"):
+        run(settings, learning_rate=1e30, warmup=0.0, output=tmp_path / "second")
     assert not list((tmp_path / "second").glob("**/*.safetensors"))
 
 

@@ -11,14 +11,21 @@ from transformers import TrainingArguments
 from genarm.training.config import TrainConfig
 from genarm.training.output import RunFolder
 
-# Evaluations in a run, and entries in its log, where the user does not say.
-EVALUATIONS = 5
+# Checkpoints of a run, and entries in its log, where the user does not say.
+CHECKPOINTS = 5
 LOG_ENTRIES = 200
 
+# A number of steps that no run has: what is done so often is done at the end alone.
+NEVER = 1 << 40
 
-def training_options(config: TrainConfig, folder: RunFolder, *, evaluates: bool, resuming: bool) -> dict[str, Any]:
-    """Keyword arguments of `TrainingArguments`, and of its subclasses in trl."""
-    eval_steps = config.eval_steps or 1 / EVALUATIONS
+
+def training_options(config: TrainConfig, folder: RunFolder, *, evaluations: int, resuming: bool) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments`, and of its subclasses in trl.
+
+    `evaluations` are how many there are, where the user does not say: the first before the first step, if there are
+    several, and the last at the end.
+    """
+    eval_steps = config.eval_steps or (1 / (evaluations - 1) if evaluations > 2 else NEVER)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # Later versions of transformers call it activation checkpointing, and warn about the old name.
     checkpointing = "activation" if "activation_checkpointing" in known else "gradient"
@@ -41,11 +48,11 @@ def training_options(config: TrainConfig, folder: RunFolder, *, evaluates: bool,
         "seed": config.seed,
         "logging_steps": 1 / LOG_ENTRIES,
         "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if evaluates else "no",
+        "eval_strategy": "steps" if evaluations else "no",
         "eval_steps": eval_steps,
-        "eval_on_start": evaluates and not resuming,
+        "eval_on_start": evaluations > 1 and not resuming,
         "save_strategy": "steps",
-        "save_steps": config.save_steps or eval_steps,
+        "save_steps": config.save_steps or config.eval_steps or 1 / CHECKPOINTS,
         "save_total_limit": 2,
         "load_best_model_at_end": config.early_stopping is not None,
         "metric_for_best_model": "eval_loss" if config.early_stopping is not None else None,

@@ -270,10 +270,18 @@ class TrainConfig:
     seed: int = field(default=0, metadata=_about(_TRAINING, "seed of weights, data order, dropout and held-out split"))
 
     eval_steps: int | None = field(
-        default=None, metadata=_about(_PROGRESS, "evaluate every so many steps (default: a fifth of the run)")
+        default=None,
+        metadata=_about(
+            _PROGRESS,
+            "evaluate every so many steps, on all held-out pairs (default: at every fifth of the run, or less often "
+            "and on fewer of them where that would take more than a tenth of its time)",
+        ),
     )
     save_steps: int | None = field(
-        default=None, metadata=_about(_PROGRESS, "write a checkpoint every so many steps (default: as --eval-steps)")
+        default=None,
+        metadata=_about(
+            _PROGRESS, "write a checkpoint every so many steps (default: as --eval-steps, or a fifth of the run)"
+        ),
     )
     early_stopping: int | None = field(
         default=None,

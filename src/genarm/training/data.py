@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,29 @@ Ids: TypeAlias = list[int]
 
 TRAINING, HELD_OUT = "training", "held out"
 
+# Evaluations of a run where the user does not say, and the fewest pairs that an accuracy says something of.
+EVALUATIONS = 6
+LEAST_PAIRS = 32
+
+# Evaluations of pairs that cost a tenth of a run: a forward and its backward take as long as three forwards.
+PER_TRAINED = 1 / 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData(Generic[Item]):
-    """Items to train on and items held out; name → what became of the rows, and where they came from."""
+    """Items to train on and items held out; name → what became of the rows, and where they came from.
+
+    `evaluations` are how many there are to be, the first before the first step if there are several; `notes` are for
+    the user.
+    """
 
     training: Sequence[Item]
     held_out: Sequence[Item] | None
     reports: Mapping[str, TokenReport]
     formats: Mapping[str, str]
     leaked: int  # held-out items whose prompt is also trained on
+    evaluations: int = EVALUATIONS
+    notes: Sequence[str] = ()
 
 
 def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainData[TokenPair]:
@@ -67,13 +79,47 @@ def load_pairs(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Train
         for name, (source, pairs) in sources.items()
     }
     trained = {pair.prompt_key for pair in sources[TRAINING][1]}
+    found = sets[HELD_OUT].pairs if HELD_OUT in sets else ()
+    evaluated, evaluations, notes = found, EVALUATIONS, []
+    if found and config.eval_steps is None and config.early_stopping is None:
+        count, evaluations = evaluation_plan(trained_items(config, len(sets[TRAINING].pairs)), len(found))
+        evaluated = evenly(found, count)
+    if len(evaluated) < len(found):
+        notes.append(
+            f"{len(evaluated)} of the {len(found)} held-out pairs are evaluated on, as the run is short; give "
+            "--eval-steps to evaluate on all of them"
+        )
     return TrainData(
         training=sets[TRAINING].pairs,
-        held_out=sets[HELD_OUT].pairs if HELD_OUT in sets else None,
-        reports={name: found.report for name, found in sets.items()},
+        held_out=evaluated if HELD_OUT in sets else None,
+        reports={name: one.report for name, one in sets.items()},
         formats={name: source.description for name, (source, _) in sources.items()},
         leaked=sum(pair.prompt_key in trained for pair in sources[HELD_OUT][1]) if HELD_OUT in sources else 0,
+        evaluations=evaluations,
+        notes=notes,
     )
+
+
+def evaluation_plan(trained: int, held_out: int) -> tuple[int, int]:
+    """(pairs, evaluations) that take a tenth of a run's time at most: better fewer evaluations than fewer pairs.
+
+    32 pairs are evaluated on once, however short the run.
+    """
+    most = round(trained * PER_TRAINED)
+    pairs = min(held_out, max(LEAST_PAIRS, most))
+    return pairs, max(1, min(EVALUATIONS, most // pairs))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, from all over."""
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def trained_items(config: TrainConfig, items: int) -> int:
+    """How many items a run is trained on, those of every epoch counted."""
+    if config.max_steps is None:
+        return round(items * config.epochs)
+    return config.max_steps * config.batch_size * config.accumulation * PartialState().num_processes
 
 
 def split_off(whole: PreferenceSet, config: TrainConfig) -> tuple[list[Preference], list[Preference]]:
@@ -85,9 +131,8 @@ def split_off(whole: PreferenceSet, config: TrainConfig) -> tuple[list[Preferenc
     kept, held_out = split_by_prompt(whole, config.eval_fraction, config.seed)
     if config.max_steps is None or not kept:
         return kept, held_out
-    trained = config.max_steps * config.batch_size * config.accumulation * PartialState().num_processes
-    most = max(32, round(len(held_out) * trained / len(kept)))
-    return kept, held_out[:: math.ceil(len(held_out) / most)]
+    most = max(LEAST_PAIRS, round(len(held_out) * trained_items(config, len(kept)) / len(kept)))
+    return kept, evenly(held_out, min(most, len(held_out)))
 
 
 def held_out_source(config: TrainConfig) -> tuple[str, str]:

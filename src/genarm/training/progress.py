@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from genarm.terminal import Bar
@@ -22,7 +22,7 @@ class ProgressDisplay(TrainerCallback):
         self.console = console
         self.kind = kind
         self.progress: Bar | None = None
-        self.evaluated = 0
+        self.evaluating: TaskID | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,11 +55,11 @@ class ProgressDisplay(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show that an evaluation goes on, and how far it is."""
+        """Show how far an evaluation is, in a bar of its own."""
         if self.progress is not None:
-            self.evaluated += 1
-            batches = len(kwargs["eval_dataloader"])
-            self.progress.update(self.task, description=f"evaluating, batch {self.evaluated} of {batches}; training")
+            if self.evaluating is None:
+                self.evaluating = self.progress.add_task("evaluating", total=len(kwargs["eval_dataloader"]), figures="")
+            self.progress.advance(self.evaluating)
 
     def on_log(
         self,
@@ -84,9 +84,9 @@ class ProgressDisplay(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One line with the held-out figures."""
-        self.evaluated = 0
-        if self.progress is not None:
-            self.progress.update(self.task, description="training")
+        if self.progress is not None and self.evaluating is not None:
+            self.progress.remove_task(self.evaluating)
+            self.evaluating = None
         if state.is_world_process_zero and metrics is not None:
             line = f"step {state.global_step:>5}  held-out {self.kind.evaluated(metrics)}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -74,12 +74,15 @@ class ModelReader:
             batch: of a few short pairs.
 
         Raises:
-            MemberError: what the model says of a sequence depends on what is beside it, however it is read.
+            MemberError: what the model says of a sequence depends on what is beside it, however it is read; or it says
+                nothing, as its weights are broken.
         """
         problems: dict[Way, str] = {}
         with _evaluating(self.model):
             self._trunk = self._find_trunk(forward, batch)
             expected_N = self._alone(forward, batch)
+            if bool(expected_N.isnan().any()):
+                raise MemberError("log-probs are nan before the first step: the weights of the model are broken")
             for way in self.ways:
                 problem = self._problem(way, forward, batch, expected_N)
                 if problem is None:
@@ -193,7 +196,7 @@ class ModelReader:
             return f"its layers stop at them with {type(error).__name__}"
         finally:
             self.leave()
-        counts_N, size_N = expected_N.isfinite(), expected_N.abs()  # broken weights are refused by their loss
+        counts_N, size_N = expected_N.isfinite(), expected_N.abs()  # what has no probability has none anywhere
         if self._is_exact(expected_N):
             wrong = (off_N > EXACT[0] + EXACT[1] * size_N) & counts_N
         else:

@@ -103,8 +103,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in ["the first of training, as the model reads it:", *example_lines(tokenizer, data.training[0])]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if data.leaked:
-        console.print(f"note: {kind.leak(data.leaked)}", highlight=False, soft_wrap=True)
+    for note in [*data.notes, *([kind.leak(data.leaked)] if data.leaked else [])]:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     trainer = _make_trainer(config, kind, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
 
@@ -189,7 +189,7 @@ def _make_trainer(
     callbacks: list[TrainerCallback] = [ProgressDisplay(console, kind), *_trackers(config.report_to)]
     if config.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
-    options = training_options(config, folder, evaluates=data.held_out is not None, resuming=resuming)
+    options = training_options(config, folder, evaluations=data.evaluations if data.held_out else 0, resuming=resuming)
     set_seed(config.seed)  # an adapter's first weights, or a head's, are drawn while the model is made
     trainer = kind.make_trainer(
         Setup(config=config, tokenizer=tokenizer, data=data, options=options, callbacks=callbacks)

@@ -195,7 +195,7 @@ def _setup(job: Job) -> Setup:
     count = settings.steps * settings.batch_size
     if len(data.training) < count:
         raise ConfigError(f"--data has {len(data.training)} pairs, and a round takes {count}; give fewer --steps")
-    options = training_options(config, RunFolder(path=job.output), evaluates=False, resuming=False) | {
+    options = training_options(config, RunFolder(path=job.output), evaluations=0, resuming=False) | {
         "num_train_epochs": settings.rounds + 1,
         "save_strategy": "no",
         "logging_strategy": "no",
