@@ -200,17 +200,17 @@ def test_a_short_run_is_not_mostly_evaluation(tmp_path: Path) -> None:
     """Evaluations are of a third of the pairs that are trained on, all together, unless they are asked for."""
     settings = write_toy(tmp_path, n=300)
     del settings["eval_steps"]
-    short = {"batch_size": 10, "accumulation": 1, "max_steps": 9}
+    short = {"batch_size": 10, "accumulation": 1, "max_steps": 12}
     console = Console(file=io.StringIO(), width=200)
     result = train(TrainConfig(**{**settings, **short}), console=console)
-    assert result.metrics["eval_pairs"] == 30
+    assert result.metrics["eval_pairs"] == 40
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "note: 30 of the 60 held-out pairs are evaluated on, as the run is short; give --eval-steps" in text
+    assert "note: 40 of the 60 held-out pairs are evaluated on, as the run is short; give --eval-steps" in text
     assert text.count("held-out loss") == 1
-    asked = run(settings, **short, eval_steps=5, output=tmp_path / "asked")
+    asked = run(settings, **short, eval_steps=6, output=tmp_path / "asked")
     assert asked.metrics["eval_pairs"] == 60
     log = (asked.output / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log if "eval_loss" in line] == [0, 5, 9]
+    assert [json.loads(line)["step"] for line in log if "eval_loss" in line] == [0, 6, 12]
 
     del settings["eval_data"]
     split = run(settings, eval_fraction=0.5, **{**short, "max_steps": 5}, output=tmp_path / "split")

@@ -44,8 +44,8 @@ The server is started for the measurement, as a process of its own on this machi
 results are printed as Markdown; progress goes to standard error."""
 
 
-_TRAIN = """Measure the training of an ARM, packed and in padded rows, beside trl's CPO (the same loss without its
-likelihood term) and DPO on the same tokens: time of a step, and peak memory.
+_TRAIN = """Measure the training of an ARM, packed and in padded rows, beside trl's CPO without its likelihood term,
+the same loss, and of an ARM with a reference beside trl's DPO: time of a step, and peak memory, on the same tokens.
 
 Contestants are ordinary runs of their trainers, each in a process of its own, and take turns; all figures are ratios
 within a round. The results are printed as Markdown; progress goes to standard error."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genarm.errors import ConfigError, GenarmError
-from genarm.lab.bench.figures import TRAIN_CPO, TRAIN_DPO, TRAIN_PACKED, TRAIN_PADDED
+from genarm.lab.bench.figures import TRAIN_CPO, TRAIN_DPO, TRAIN_PACKED, TRAIN_PADDED, TRAIN_REFERENCE
 from genarm.lab.bench.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from genarm.training.kinds import Setup
 
-CONTESTANTS = (TRAIN_PACKED, TRAIN_PADDED, TRAIN_CPO, TRAIN_DPO)
+CONTESTANTS = (TRAIN_PACKED, TRAIN_PADDED, TRAIN_CPO, TRAIN_REFERENCE, TRAIN_DPO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +180,7 @@ def _setup(job: Job) -> Setup:
             model=settings.model,
             data=settings.data,
             output=job.output,
+            loss="reference" if job.contestant == TRAIN_REFERENCE else None,
             lora=settings.lora,
             lora_dropout=0.0,
             eval_fraction=0.0,
@@ -246,14 +247,14 @@ def _forget_peak(device: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
 
 
-def _packed(setup: Setup) -> Trainer:
-    from genarm.training.kinds import find_kind
+def _ours(setup: Setup) -> Trainer:
+    from genarm.training.kinds import kind_of
 
-    return find_kind("arm").make_trainer(setup)
+    return kind_of(setup.config).make_trainer(setup)
 
 
 def _padded(setup: Setup) -> Trainer:
-    trainer: Any = _packed(setup)
+    trainer: Any = _ours(setup)
     trainer.ways = [way for way in trainer.ways if not way.packed]
     return trainer
 
@@ -305,8 +306,9 @@ def _cpo(setup: Setup) -> Trainer:
 
 
 _MAKERS: Mapping[str, Callable[[Setup], Trainer]] = {
-    TRAIN_PACKED: _packed,
+    TRAIN_PACKED: _ours,
     TRAIN_PADDED: _padded,
     TRAIN_CPO: _cpo,
+    TRAIN_REFERENCE: _ours,
     TRAIN_DPO: _dpo,
 }
