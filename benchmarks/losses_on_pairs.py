@@ -125,7 +125,7 @@ def load(path: str, config: TrainConfig, **options: Any) -> Any:
 
 def trained_model(folder: Path, config: TrainConfig) -> Any:
     """What a training wrote, or the start itself."""
-    if not config.lora:
+    if not config.adapter:
         return load(str(folder), config)
     from peft import PeftModel
 
