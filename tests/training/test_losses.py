@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shlex
 from pathlib import Path
@@ -347,6 +348,17 @@ def test_what_the_card_says_composes_as_it_was_trained(
         assert again.config.rewards == guided.config.rewards
         assert "difference to its own start, so its reference is the base" in again.notes[0]
         assert again.notes[0] in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_accuracy_takes_the_difference_that_was_trained(lora: bool, toy: dict[str, Any], tmp_path: Path) -> None:
+    result = run(_settings(toy, tmp_path / "arm", loss="reference", lora=lora, max_steps=2))
+    report = tmp_path / "accuracy.json"
+    assert main(["accuracy", str(result.output), "--data", toy["eval_data"], "--output", str(report)]) == 0
+    models = json.loads(report.read_text())["models"]
+    assert [model["kind"] for model in models] == ["tuned", "policy"]
+    for model in models:  # over its own start the policy is the trained model
+        assert model["figures"]["overall"]["right"]["rate"] == pytest.approx(result.metrics["eval_accuracy"])
 
 
 def test_losses_learn(toy: dict[str, Any], tmp_path: Path) -> None:

@@ -232,7 +232,8 @@ def test_weights_that_would_not_be_split_are_refused(settings: dict[str, Any], m
     with pytest.raises(ConfigError, match="asks for FSDP, and accelerate splits weights only over GPUs"):
         check_joined(PartialState())
     for change, why in {
-        ("kind", "dpo"): "is for ARMs, and the settings say --kind dpo",
+        ("kind", "dpo"): "is for ARMs by the paper's loss, and the settings say --kind dpo",
+        ("loss", "reference"): "and the settings say --loss reference",
         ("load_in_4bit", True): "4-bit weights are not split",
     }.items():
         with pytest.raises(ConfigError, match=why):

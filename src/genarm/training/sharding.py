@@ -38,7 +38,8 @@ def check_launch(config: TrainConfig) -> None:
         raise ConfigError("the launch asks for DeepSpeed, which is not installed: pip install deepspeed, or use FSDP")
     if not kind_of(config).split_weights:
         raise ConfigError(
-            f"the launch asks for {asked}, which is for ARMs, and the settings say --kind {config.kind}; "
+            f"the launch asks for {asked}, which is for ARMs by the paper's loss, and the settings say "
+            f"{f'--loss {config.loss}' if config.loss else f'--kind {config.kind}'}; "
             "launch with plain processes (accelerate launch --multi_gpu)"
         )
     if config.head:

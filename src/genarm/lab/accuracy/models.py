@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,11 +24,12 @@ from genarm.lab.training.trainers import sequence_log_probs
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
-from genarm.model.config import GuidedConfig, MemberSpec, RewardSpec
+from genarm.model.config import THE_BASE, GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer, locate
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.references import ModelFiles, find_device, open_files
+from genarm.model.trained import training_of
 from genarm.model.vocabulary import align, embedding_rows, read_vocabulary
 from genarm.model.weights import resolve_max_kl
 from genarm.text.prompts import end_ids
@@ -303,6 +304,15 @@ def open_rewards(reference: str, *, trust_remote_code: bool) -> RewardFiles | Gu
         MemberError: there is no such model, it lacks a tokenizer, or an adapter's model is not there.
         UnsupportedError: a revision of a trajectory reward.
     """
+    found = _open(reference, trust_remote_code)
+    if isinstance(found, RewardFiles):
+        trained = training_of(found.spec, HubOptions(trust_remote_code=trust_remote_code))
+        if trained.get("start") == "zero":
+            return _over_its_start(found, trained)
+    return found
+
+
+def _open(reference: str, trust_remote_code: bool) -> RewardFiles | GuidedFiles:
     hub = HubOptions(trust_remote_code=trust_remote_code)
     if (Path(reference).expanduser() / ADAPTER_FILE).is_file():
         return _open_adapter(reference, hub)
@@ -330,6 +340,23 @@ def guided_files(reference: str, files: ModelFiles) -> GuidedFiles:
     assert isinstance(config, GuidedConfig)
     return GuidedFiles(
         name=_name(reference), reference=reference, files=files, config=config, weights=config.default_weights
+    )
+
+
+def _over_its_start(arm: RewardFiles, trained: Mapping[str, Any]) -> GuidedFiles:
+    """A reward that `genarm train` made as a difference to its own start, as it guides that."""
+    model, revision = str(trained["model"]), trained.get("revision")
+    start = arm.files if arm.spec.adapter else open_files(f"{model}@{revision}" if revision else model)
+    spec = MemberSpec(model=start.reference, revision=start.revision)
+    member = replace(arm.spec, model=None, revision=None) if arm.spec.adapter else arm.spec
+    return GuidedFiles(
+        name=arm.name,
+        reference=arm.reference,
+        files=replace(start, tokenizer=arm.tokenizer),
+        config=GuidedConfig.of(
+            spec, [RewardSpec(name="reward", member=member, reference=THE_BASE)], [start.config, arm.files.config]
+        ),
+        weights={arm.name: 1.0},
     )
 
 

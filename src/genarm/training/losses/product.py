@@ -32,6 +32,7 @@ class Product(Arm):
         "start": "zero",
     }
     split_weights = False
+    plots: ClassVar = {"loss": "loss", "accuracy": "policy accuracy of pairs"}
     title = "an autoregressive reward model, trained through the policy that it makes"
     score = (
         "Policy accuracy: share of held-out pairs of which the guided model, at the weight that it was trained for "
