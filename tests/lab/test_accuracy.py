@@ -261,6 +261,16 @@ def test_without_weights_the_policy_is_the_base(root: Path) -> None:
     assert (policy.figures.overall.right.count, policy.figures.overall.ties) == (0, len(ROWS))
 
 
+@pytest.mark.parametrize("name", ["wish", "near"])
+def test_a_difference_to_the_base_at_weight_1_is_the_policy_itself(root: Path, name: str) -> None:
+    """log Z = 0: the prompted base, or the tuned model."""
+    weights = ",".join(f"{other}={float(other == name)}" for other in ("full", "near", "far", "wish"))
+    by_name = {measured.name: measured.scores for measured in run(root, "mixed", weights=weights).measured}
+    policy, reward = by_name["mixed"], by_name[f"mixed:{name}"]
+    for one, other in ((policy.chosen_B, reward.chosen_B), (policy.rejected_B, reward.rejected_B)):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+
+
 def test_few_distributions_at_once_say_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(root, "mixed").measured
     monkeypatch.setattr(accuracy_models, "_ENTRIES", 1)
