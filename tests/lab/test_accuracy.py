@@ -271,6 +271,32 @@ def test_a_difference_to_the_base_at_weight_1_is_the_policy_itself(root: Path, n
         assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
 
 
+def test_an_arm_that_was_trained_as_a_difference_to_its_start_is_scored_as_one(root: Path, tmp_path: Path) -> None:
+    """By what genarm train notes beside an adapter and a whole model; alone, and guiding its start or another base."""
+    for name in ("lora", "arm"):
+        shutil.copytree(root / name, tmp_path / name)
+        (tmp_path / name / "train_config.toml").write_text(f'start = "zero"\nmodel = "{root / "untuned"}"\n')
+    base, arm, untuned = (AutoModelForCausalLM.from_pretrained(root / name) for name in ("base", "arm", "untuned"))
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), root / "lora")
+    expected = {
+        "lora": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),
+        "arm": lambda x, y: log_prob(arm, x, y) - log_prob(untuned, x, y),
+        "base guided by lora": lambda x, y: log_prob(lora, x, y) - log_prob(base, x, y),  # log Z = 0
+        "base guided by arm": lambda x, y: guided_gain(base, {arm: 1.0, untuned: -1.0}, x, y),
+    }
+    models = (str(tmp_path / "lora"), str(tmp_path / "arm"))
+    result = run(root, *models, base=str(root / "base"))
+    assert {m.name: m.kind for m in result.measured} == dict(
+        zip(expected, ["tuned", "tuned", "policy", "policy"], strict=True)
+    )
+    for measured in result.measured:
+        assert measured.scores.chosen_B.tolist() == pytest.approx(reference(expected[measured.name], 1), abs=1e-3)
+    alone = run(root, *models).measured
+    assert [m.scores.margin_B.tolist() for m in alone] == [
+        pytest.approx(m.scores.margin_B.tolist(), abs=1e-3) for m in result.measured[:2]
+    ]
+
+
 def test_few_distributions_at_once_say_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(root, "mixed").measured
     monkeypatch.setattr(accuracy_models, "_ENTRIES", 1)

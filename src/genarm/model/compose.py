@@ -142,7 +142,7 @@ def compose(
                 )
             against[name] = _reference_spec(name, str(references[name]), base_spec, hub)
         elif trained.get("start") == "zero":
-            against[name] = _start_spec(name, members[name], trained, base_spec, hub)
+            against[name] = start_spec(name, members[name], trained, base_spec, hub)
             said.append(said_of_start(name, str(path), trained, against[name], hub))
         said += trained_through(name, trained, base_spec, (weights or {}).get(name, 1.0))
     values = weight_row(weights or {}, {name: present[name].weight if name in present else 1.0 for name in members})
@@ -259,7 +259,7 @@ def _reference_spec(name: str, reference: str, base: MemberSpec, hub: HubOptions
     return THE_BASE if is_base else spec
 
 
-def _start_spec(
+def start_spec(
     name: str, member: MemberSpec, trained: Mapping[str, Any], base: MemberSpec, hub: HubOptions
 ) -> MemberSpec:
     """The model that a reward was trained from, and is a difference to: of an adapter, the one that it goes on."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,6 +24,7 @@ from genarm.lab.training.trainers import sequence_log_probs
 from genarm.lab.trajectory import TrajectoryReward
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
+from genarm.model.compose import start_spec
 from genarm.model.config import THE_BASE, GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer, locate
@@ -72,11 +73,12 @@ class RewardFiles:
 
     Attributes:
         name: for tables: the folder's name.
-        kind: an ARM, scored by log π(y|x), or a trajectory reward.
+        kind: an ARM, scored by log π(y|x), one that is a difference to its start ("tuned"), or a trajectory reward.
         reference: as the caller named it.
         spec: the model, and the adapter on it.
         files: of the model.
         tokenizer: what pairs are encoded with.
+        start: of a difference, the model that is taken away from it.
     """
 
     name: str
@@ -85,6 +87,7 @@ class RewardFiles:
     spec: MemberSpec
     files: ModelFiles
     tokenizer: PreTrainedTokenizerBase
+    start: RewardFiles | None = None
 
     @property
     def columns(self) -> dict[str, MemberSpec]:
@@ -304,15 +307,6 @@ def open_rewards(reference: str, *, trust_remote_code: bool) -> RewardFiles | Gu
         MemberError: there is no such model, it lacks a tokenizer, or an adapter's model is not there.
         UnsupportedError: a revision of a trajectory reward.
     """
-    found = _open(reference, trust_remote_code)
-    if isinstance(found, RewardFiles):
-        trained = training_of(found.spec, HubOptions(trust_remote_code=trust_remote_code))
-        if trained.get("start") == "zero":
-            return _over_its_start(found, trained)
-    return found
-
-
-def _open(reference: str, trust_remote_code: bool) -> RewardFiles | GuidedFiles:
     hub = HubOptions(trust_remote_code=trust_remote_code)
     if (Path(reference).expanduser() / ADAPTER_FILE).is_file():
         return _open_adapter(reference, hub)
@@ -324,14 +318,11 @@ def _open(reference: str, trust_remote_code: bool) -> RewardFiles | GuidedFiles:
     spec = MemberSpec(model=files.reference, revision=files.revision)
     if classifier and files.revision is not None:
         raise UnsupportedError(f"{reference} is a trajectory reward; of these only the main revision can be loaded")
-    return RewardFiles(
-        name=_name(reference),
-        kind="trajectory" if classifier else "arm",
-        reference=reference,
-        spec=spec,
-        files=files,
-        tokenizer=files.tokenizer,
+    kind: Kind = "trajectory" if classifier else "arm"
+    found = RewardFiles(
+        name=_name(reference), kind=kind, reference=reference, spec=spec, files=files, tokenizer=files.tokenizer
     )
+    return found if classifier else _as_trained(found)
 
 
 def guided_files(reference: str, files: ModelFiles) -> GuidedFiles:
@@ -343,30 +334,14 @@ def guided_files(reference: str, files: ModelFiles) -> GuidedFiles:
     )
 
 
-def _over_its_start(arm: RewardFiles, trained: Mapping[str, Any]) -> GuidedFiles:
-    """A reward that `genarm train` made as a difference to its own start, as it guides that."""
-    model, revision = str(trained["model"]), trained.get("revision")
-    start = arm.files if arm.spec.adapter else open_files(f"{model}@{revision}" if revision else model)
-    spec = MemberSpec(model=start.reference, revision=start.revision)
-    member = replace(arm.spec, model=None, revision=None) if arm.spec.adapter else arm.spec
-    return GuidedFiles(
-        name=arm.name,
-        reference=arm.reference,
-        files=replace(start, tokenizer=arm.tokenizer),
-        config=GuidedConfig.of(
-            spec, [RewardSpec(name="reward", member=member, reference=THE_BASE)], [start.config, arm.files.config]
-        ),
-        weights={arm.name: 1.0},
-    )
-
-
 def guided_by(base: RewardFiles, arm: RewardFiles) -> GuidedFiles | None:
     """`base` guided by `arm` at weight 1, which reads pairs as the base does; None for a base that is an adapter."""
     if base.spec.adapter is not None:
         return None
     on_base = (arm.spec.model, arm.spec.revision) == (base.spec.model, base.spec.revision)
     member = replace(arm.spec, model=None, revision=None) if on_base else arm.spec
-    reward = RewardSpec(name="reward", member=member)
+    against = None if arm.start is None else THE_BASE if arm.start.spec == base.spec else arm.start.spec
+    reward = RewardSpec(name="reward", member=member, reference=against)
     return GuidedFiles(
         name=f"{base.name} guided by {arm.name}",
         reference=arm.reference,
@@ -400,14 +375,26 @@ def _open_adapter(reference: str, hub: HubOptions) -> RewardFiles:
         ) from error
     spec = MemberSpec(model=files.reference, revision=files.revision, adapter=where)
     # The adapter's own files come first: they have the chat template that it was trained with.
-    return RewardFiles(
-        name=name,
-        kind="arm",
-        reference=reference,
-        spec=spec,
-        files=files,
-        tokenizer=load_tokenizer(where, None, hub) or files.tokenizer,
+    tokenizer = load_tokenizer(where, None, hub) or files.tokenizer
+    return _as_trained(
+        RewardFiles(name=name, kind="arm", reference=reference, spec=spec, files=files, tokenizer=tokenizer)
     )
+
+
+def _as_trained(arm: RewardFiles) -> RewardFiles:
+    """An ARM, or the difference to its start that `genarm train` made of it (raises MemberError: no such start)."""
+    hub = arm.files.hub
+    trained = training_of(arm.spec, hub)
+    if trained.get("start") != "zero":
+        return arm
+    spec = start_spec(arm.name, arm.spec, trained, MemberSpec(), hub)
+    assert spec.model is not None
+    where = spec.model if spec.revision is None else f"{spec.model}@{spec.revision}"
+    files = open_files(where, trust_remote_code=hub.trust_remote_code)
+    start = RewardFiles(
+        name=f"the start of {arm.name}", kind="arm", reference=where, spec=spec, files=files, tokenizer=arm.tokenizer
+    )
+    return replace(arm, kind="tuned", start=start)
 
 
 def _name(reference: str) -> str:

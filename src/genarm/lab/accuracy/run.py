@@ -119,7 +119,12 @@ def measure(settings: AccuracySettings, console: Console) -> AccuracyResult:
             be seen then.
     """
     data = read_pairs(settings)
-    passes, rows = _planned(settings, data, _open(settings))
+    opened = _open(settings)
+    passes, rows = _planned(settings, data, opened)
+    for files in opened.models:
+        if isinstance(files, RewardFiles) and files.start is not None:
+            line = f"{files.name} is a difference to the model that it was trained from, {files.start.reference}"
+            console.print(line, markup=False, soft_wrap=True)
     for line in reading(data, rows[0].shown):
         console.print(line, markup=False, soft_wrap=True)
     with progress(console, passes) as advance:
@@ -177,7 +182,7 @@ def _open(settings: AccuracySettings) -> _Opened:
     names = Counter(files.name for files in models)
     models = [replace(files, name=files.reference) if names[files.name] > 1 else files for files in models]
     base = None if settings.base is None else _open_base(settings, settings.base, models)
-    arms = [files for files in models if isinstance(files, RewardFiles) and base and _has_implicit(files, base)]
+    arms = [files for files in models if isinstance(files, RewardFiles) and base and _beside(files, base)]
     products = [product for arm in arms if base and (product := guided_by(base, arm))]
     weigh = _weigher(settings, [*(files for files in models if isinstance(files, GuidedFiles)), *products])
     return _Opened(
@@ -212,7 +217,7 @@ def _open_base(settings: AccuracySettings, reference: str, models: Sequence[Rewa
     base = open_rewards(reference, trust_remote_code=settings.trust_remote_code)
     if not isinstance(base, RewardFiles) or base.kind != "arm":
         raise MemberError(f"--base {reference} must be one causal language model, whose log-probabilities are known")
-    policies = [files for files in models if _has_implicit(files, base)]
+    policies = [files for files in models if _beside(files, base)]
     if not policies:
         raise MemberError("--base is for causal language models, and none of the models is one beside it; leave it out")
     for policy in policies:
@@ -220,11 +225,11 @@ def _open_base(settings: AccuracySettings, reference: str, models: Sequence[Rewa
     return base
 
 
-def _has_implicit(files: RewardFiles | GuidedFiles, base: RewardFiles) -> bool:
-    """Whether it has an implicit reward over `base`; the base itself and differences have none."""
+def _beside(files: RewardFiles | GuidedFiles, base: RewardFiles) -> bool:
+    """Whether `base` reads its pairs, too: for an implicit reward, which differences have none of, or to be guided."""
     if isinstance(files, GuidedFiles):
         return any(kind == "arm" for _, _, kind, _ in files.rewards)
-    return files.kind == "arm" and files.spec != base.spec
+    return files.kind != "trajectory" and files.spec != base.spec
 
 
 # --- what is scored, and what is made of it -----------------------------------------------------------------------
@@ -251,7 +256,7 @@ def _planned(settings: AccuracySettings, data: PairData, opened: _Opened) -> tup
     base = opened.base
 
     def prepared(files: RewardFiles | GuidedFiles) -> Pass:
-        return prepare(files, data, settings, base if base and _has_implicit(files, base) else None)
+        return prepare(files, data, settings, base if base and _beside(files, base) else None)
 
     own = [(files, prepared(files)) for files in opened.models]
     policies = [of for files, of in own if isinstance(files, GuidedFiles)] + [*map(prepared, opened.products)]
@@ -268,7 +273,8 @@ def _planned(settings: AccuracySettings, data: PairData, opened: _Opened) -> tup
     rows: list[_Row] = []
     for files, of in own:
         if isinstance(files, RewardFiles):
-            rows.append(_Row(name=files.name, kind=files.kind, shown=of, column=column(files.spec, of)))
+            start = None if files.start is None else column(files.start.spec, replace(of, files=files.start))
+            rows.append(_Row(name=files.name, kind=files.kind, shown=of, column=column(files.spec, of), less=start))
             continue
         for name, at, kind, less in files.rewards:
             against = None if less is None else (of, less)
