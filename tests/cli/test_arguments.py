@@ -24,7 +24,7 @@ from genarm.cli.serve import ServeOptions
 from genarm.engine import EngineOptions
 from genarm.errors import ConfigError
 from genarm.lab.accuracy.settings import AccuracySettings
-from genarm.lab.bench.settings import DecodeSettings, ServeSettings, VllmSettings
+from genarm.lab.bench.settings import DecodeSettings, ServeSettings, TrainSettings, VllmSettings
 from genarm.lab.judges.settings import ClientSettings
 from genarm.lab.pairs.select import Selection
 from genarm.lab.tune.settings import TuneOptions
@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "demo": (DemoOptions,),
     "bench decode": (DecodeSettings,),
     "bench vllm": (VllmSettings,),
+    "bench train": (TrainSettings,),
     "bench serve": (ServeSettings, ModelOptions, *ENGINE),
 }
 
