@@ -208,6 +208,7 @@ def _setup(job: Job) -> Setup:
 
 def _rounds(pipe: Connection, settings: TrainSettings, device: Any) -> Any:
     """Waits before each epoch until it is told to go on, and says afterwards how long it took."""
+    import torch
     from transformers import TrainerCallback
 
     from genarm.lab.bench.timing import clock
@@ -224,6 +225,8 @@ def _rounds(pipe: Connection, settings: TrainSettings, device: Any) -> Any:
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             seconds = (clock(device) - self.began) / settings.steps
             answer = {"seconds": seconds, "before": self.before, "peak": _memory(device, peak=True)}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the others need it
             pipe.send((None, answer))
 
     return Rounds()
