@@ -77,6 +77,18 @@ def test_replies_are_those_of_generate(family: str, others: str) -> None:
     assert replies(model, weights) == expected
 
 
+def test_small_changes_of_a_model_in_half_precision() -> None:
+    """What rounding does to its logits is more than what the adapter does."""
+    base = tiny_model("llama", seed=0).to(torch.bfloat16)
+    adapted = head(base, "kind", 3)
+    for key, parameter in adapted.named_parameters():
+        if "lora_B" in key:
+            parameter.data *= 1e-3
+    model = GuidedForCausalLM.from_members(base, {"kind": adapted}, references={"kind": base})
+    with Engine(model, TOKENIZER, options()) as engine:
+        assert "kind: told from its hidden states" in engine.describe()
+
+
 def test_they_need_no_rows_and_no_forwards() -> None:
     base = tiny_model("llama", seed=0)
     model = guided(base)
