@@ -64,7 +64,7 @@ SIGNATURES = {
         "chat_template=None, loss=None, through=None, through_weight=None, start=None, wish=None, prompts=None, "
         "raw=False, split='train', objective=None, eval_data=None, eval_split=None, "
         "eval_fraction=0.05, template_arg=(), max_prompt_tokens=None, max_response_tokens=None, lora=False, "
-        "lora_rank=8, lora_alpha=16, lora_dropout=None, lora_targets='all-linear', load_in_4bit=False, "
+        "lora_rank=8, lora_alpha=16, lora_dropout=None, lora_targets='all-linear', head=None, load_in_4bit=False, "
         "beta=None, generations=None, epochs=1.0, max_steps=None, learning_rate=None, schedule='cosine', "
         "warmup=0.03, batch_size=8, accumulation=4, weight_decay=0.0, max_grad_norm=1.0, bf16=False, "
         "gradient_checkpointing=False, seed=0, eval_steps=None, save_steps=None, early_stopping=None, "
