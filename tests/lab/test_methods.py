@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from scipy.optimize import brentq
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from builders.methods import (
     EOS,
@@ -25,11 +27,12 @@ from builders.methods import (
     tokens_of,
 )
 from builders.rewards import alone, score_alone, tiny_reward
-from builders.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from builders.tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
 from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
 from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.mod import mod
+from genarm.lab.methods.models import Models
 from genarm.lab.methods.proxy_tuning import proxy_tuning
 from genarm.lab.methods.sample import POLICY, Sample
 from genarm.lab.replies import SampledReply, make_reply
@@ -390,7 +393,7 @@ def test_best_of_n_is_the_argmax() -> None:
     weights = {"one": 1.5, "two": -0.5}
     method, base = best_of(5, **weights)
     first = []
-    rewards = dict(zip(weights, method.rewards.models, strict=True))
+    rewards = {"one": tiny_reward(seed=1), "two": tiny_reward("gpt2", seed=2)}
     for number, (prompt, reply) in enumerate(zip(PROMPTS, tokens_of(method), strict=True)):
         seeds = [derive_seed(3, 5 * number + i) for i in range(5)]
         samples = [reply_alone(lambda ids: alone(base, ids), prompt, method.sample.sampling, seed) for seed in seeds]
@@ -401,6 +404,34 @@ def test_best_of_n_is_the_argmax() -> None:
         assert reply == max(samples, key=score)
         first.append(reply == samples[0])
     assert not all(first)
+
+
+def test_arms_are_rewards_of_replies(tmp_path: Path) -> None:
+    """Of all weights and as an adapter, by themselves and as differences to their start: sums of plain forwards."""
+    start, arm = tiny_model(seed=5), tiny_model(seed=6)
+    save_member(start, tmp_path / "start")
+    for name in ("arm", "zero"):
+        save_member(arm, tmp_path / name)
+    (tmp_path / "zero" / "train_config.toml").write_text(f'start = "zero"\nmodel = "{tmp_path / "start"}"\n')
+    tiny_lora(start, tmp_path / "adapter", seed=2, base_path=str(tmp_path / "start"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "start"), tmp_path / "adapter")
+    replies = [[4, 9, 7], [3], [11, 8, 2, 5]]
+
+    def said(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> float:
+        with torch.no_grad():
+            log_probs = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            return float(log_probs.gather(-1, torch.tensor(reply)[:, None]).sum())
+
+    models = Models(folder=tmp_path, dtype="float32")
+    for name, own, against in (("arm", arm, None), ("zero", arm, start), ("adapter", adapted, None)):
+        reward = models.reward_of_replies(f"@{name}")
+        expected = [
+            said(own, prompt, reply) - (said(against, prompt, reply) if against is not None else 0.0)
+            for prompt, reply in zip(PROMPTS[:3], replies, strict=True)
+        ]
+        assert reward.score(PROMPTS[:3], replies) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(VocabularyError, match="other tokens than the policy"):
+        reward.check(tiny_tokenizer(words=[f"v{i}" for i in range(40)]))
 
 
 def test_best_of_n_counts() -> None:

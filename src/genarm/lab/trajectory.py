@@ -26,6 +26,12 @@ from genarm.model.contract import load_whole, refusing
 TOKENS = 1 << 14
 
 
+def is_classifier(config: Any) -> bool:
+    """Whether a model of this configuration gives a score, as a trajectory reward does, and no next token."""
+    architectures = getattr(config, "architectures", None) or ()
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrajectoryReward:
     """A frozen reward model.

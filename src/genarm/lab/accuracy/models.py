@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from genarm.errors import MemberError, UnsupportedError, VocabularyError
 from genarm.lab.training.trainers import sequence_log_probs
-from genarm.lab.trajectory import TrajectoryReward
+from genarm.lab.trajectory import TrajectoryReward, is_classifier
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.compose import start_spec
@@ -313,8 +313,7 @@ def open_rewards(reference: str, *, trust_remote_code: bool) -> RewardFiles | Gu
     files = open_files(reference, trust_remote_code=trust_remote_code)
     if isinstance(files.config, GuidedConfig):
         return guided_files(reference, files)
-    architectures = getattr(files.config, "architectures", None) or ()
-    classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    classifier = is_classifier(files.config)
     spec = MemberSpec(model=files.reference, revision=files.revision)
     if classifier and files.revision is not None:
         raise UnsupportedError(f"{reference} is a trajectory reward; of these only the main revision can be loaded")

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from genarm.errors import ConfigError
 from genarm.lab.methods.interface import Kind, Meter, tally
 from genarm.lab.methods.loop import check_sampling
-from genarm.lab.methods.rewards import WeightedRewards
+from genarm.lab.methods.rewards import RewardOfReplies, WeightedScores
 from genarm.lab.methods.sample import Sample
 from genarm.lab.prefix import Ids
 from genarm.lab.replies import SampledReply
-from genarm.lab.trajectory import TrajectoryReward
 
 
 class BestOfN:
@@ -22,7 +21,7 @@ class BestOfN:
     """
 
     def __init__(
-        self, sample: Sample, rewards: Mapping[str, TrajectoryReward], weights: Mapping[str, float], *, n: int
+        self, sample: Sample, rewards: Mapping[str, RewardOfReplies], weights: Mapping[str, float], *, n: int
     ) -> None:
         """Ready to answer.
 
@@ -41,7 +40,7 @@ class BestOfN:
             raise ConfigError(f"n of Best-of-N is {n}; it must be at least 1")
         check_sampling(sample.sampling, "Best-of-N", greedy=False)
         self.sample = sample
-        self.rewards = WeightedRewards(rewards, weights, sample.tokenizer)
+        self.rewards = WeightedScores(rewards, weights, sample.tokenizer)
         self.n = n
 
     def answer(self, prompts: Sequence[Ids], *, seed: int, meter: Meter) -> list[SampledReply]:
@@ -73,7 +72,7 @@ KIND = Kind(
     settings={"n": 16},
     build=lambda parts: BestOfN(
         Sample(parts.model("base"), parts.tokenizer, parts.sampling),
-        parts.rewards,
+        parts.rewards_of_replies,
         parts.spec.weights,
         **parts.spec.numbers,
     ),

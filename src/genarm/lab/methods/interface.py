@@ -17,6 +17,7 @@ from genarm.lab.replies import SampledReply
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from genarm.lab.methods.arm_reward import ArmReward
     from genarm.lab.methods.models import Models
     from genarm.lab.methods.sample import Reader
     from genarm.lab.trajectory import TrajectoryReward
@@ -156,6 +157,11 @@ class Parts:
     def rewards(self) -> dict[str, TrajectoryReward]:
         """The named models as classic rewards."""
         return {name: self.models.reward(reference) for name, reference in self.spec.named.items()}
+
+    @property
+    def rewards_of_replies(self) -> dict[str, TrajectoryReward | ArmReward]:
+        """The named models as rewards of whole replies, which ARMs are, too."""
+        return {name: self.models.reward_of_replies(reference) for name, reference in self.spec.named.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from genarm.errors import MemberError
+from genarm.lab.methods.arm_reward import ArmReward
 from genarm.lab.methods.interface import MethodSpec
-from genarm.lab.trajectory import TrajectoryReward
+from genarm.lab.trajectory import TrajectoryReward, is_classifier
 from genarm.model.adapter_files import read_adapter_config
-from genarm.model.compose import compose
+from genarm.model.compose import compose, start_spec
 from genarm.model.config import MemberSpec
 from genarm.model.contract import ADAPTER_FILE
-from genarm.model.loading import HubOptions, add_adapters, load_model
+from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer
 from genarm.model.references import ModelFiles, find_device, open_files
+from genarm.model.trained import training_of
 from genarm.provenance import Record, digest, model_record
 
 _OWN = re.compile(r"(^|[=,])@")
@@ -69,6 +71,26 @@ class Models:
         where = self.resolve(reference)
         return self._get(
             "reward", where, lambda: TrajectoryReward.load(where, dtype=self.dtype, device=find_device(self.device))
+        )
+
+    def reward_of_replies(self, reference: str) -> TrajectoryReward | ArmReward:
+        """A classic reward model, or an ARM with what it is a difference to."""
+        where = self.resolve(reference)
+        adapter = (Path(where) / ADAPTER_FILE).exists()
+        if not adapter and is_classifier(open_files(where).config):
+            return self.reward(reference)
+        hub = HubOptions()
+        host = read_adapter_config(where, hub.common(), name=reference).base_model_name_or_path if adapter else where
+        spec = MemberSpec(model=host, adapter=where if adapter else None)
+        tokenizer = load_tokenizer(where, None, hub) or open_files(str(host)).tokenizer
+        trained = training_of(spec, hub)
+        zero = trained.get("start") == "zero"
+        start = start_spec(reference, spec, trained, MemberSpec(), hub).model if zero else None
+        return ArmReward(
+            self.policy(reference),
+            tokenizer,
+            label=f"the ARM {reference}",
+            start=None if start is None else self.policy(start),
         )
 
     def files(self, reference: str) -> ModelFiles:

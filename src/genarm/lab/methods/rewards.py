@@ -1,4 +1,4 @@
-"""Several trajectory rewards as one: Σ_i w_i r_i(x, y), where a reward whose weight is 0 is not run.
+"""Several rewards as one: Σ_i w_i r_i(x, y), where a reward whose weight is 0 is not run.
 
 Shapes: B rows.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,27 @@ from genarm.model.weights import weight_row
 from genarm.sampling import Sampling, stop_ids
 
 
-class WeightedRewards:
-    """Rewards by name, with their weights."""
+class RewardOfReplies(Protocol):
+    """Scores whole replies."""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a policy with another vocabulary (raises VocabularyError)."""
+        ...
+
+    def score(self, prompts: Sequence[Ids], replies: Sequence[Ids]) -> list[float]:
+        """r(x, y) of each reply to its prompt; end-of-turn tokens count as they are."""
+        ...
+
+
+R = TypeVar("R", bound=RewardOfReplies)
+
+
+class WeightedScores(Generic[R]):
+    """Rewards of whole replies by name, with their weights."""
 
     def __init__(
         self,
-        rewards: Mapping[str, TrajectoryReward],
+        rewards: Mapping[str, R],
         weights: Mapping[str, float],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
@@ -47,11 +62,6 @@ class WeightedRewards:
         for _, reward, _ in self._parts:
             reward.check(tokenizer)
 
-    @property
-    def models(self) -> list[TrajectoryReward]:
-        """Those that are run."""
-        return [reward for _, reward, _ in self._parts]
-
     def score(self, prompts: Sequence[Ids], replies: Sequence[Ids], meter: Meter) -> list[float]:
         """Σ_i w_i r_i of each reply to its prompt."""
         positions = sum(map(len, prompts)) + sum(map(len, replies))
@@ -61,6 +71,15 @@ class WeightedRewards:
             meter.add(name, forwards=len(replies), positions=positions)
             totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
         return totals
+
+
+class WeightedRewards(WeightedScores[TrajectoryReward]):
+    """Rewards that can follow a reply as it grows, too."""
+
+    @property
+    def models(self) -> list[TrajectoryReward]:
+        """Those that are run."""
+        return [reward for _, reward, _ in self._parts]
 
     def prefix(self, meter: Meter) -> WeightedPrefix:
         """Rows to be scored again and again as they grow."""
