@@ -2,6 +2,7 @@
 
     python benchmarks/enumerable_world.py            # the paper's loss, three worlds
     python benchmarks/enumerable_world.py --losses   # every loss, on the base that it was trained through and on others
+    python benchmarks/enumerable_world.py --weights  # `product` through a weight or a range, at those it serves
 
 The world: 2 prompts, responses of 4 tokens over a vocabulary of 4, so 256 responses each. A random base (a tiny
 Llama) and a random reward r(x, y), one number per whole response. An ARM is trained on exact Bradley–Terry
@@ -237,13 +238,16 @@ def compare_weights(seed: int, *, steps: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_losses(seeds: int, steps: int) -> None:
-    for beta, start in itertools.product((1.0, 0.5, 2.0), STARTS):
+def print_losses(seeds: int, steps: int, betas: Sequence[float]) -> None:
+    for beta, start in itertools.product(betas, STARTS):
         worlds = [compare_losses(seed, beta=beta, steps=steps, start=start) for seed in range(seeds)]
         print(f"β = {beta:g}, started from {STARTS[start]}: share of KL(base ‖ optimum) removed, in each world")
         for loss in worlds[0]:
             cells = [" ".join(f"{world[loss][base]:5.2f}" for world in worlds) for base in BASES]
             print(f"| {loss} | {' | '.join(cells)} |", flush=True)
+
+
+def print_weights(seeds: int, steps: int) -> None:
     print(f"product at weights | {' | '.join(('0.5', '1', '2'))} |")
     tables = [compare_weights(seed, steps=steps) for seed in range(seeds)]
     for weights in tables[0]:
@@ -307,9 +311,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many worlds (default 3)")
     parser.add_argument("--losses", action="store_true", help="compare every loss of genarm train, on several bases")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each training with --losses")
+    parser.add_argument("--beta", type=float, nargs="+", default=[1.0, 0.5, 2.0], help="of the optimum, with --losses")
+    parser.add_argument("--weights", action="store_true", help="train through several weights, and serve others")
     arguments = parser.parse_args()
     if arguments.losses:
-        print_losses(arguments.seeds, arguments.steps)
+        print_losses(arguments.seeds, arguments.steps, arguments.beta)
+    if arguments.weights:
+        print_weights(arguments.seeds, arguments.steps)
+    if arguments.losses or arguments.weights:
         return
     for seed in range(arguments.seeds):
         for beta in (2.0, 1.0, 0.5):
