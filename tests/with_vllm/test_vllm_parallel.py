@@ -24,7 +24,7 @@ def own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {"tensor_parallel_size": 2},
         # In eager mode the CPU build has no room for what a stage receives, for any model; compiled it has.
-        {"pipeline_parallel_size": 2, "enforce_eager": False},
+        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, marks=pytest.mark.slow),
     ],
     ids=["tensor", "pipeline"],
 )
