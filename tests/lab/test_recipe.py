@@ -94,5 +94,5 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     broken.write_text("title = ")
     with pytest.raises(ConfigError, match="is not valid TOML"):
         load_recipe(broken, "tiny")
-    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, paper"):
+    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, real, paper"):
         load_recipe(next(path for path in RECIPES if path.stem == "hh-rlhf"), "huge")
