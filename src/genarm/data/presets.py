@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,20 @@ def write_preset(folder: Path, name: str, weights: Mapping[str, float], max_kl: 
     presets = {**read_presets(folder), name: {**weights, **budget}}
     write_text(folder / PRESETS_FILE, json.dumps(presets, indent=2, ensure_ascii=False) + "\n")
     return folder / PRESETS_FILE
+
+
+def carry_presets(source: Path, target: Path, rewards: Collection[str]) -> list[str]:
+    """Copy the presets of one folder to another that has `rewards`; returns the names of those that weigh others.
+
+    Raises:
+        ConfigError: those of `source` are not what they should be.
+        DataError: they cannot be written.
+    """
+    presets = read_presets(source)
+    kept = {name: weights for name, weights in presets.items() if {*weights} - {BUDGET} <= {*rewards}}
+    if kept:
+        write_text(target / PRESETS_FILE, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    return [name for name in presets if name not in kept]
 
 
 def _parse(path: Path, loads: Any) -> dict[str, dict[str, float]]:

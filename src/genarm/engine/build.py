@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from genarm.engine.attention import Plug
 from genarm.engine.device import cost, draft_cost, settle
 from genarm.engine.members import Members
 from genarm.engine.options import MOST_WISHES
@@ -17,9 +18,10 @@ from genarm.engine.output_adapters import is_of_the_output
 from genarm.engine.proof import expect, prove
 from genarm.engine.request import wish_name
 from genarm.engine.request_state import BASE_MEMBER
-from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
+from genarm.engine.trunk import Trunk, TrunkMember, cannot_run, probe
 from genarm.errors import ConfigError, UnsupportedError
 from genarm.model.config import BASE
+from genarm.model.generation import forward_arguments
 from genarm.model.loading import Member
 from genarm.model.modeling import GuidedForCausalLM
 
@@ -145,6 +147,29 @@ def build(
     )
 
 
+def foresee(model: PreTrainedModel) -> bool:
+    """Whether a model without its weights, on the meta device, shows that the engine can run it.
+
+    Returns:
+        False where its forward needs values, so that it is not known before the model is loaded. Even where it does
+        not, each trunk is compared with its model's own forward when it is built.
+
+    Raises:
+        UnsupportedError: what `build` refuses, as far as it shows without values.
+    """
+    models = {id(member.model): member.model for member in _members(model)[0]}
+    for own in models.values():
+        try:
+            probe(own, Plug(own), forward_arguments(own), own.device)
+        except UnsupportedError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            return False
+        except Exception as error:
+            raise _refused(own, error) from error
+    return True
+
+
 def _members(model: PreTrainedModel) -> tuple[list[Member], list[Alignment | None], list[Tensor | None]]:
     """The model's members, and after its rewards those that stand for the wishes of a request's own."""
     if isinstance(model, GuidedForCausalLM):
@@ -199,12 +224,16 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
                 f"there is no memory for the keys and values of {streams} streams of {capacity} tokens for {names}; "
                 "ask for fewer streams or a shorter context"
             ) from error
-        raise cannot_run(group.model, f"{type(error).__name__}: {error}") from error
+        raise _refused(group.model, error) from error
     heads = ", ".join(member.name for member in group.of_the_output)
     told = f"; {heads}: told from its hidden states" if heads else ""
     together = "" if len(group.names) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
     return trunk, f"{names}: {path.why}{together}{replayed}{told}; KV cache {_size(trunk.kv_cache.bytes)}"
+
+
+def _refused(model: PreTrainedModel, error: Exception) -> UnsupportedError:
+    return cannot_run(model, f"{type(error).__name__}: {error}")
 
 
 def _out_of_memory(error: Exception) -> bool:

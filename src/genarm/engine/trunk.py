@@ -88,7 +88,7 @@ class Trunk:
         self._keeps = "logits_to_keep" in self._arguments and not _beyond_the_body(model, named)
         self._output = OutputAdapters(model, of_the_output) if of_the_output else None
         self._plug = Plug(model)
-        shapes = _probe(model, self._plug, self._arguments, self.device)
+        shapes = probe(model, self._plug, self._arguments, self.device)
         self.kv_cache = KVCache(shapes, rows=rows, capacity=capacity)
         self.shared = can_share(model, named)
         self._adapters = (
@@ -153,7 +153,7 @@ class Trunk:
 
     def _run_once(self) -> None:
         """One token, whose keys and values go nowhere."""
-        _probe(self.model, self._plug, self._arguments, self.device)
+        probe(self.model, self._plug, self._arguments, self.device)
 
     def _fit(self, log_probs_WV: Tensor) -> Tensor:
         return log_probs_WV if self.alignment is None else self.alignment.fit(log_probs_WV)
@@ -235,17 +235,22 @@ class _Probe:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, plug: Plug, arguments: frozenset[str], device: torch.device) -> list[LayerShape]:
-    probe = _Probe()
+def probe(model: PreTrainedModel, plug: Plug, arguments: frozenset[str], device: torch.device) -> list[LayerShape]:
+    """What each layer's attention stores of a token, found out by running one.
+
+    Raises:
+        UnsupportedError: an attention that the engine cannot reproduce.
+    """
+    noted = _Probe()
     config = model.config.get_text_config()
     layers = int(config.num_hidden_layers)
     if "position_ids" not in arguments or getattr(config, "attention_chunk_size", None):
-        probe.foreign.add("positions or chunks of its own")
+        noted.foreign.add("positions or chunks of its own")
     else:
         one = torch.zeros(1, 1, dtype=torch.long, device=device)
-        with plug.attending(probe):
+        with plug.attending(noted):
             model(input_ids=one, position_ids=one, use_cache=False, return_dict=True)
-    if probe.foreign or sorted(probe.shapes) != list(range(layers)):
-        problem = ", ".join(sorted(probe.foreign)) or f"{len(probe.shapes)} of its {layers} layers are attention"
+    if noted.foreign or sorted(noted.shapes) != list(range(layers)):
+        problem = ", ".join(sorted(noted.foreign)) or f"{len(noted.shapes)} of its {layers} layers are attention"
         raise cannot_run(model, problem)
-    return [probe.shapes[i] for i in range(layers)]
+    return [noted.shapes[i] for i in range(layers)]

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,7 +29,7 @@ from genarm.errors import MemberError
 from genarm.model.adapters import adapter_layers
 from genarm.model.contract import ADAPTER_FILE, check_finite, named_tensors, refusing, shown
 
-_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MERGE = "merge it into a full model (peft's merge_and_unload) and compose that instead"
 
@@ -118,23 +119,27 @@ def check_settings(record: Mapping[str, Any], *, label: str) -> None:
         )
 
 
-def read_adapter(where: str, options: Mapping[str, Any], *, name: str) -> AdapterFiles:
+def read_adapter(where: str, options: Mapping[str, Any], *, name: str, values: bool = True) -> AdapterFiles:
     """The settings and the tensors of a LoRA adapter.
+
+    Args:
+        where, options, name: as for `read_adapter_config`.
+        values: without them only the file's header is read, and the tensors are on the meta device.
 
     Raises:
         MemberError: as `read_adapter_config`; or the weights are no safetensors file, or not all finite numbers.
     """
     settings = read_adapter_config(where, options, name=name)
     label = f"the adapter {where!r} of {name!r}"
-    with refusing(f"cannot read {_WEIGHTS} of {label}"):
-        path = _find(where, _WEIGHTS, options)
-        stored = load_file(path)
+    with refusing(f"cannot read {ADAPTER_WEIGHTS} of {label}"):
+        path = _find(where, ADAPTER_WEIGHTS, options)
+        stored = load_file(path) if values else _header(path)
     # A model that torch.compile had wrapped leaves its mark in every name.
     tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in stored.items()}
     strange = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange or len(tensors) < len(stored):
         what = f"tensors that are no floating point numbers ({shown(strange)})" if strange else "a tensor twice"
-        raise MemberError(f"{label} holds {what} in {_WEIGHTS}; save it again")
+        raise MemberError(f"{label} holds {what} in {ADAPTER_WEIGHTS}; save it again")
     check_finite(tensors, what=label)
     return AdapterFiles(label=label, settings=settings, tensors=tensors)
 
@@ -228,6 +233,16 @@ def _refuse_other_layers(peft: PeftModel, adapter: str, label: str) -> None:
         scale = float(getattr(layer, "scaling", {}).get(adapter, 1))
         if not math.isfinite(scale):
             raise MemberError(f"{label} has the scale {scale}; correct lora_alpha in its {ADAPTER_FILE}")
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file without their values."""
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {
+            key: torch.empty(own.get_shape(), dtype=own[:0].dtype if own.get_shape() else None, device="meta")
+            for key, own in slices.items()
+        }
 
 
 def _find(where: str, file: str, options: Mapping[str, Any]) -> Path:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,19 +39,21 @@ from genarm.text.prompts import as_conversation, encode_prompt, end_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NEVER_COPIED = shutil.ignore_patterns("checkpoints", "*.bin", "*.pt", "*.pth", "*.pkl", ".git", ".cache")
+NEVER_COPIED = shutil.ignore_patterns("checkpoints", "*.bin", "*.pt", "*.pth", "*.pkl", ".git", ".cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeReport:
     """What was written, and what a user should know about it.
 
-    `notes` are one-line remarks: tokens a reward cannot judge, chat templates that differ.
+    `notes` are one-line remarks: tokens a reward cannot judge, chat templates that differ. `source` is the guided
+    folder, on this machine, that was started from, if one was.
     """
 
     folder: Path
     config: GuidedConfig
     notes: tuple[str, ...]
+    source: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ def compose(
     rewards: Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
+    drop: Collection[str] = (),
     tuned: Mapping[str, str | os.PathLike[str]] | None = None,
     references: Mapping[str, str | os.PathLike[str]] | None = None,
     wishes: Mapping[str, str] | None = None,
@@ -82,6 +86,7 @@ def compose(
     Args:
         base: the frozen base: a path, a hub id, or a hub id with a revision, `ID@REVISION`. A guided folder stands
             for its base and its rewards with their weights, to which `rewards` are added.
+        drop: names of that folder's rewards that are left out; a new reward may have such a name.
         rewards: {name: ARM}, each a full model or a LoRA adapter, written like `base`.
         output: the folder to write; it must not exist or be empty.
         tuned: {name: tuned model}, written likewise: any result of DPO, SFT or RL. The reward is what it says more
@@ -103,15 +108,23 @@ def compose(
     """
     check_new_folder(Path(output))
     hub = HubOptions(trust_remote_code=trust_remote_code)
-    given = _spec(str(base))
+    given = spec_of(str(base))
     if (Path(locate(str(given.model), None)) / ADAPTER_FILE).exists():
         raise MemberError(
             f"the base {str(base)!r} is an adapter; merge it into its model first (peft's merge_and_unload)"
         )
-    base_spec, present = _flattened(given, hub)
+    base_spec, present, source = taken_apart(given, hub)
+    for name in drop:
+        if present.pop(name, None) is None:
+            names = ", ".join(present) or "none"
+            raise ConfigError(f"{str(base)!r} has no reward {name!r} to drop; its rewards are: {names}")
     tuned, references = tuned or {}, references or {}
     wishes = wishes or {}
     new = _one_of_each(rewards, tuned, wishes)
+    if not (present or new):
+        raise ConfigError(
+            "a guided model needs at least one reward; give --reward NAME=PATH, --tuned NAME=PATH or --wish NAME=TEXT"
+        )
     _check_names([*present, *new], descriptions, settings)
     _check_names(new, adapter_models)
     if odd := sorted({*(adapter_models or {})} & {*wishes}):
@@ -145,6 +158,11 @@ def compose(
             against[name] = start_spec(name, members[name], trained, base_spec, hub)
             said.append(said_of_start(name, str(path), trained, against[name], hub))
         said += trained_through(name, trained, base_spec, (weights or {}).get(name, 1.0))
+    for name in present:
+        if name in (weights or {}):
+            said += trained_through(name, training_of(members[name], hub), base_spec, (weights or {})[name])
+    if source is not None and not bundle and _within(source, [base_spec, *members.values(), *against.values()]):
+        said.append(f"members of the new folder lie in {source}, which must stay there; --bundle copies them")
     values = weight_row(weights or {}, {name: present[name].weight if name in present else 1.0 for name in members})
     texts = {**{name: reward.description for name, reward in present.items()}, **(descriptions or {})}
     specs = [
@@ -158,7 +176,7 @@ def compose(
         for (name, member), weight in zip(members.items(), values, strict=True)
     ]
     base_described = _describe(base_spec, hub, name=BASE)
-    if present:  # a folder's own tokenizer and settings are what its users know
+    if source is not None:  # a folder's own tokenizer and settings are what its users know
         own = load_tokenizer(str(given.model), None, hub, given.revision)
         base_described = replace(base_described, tokenizer=own or base_described.tokenizer)
     all_specs = GuidedConfig(base=base_spec.to_dict(), rewards=[spec.to_dict() for spec in specs]).member_specs
@@ -174,9 +192,9 @@ def compose(
     config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described.values())])
     with new_folder(Path(output)) as folder:
         if bundle:
-            config = _bundled(base_spec, specs, config, folder, hub)
+            bundled(base_spec, specs, config, folder, partial(_copy, hub=hub))
         _write(folder, config, given, base_described, hub)
-    return ComposeReport(folder=Path(output), config=config, notes=tuple(notes))
+    return ComposeReport(folder=Path(output), config=config, notes=tuple(notes), source=source)
 
 
 def _one_of_each(*kinds: Mapping[str, Any]) -> list[str]:
@@ -188,21 +206,26 @@ def _one_of_each(*kinds: Mapping[str, Any]) -> list[str]:
 
 
 def _check_names(rewards: Collection[str], *others: Mapping[str, Any] | None) -> None:
-    if not rewards:
-        raise ConfigError(
-            "a guided model needs at least one reward; give --reward NAME=PATH, --tuned NAME=PATH or --wish NAME=TEXT"
-        )
     for mapping in others:
         for name in mapping or {}:
             if name != BASE and name not in rewards:
-                raise ConfigError(f"there is no member named {name!r}; the members are base, {', '.join(rewards)}")
+                raise ConfigError(f"there is no member named {name!r}; the members are {', '.join((BASE, *rewards))}")
 
 
-def _flattened(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str, RewardSpec]]:
-    """The base and the rewards of a guided folder, by references that hold from anywhere; or `base`, and no rewards."""
+def _within(folder: Path, specs: Iterable[MemberSpec | None]) -> bool:
+    """Whether files of some members lie in a guided folder."""
+    places = [place for spec in specs if spec is not None for place in (spec.model, spec.adapter)]
+    return any(Path(place).is_relative_to(folder) for place in places if place is not None)
+
+
+def taken_apart(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str, RewardSpec], Path | None]:
+    """The base and the rewards of a guided folder, by references that hold from anywhere, and where that folder is.
+
+    Of another model: `base` itself, no rewards, and no folder.
+    """
     config = load_model_config(base, None, hub, name=BASE)
     if not isinstance(config, GuidedConfig):
-        return base, {}
+        return base, {}, None
     folder = local_folder(str(base.model), base.revision, hub)
 
     def moved(spec: MemberSpec) -> MemberSpec:
@@ -210,10 +233,10 @@ def _flattened(base: MemberSpec, hub: HubOptions) -> tuple[MemberSpec, dict[str,
         return replace(spec, model=model, adapter=adapter)
 
     rewards = {reward.name: reward.moved(moved) for reward in config.reward_specs}
-    return moved(config.base_spec), rewards
+    return moved(config.base_spec), rewards, folder
 
 
-def _spec(reference: str) -> MemberSpec:
+def spec_of(reference: str) -> MemberSpec:
     """A local folder by its absolute path, or a hub id with an optional @revision."""
     refuse_file(reference)
     path = Path(reference).expanduser()
@@ -226,9 +249,9 @@ def _spec(reference: str) -> MemberSpec:
 
 
 def _reward_spec(name: str, reference: str, base: MemberSpec, adapter_model: str | None, hub: HubOptions) -> MemberSpec:
-    found = _spec(reference)
+    found = spec_of(reference)
     where = str(found.model)
-    if not _is_adapter(where, found.revision, hub):
+    if not is_adapter(where, found.revision, hub):
         if adapter_model is not None:
             raise ConfigError(f"reward {name!r} at {reference!r} is a full model, so it goes on no other model")
         return found
@@ -241,7 +264,7 @@ def _reward_spec(name: str, reference: str, base: MemberSpec, adapter_model: str
             f"--adapter-model {name}=MODEL"
         )
     try:
-        host = _spec(model)
+        host = spec_of(model)
     except MemberError as error:
         raise MemberError(
             f"the adapter {reference!r} of reward {name!r} was trained on {model!r}, which is not there any more; "
@@ -286,7 +309,8 @@ def _unlike_its_reference(reward: RewardSpec) -> list[str]:
     ]
 
 
-def _is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
+def is_adapter(where: str, revision: str | None, hub: HubOptions) -> bool:
+    """Whether there is an adapter and no model by itself (raises MemberError where there is nothing)."""
     if Path(where).is_dir():
         return (Path(where) / ADAPTER_FILE).exists()
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -359,42 +383,51 @@ def _reads_otherwise(reward: RewardSpec, base: _Described, host: _Described, hub
     ]
 
 
-def _bundled(
-    base: MemberSpec, rewards: list[RewardSpec], config: GuidedConfig, folder: Path, hub: HubOptions
-) -> GuidedConfig:
-    """Copy every member into `folder`/members, each model once, and point the configuration there."""
-    copied: dict[tuple[str, str | None], str] = {}
+def bundled(
+    base: MemberSpec,
+    rewards: Iterable[RewardSpec],
+    config: GuidedConfig,
+    folder: Path,
+    put: Callable[[str, str | None, Path], bool],
+) -> None:
+    """Have every member in `folder`/members, each model once, and `config` name it there.
 
-    def carry(reference: str, revision: str | None, name: str) -> str:
+    Args:
+        base, rewards: by references that hold from anywhere.
+        config: is changed.
+        folder: where config.json will be.
+        put: brings a reference, at a revision, to a new folder; returns False for one that stays a reference.
+    """
+    places: dict[tuple[str, str | None], str | None] = {}
+
+    def carry(reference: str, revision: str | None, name: str) -> tuple[str, str | None]:
         key = (reference, revision)
-        if key not in copied:
-            copied[key] = f"./members/{name}"
-            _copy(reference, revision, folder / "members" / name, hub)
-        return copied[key]
-
-    assert base.model is not None
+        if key not in places:
+            places[key] = f"./members/{name}" if put(reference, revision, folder / "members" / name) else None
+        inside = places[key]
+        return key if inside is None else (inside, None)
 
     def carried(member: MemberSpec, name: str) -> MemberSpec:
         if member.model is not None:
             place = name if member.adapter is None else host_folder(name)
-            member = replace(member, model=carry(member.model, member.revision, place), revision=None)
+            model, revision = carry(member.model, member.revision, place)
+            member = replace(member, model=model, revision=revision)
         if member.adapter is not None:
-            where = carry(member.adapter, member.adapter_revision, name)
-            member = replace(member, adapter=where, adapter_revision=None)
+            adapter, revision = carry(member.adapter, member.adapter_revision, name)
+            member = replace(member, adapter=adapter, adapter_revision=revision)
         return member
 
-    base = replace(base, model=carry(base.model, base.revision, BASE), revision=None)
+    config.base = carried(base, BASE).to_dict()
     records: list[dict[str, Any]] = []
     for reward in rewards:
         reference = None
         if reward.reference is not None and reward.member.wish is None:
             reference = carried(reward.reference, reference_name(reward.name))
         records.append(replace(reward, member=carried(reward.member, reward.name), reference=reference).to_dict())
-    config.base, config.rewards = base.to_dict(), records
-    return config
+    config.rewards = records
 
 
-def _copy(reference: str, revision: str | None, target: Path, hub: HubOptions) -> None:
+def _copy(reference: str, revision: str | None, target: Path, hub: HubOptions) -> bool:
     source = locate(reference, None)
     if not Path(source).is_dir():
         options = {key: value for key, value in hub.common().items() if value is not None}
@@ -402,7 +435,8 @@ def _copy(reference: str, revision: str | None, target: Path, hub: HubOptions) -
             source = snapshot_download(source, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.pt"], **options)
         except (OSError, ValueError) as error:
             raise MemberError(f"cannot download {reference!r} to bundle it: {error}") from error
-    shutil.copytree(source, target, ignore=_NEVER_COPIED)
+    shutil.copytree(source, target, ignore=NEVER_COPIED)
+    return True
 
 
 def _write(folder: Path, config: GuidedConfig, base: MemberSpec, described: _Described, hub: HubOptions) -> None:

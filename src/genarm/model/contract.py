@@ -85,6 +85,29 @@ def load_whole(
     return result
 
 
+def load_empty(auto_class: Any, where: str, config: Any, *, what: str, **options: Any) -> PreTrainedModel:
+    """The same model without its weights, on the meta device; of the files only the headers are read.
+
+    Args:
+        auto_class, where, what: as for `load_whole`.
+        config: the model's configuration.
+        **options: of `from_pretrained`; those that matter are dtype, quantization_config and trust_remote_code.
+
+    Raises:
+        MemberError: what `load_whole` refuses, as far as it shows without the values of weights.
+    """
+    with refusing(f"cannot load {what} from {where!r}"):
+        _check_size(auto_class, where, what, options)
+        if Path(where).is_dir() and not any(Path(where).glob("*.safetensors")):
+            raise MemberError(f"{what} at {where!r} has no safetensors file; save the model again")
+        dtype = options.get("dtype") or config.dtype or torch.float32
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class.from_config(
+                config, dtype=dtype, trust_remote_code=bool(options.get("trust_remote_code"))
+            )
+    return model
+
+
 def _check_size(auto_class: Any, where: str, what: str, options: Mapping[str, Any]) -> None:
     """Refuse a folder whose config.json describes a far larger model than its files hold, before any memory is taken.
 

@@ -19,7 +19,7 @@ from genarm.errors import MemberError
 from genarm.files import no_folder, refuse_file
 from genarm.model.adapter_files import put_on, read_adapter
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
-from genarm.model.contract import load_whole, refusing, unchanged
+from genarm.model.contract import load_empty, load_whole, refusing, unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def locate(reference: str, folder: Path | None) -> str:
 
 
 def load_members(
-    config: GuidedConfig, folder: Path | None, hub: HubOptions, model_options: Mapping[str, Any]
+    config: GuidedConfig, folder: Path | None, hub: HubOptions, model_options: Mapping[str, Any] | None
 ) -> list[Member]:
     """The base first, then the rewards in order, then references that are none of them.
 
@@ -93,7 +93,7 @@ def load_members(
         folder: where relative references start.
         hub: how to reach the hub.
         model_options: arguments for every member's `from_pretrained` (dtype, device_map, …), over which a
-            member's own spec wins.
+            member's own spec wins; None for members without their weights, on the meta device.
 
     Raises:
         MemberError: a member is not there, is no causal LM, or an adapter does not fit its model.
@@ -134,14 +134,19 @@ def adapter_name(index: int) -> str:
 
 
 def load_model(
-    spec: MemberSpec, folder: Path | None, hub: HubOptions, options: Mapping[str, Any], *, name: str
+    spec: MemberSpec, folder: Path | None, hub: HubOptions, options: Mapping[str, Any] | None, *, name: str
 ) -> PreTrainedModel:
-    """One member's causal LM, in inference mode (raises MemberError)."""
+    """One member's causal LM, in inference mode; without its weights where `options` is None (raises MemberError)."""
     assert spec.model is not None
     where = locate(spec.model, folder)
     own = {key: getattr(spec, key) for key in ("dtype", "device_map", "quantization_config")}
-    merged = {**options, **{key: value for key, value in own.items() if value is not None}}
-    load_plain_config(spec, folder, hub, name=name)
+    merged = {**(options or {}), **{key: value for key, value in own.items() if value is not None}}
+    config = load_plain_config(spec, folder, hub, name=name)
+    if options is None:
+        empty = load_empty(
+            AutoModelForCausalLM, where, config, what=repr(name), trust_remote_code=hub.trust_remote_code, **merged
+        )
+        return empty.eval().requires_grad_(False)
     model = load_whole(
         AutoModelForCausalLM,
         where,
@@ -167,7 +172,8 @@ def add_adapters(
         for index, (name, spec) in enumerate(specs.items()):
             assert spec.adapter is not None
             options = {**hub.common(), "revision": spec.adapter_revision}
-            files = read_adapter(locate(spec.adapter, folder), options, name=name)
+            values = model.device.type != "meta"
+            files = read_adapter(locate(spec.adapter, folder), options, name=name, values=values)
             peft = put_on(model, peft, files, adapter_name(index))
     assert peft is not None
     model.eval().requires_grad_(False)
@@ -205,7 +211,7 @@ def load_plain_config(spec: MemberSpec, folder: Path | None, hub: HubOptions, *,
     if isinstance(config, GuidedConfig):
         raise MemberError(
             f"{name!r} at {spec.model!r} is a guided folder, and a member is one plain model or adapter; give one of "
-            "its members, or give the folder as --base to `genarm compose`, which adds rewards to it"
+            "its members, or start from the folder with `genarm compose --from`, which adds rewards to it"
         )
     return config
 

@@ -39,7 +39,7 @@ class LoadOptions:
 
     Attributes:
         hub: how to reach the hub.
-        members: arguments for every member's `from_pretrained`.
+        members: arguments for every member's `from_pretrained`; None for members without their weights.
         config: fields of the configuration that replace the folder's.
         subfolder: where the guided folder lies within what was named.
         generation_config: in place of the folder's.
@@ -47,7 +47,7 @@ class LoadOptions:
     """
 
     hub: HubOptions
-    members: Mapping[str, Any]
+    members: Mapping[str, Any] | None
     config: Mapping[str, Any]
     subfolder: str = ""
     generation_config: Any = None

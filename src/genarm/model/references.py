@@ -16,10 +16,12 @@ import torch
 
 from genarm.errors import ConfigError, DataError, MemberError, WeightsError
 from genarm.files import no_folder, refuse_file
+from genarm.model.assembly import load_guided
 from genarm.model.config import GuidedConfig, MemberSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, load_generation_config, load_model, load_model_config, load_tokenizer
 from genarm.model.modeling import GuidedForCausalLM
+from genarm.model.options import LoadOptions
 from genarm.model.weights import weight_row
 from genarm.model.wishes import encode_wishes
 from genarm.text.prompts import (
@@ -190,6 +192,18 @@ class ModelFiles:
             trust_remote_code=self.hub.trust_remote_code,
             **options,
         )
+
+    def outline(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device; of its members only configurations and headers are read.
+
+        Raises:
+            GenarmError: what `load` refuses, as far as it shows without the values of weights.
+        """
+        if not self.guided:
+            spec = MemberSpec(model=self.reference, revision=self.revision)
+            return load_model(spec, None, self.hub, None, name="the model")
+        options = LoadOptions(hub=self.hub, members=None, config={})
+        return GuidedForCausalLM(*load_guided(self.reference, config=None, revision=self.revision, options=options))
 
 
 def open_files(reference: str, *, trust_remote_code: bool = False, reading: Reading = USUAL) -> ModelFiles:

@@ -19,14 +19,30 @@ TRAIN_SETTINGS = "train_config.toml"
 """What `genarm train` leaves in an ARM's folder: the settings of the training."""
 TRAIN_INPUTS = "inputs.json"
 """Likewise: the content of the model and the data that the training began with."""
+TRAIN_FIGURES = "metrics.json"
+"""Likewise: the figures of a finished run."""
 
 
 def training_of(member: MemberSpec, hub: HubOptions) -> dict[str, Any]:
     """The settings by which `genarm train` made a reward; none where something else did."""
-    where, revision = (member.adapter, member.adapter_revision) if member.adapter else (member.model, member.revision)
+    where, revision = files_of(member)
     with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):  # another tool's file of that name
-        return tomllib.loads(_file_of(str(where), TRAIN_SETTINGS, revision, hub) or "")
+        return tomllib.loads(file_of(str(where), TRAIN_SETTINGS, revision, hub) or "")
     return {}
+
+
+def figures_of(member: MemberSpec, hub: HubOptions) -> dict[str, float]:
+    """What `genarm train` has measured of a reward, by name; nothing where something else made it."""
+    where, revision = files_of(member)
+    with contextlib.suppress(ValueError):
+        found = json.loads(file_of(str(where), TRAIN_FIGURES, revision, hub) or "{}")
+        return {k: float(v) for k, v in found.items() if isinstance(v, int | float)} if isinstance(found, dict) else {}
+    return {}
+
+
+def files_of(member: MemberSpec) -> tuple[str | None, str | None]:
+    """Where a member's own files are, and at which revision: its adapter's, where it is one."""
+    return (member.adapter, member.adapter_revision) if member.adapter else (member.model, member.revision)
 
 
 def said_of_start(
@@ -38,7 +54,7 @@ def said_of_start(
         f"{name} ({where}) was trained by --loss {trained.get('loss')} as a difference to its own start, so its "
         f"reference is {which}, as of a --tuned reward"
     )
-    inputs = json.loads(_file_of(where, TRAIN_INPUTS, None, hub) or "{}") if Path(where).is_dir() else {}
+    inputs = json.loads(file_of(where, TRAIN_INPUTS, None, hub) or "{}") if Path(where).is_dir() else {}
     before, model = inputs.get("record", {}).get("model"), str(trained.get("model"))
     if before is not None and Path(model).is_dir() and difference(before, plain(model_record(model))):
         line += f"; but {model} has changed since then: give what it was trained from as --reference {name}=MODEL"
@@ -59,7 +75,7 @@ def trained_through(name: str, trained: Mapping[str, Any], base: MemberSpec, wei
     return notes
 
 
-def _file_of(where: str, name: str, revision: str | None, hub: HubOptions) -> str | None:
+def file_of(where: str, name: str, revision: str | None, hub: HubOptions) -> str | None:
     """The text of a file of a model or an adapter, here or on the hub; None where there is no such file."""
     path = Path(where) / name
     if not Path(where).is_dir():

@@ -18,11 +18,10 @@ from typing import Any
 
 from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
-from genarm.model.trained import TRAIN_INPUTS, TRAIN_SETTINGS
+from genarm.model.trained import TRAIN_FIGURES, TRAIN_INPUTS, TRAIN_SETTINGS
 from genarm.provenance import Record, check, note
 from genarm.training.config import TrainConfig, make_config, to_toml, training_differences
 
-METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 _STAGING = ".result"
 
@@ -99,7 +98,7 @@ class RunFolder:
 
     def metrics(self) -> dict[str, float] | None:
         """The figures of a finished run; None if it is not finished."""
-        file = self.path / METRICS
+        file = self.path / TRAIN_FIGURES
         found: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         return found
 
@@ -130,7 +129,7 @@ class RunFolder:
                 item.chmod(0o644)  # safetensors writes files that only their owner can read
             os.replace(item, target)
         self.staging.rmdir()
-        write_text(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+        write_text(self.path / TRAIN_FIGURES, json.dumps(metrics, indent=2) + "\n")
 
 
 def _read_checkpoint(path: Path, processes: int) -> Checkpoint | None:

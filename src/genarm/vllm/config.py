@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genarm.errors import MemberError, UnsupportedError
-from genarm.model.adapter_files import read_adapter_config
+from genarm.model.adapter_files import low_rank_parts, read_adapter, read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, GuidedConfig, MemberSpec
 from genarm.model.loading import HubOptions, load_model_config, load_tokenizer, locate
@@ -23,6 +23,8 @@ from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.vllm import ARCHITECTURE
 
 OUTPUT_LAYER = "lm_head"
+INTERLEAVED = ("query_key_value", "Wqkv", "c_attn")
+"""Fused in the checkpoint in an order that vLLM undoes when it loads the weight: adapters' rows would be mixed up."""
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -203,6 +205,36 @@ def _is_of_the_output(stream: MemberStream) -> bool:
     settings = read_adapter_config(stream.adapter, {"revision": stream.adapter_revision}, name=stream.name)
     targets: Any = settings.target_modules
     return ([targets] if isinstance(targets, str) else sorted(targets or ())) == [OUTPUT_LAYER]
+
+
+def cannot_carry(label: str, layer: str, trunk: TrunkSpec) -> MemberError:
+    """What is raised for an adapter of a layer that is no layer of vLLM's."""
+    return MemberError(
+        f"{label} changes {layer!r}, where {trunk.model} has no linear layer in vLLM that could carry it; "
+        "merge it into a full model (peft's merge_and_unload) and compose that instead"
+    )
+
+
+def foresee(folder: str) -> None:
+    """Refuse the guided folder `folder` as vLLM would, as far as its files tell; vLLM need not be there.
+
+    Raises:
+        GenarmError: in the words in which loading it would fail.
+    """
+    config = ServedConfig.from_pretrained(folder, name_or_path=folder)
+    config.check_members()
+    hub = HubOptions()
+    for trunk in config.trunks:
+        own = load_model_config(MemberSpec(model=trunk.model, revision=trunk.revision), None, hub, name=trunk.name)
+        for stream in (*trunk.streams, *trunk.heads):
+            if stream.adapter is None:
+                continue
+            where = {"revision": stream.adapter_revision}
+            files = read_adapter(stream.adapter, where, name=stream.name, values=False)
+            for layer in low_rank_parts(own, files):
+                carried = stream in trunk.heads or layer.rpartition(".")[2] != OUTPUT_LAYER
+                if not carried or layer.rpartition(".")[2] in INTERLEAVED:
+                    raise cannot_carry(files.label, layer, trunk)
 
 
 def served_config(model_config: Any) -> ServedConfig:

@@ -26,16 +26,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from genarm.errors import MemberError
 from genarm.model.adapter_files import AdapterFiles, LowRank, low_rank_parts, read_adapter
 from genarm.model.config import MemberSpec
 from genarm.model.loading import HubOptions, load_model_config
+from genarm.vllm.config import INTERLEAVED, cannot_carry
 
 if TYPE_CHECKING:
     from genarm.vllm.config import MemberStream, TrunkSpec
-
-# Fused in the checkpoint in an order that vLLM undoes when it loads the weight, so an adapter's rows would be mixed up.
-_INTERLEAVED = ("query_key_value", "Wqkv", "c_attn")
 
 
 def add_adapters(model: nn.Module, trunk: TrunkSpec) -> None:
@@ -80,10 +77,7 @@ def _read(model: nn.Module, stream: MemberStream, trunk: TrunkSpec) -> list[tupl
         if place is None and _is_elsewhere(modules, name):
             continue  # on another stage of the pipeline
         if place is None:
-            raise MemberError(
-                f"{files.label} changes {name!r}, where {trunk.model} has no linear layer in vLLM that could carry it; "
-                "merge it into a full model (peft's merge_and_unload) and compose that instead"
-            )
+            raise cannot_carry(files.label, name, trunk)
         layer, shard = place
         parts.append((layer, _Part(low_rank.down, low_rank.up * low_rank.scale, shard)))
     return parts
@@ -95,7 +89,7 @@ def _place(
     """vLLM's layer for a module of the checkpoint, and which part of it if it holds several."""
     parent, _, last = name.rpartition(".")
     if isinstance(modules.get(name), LinearBase):
-        return None if last in _INTERLEAVED else (name, None)
+        return None if last in INTERLEAVED else (name, None)
     for fused, members in packed.items():
         layer = modules.get(f"{parent}.{fused}" if parent else fused)
         if last in members and isinstance(layer, LinearBase):

@@ -46,11 +46,11 @@ from genarm.lab.methods.models import Models
 from genarm.lab.methods.sample import Sample
 from genarm.model.placement import Placement
 from genarm.model.references import find_device
+from genarm.model.trained import TRAIN_FIGURES
 from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
 from genarm.terminal import Bar
 from genarm.training.config import make_config
-from genarm.training.output import METRICS
 from genarm.training.run import train
 
 RECIPE = "recipe.json"
@@ -96,7 +96,7 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
     check_judges(recipe, questions, models)
     for number, spec in enumerate(recipe.train, start=1):
         claim(folder / "train" / spec.name, training_record(spec, models))
-        if not (folder / "train" / spec.name / METRICS).exists():
+        if not (folder / "train" / spec.name / TRAIN_FIGURES).exists():
             console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
             _train(folder, spec, models, recipe.seed, console)
     answers = _answer(folder, recipe, questions, models, console)
@@ -129,7 +129,7 @@ def _train(folder: Path, spec: TrainSpec, models: Models, seed: int, console: Co
 
 
 def _trained(folder: Path, spec: TrainSpec) -> Trained:
-    metrics = json.loads((folder / "train" / spec.name / METRICS).read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "train" / spec.name / TRAIN_FIGURES).read_text(encoding="utf-8"))
     return Trained(name=spec.name, kind=str(spec.settings.get("kind", "arm")), metrics=metrics)
 
 
