@@ -30,6 +30,7 @@ from genarm.engine.device import input_device
 from genarm.engine.trunk import Trunk, TrunkMember, cannot_run
 from genarm.model.adapters import running
 from genarm.model.combine import log_probs
+from genarm.model.nearness import apart
 
 _CHEAP = 64
 """The longest sliding window that the sequence is made to pass."""
@@ -115,25 +116,9 @@ def _parts(length: int, row: int) -> list[tuple[int, int]]:
 
 
 def _compare(trunk: Trunk, member: int, got_TV: Tensor, want_TV: Tensor) -> None:
-    want_TV = want_TV.to(got_TV.device)
-    known = ~want_TV.isnan().any(dim=-1)  # what the model says nothing of proves nothing
-    if not known.any():
-        return
-    distances = _distances(got_TV[known], want_TV[known])
-    # A router that picks another expert by rounding leaves one token far off; what is wrong leaves many.
-    seen = distances.max() if _exact(trunk) else distances.median()
-    if not seen <= (_EXACT if _exact(trunk) else _ROUNDED):  # nor NaN
-        apart = (got_TV[known] - want_TV[known]).nan_to_num(torch.inf).abs().max()
+    if (difference := apart(got_TV, want_TV, exact=_exact(trunk))) is not None:
         name = trunk.members[member].name
-        raise cannot_run(trunk.model, f"log-probs of {name} would differ from its own by {float(apart):.2g}")
-
-
-def _distances(got_TV: Tensor, want_TV: Tensor) -> Tensor:
-    """The root mean square difference at each token, [T], in spreads (standard deviations) of its log-probs."""
-    same_TV = got_TV == want_TV  # −inf on both sides, too
-    apart_T = (got_TV - want_TV).masked_fill(same_TV, 0.0).square().mean(dim=-1).sqrt()
-    spread_T = want_TV.masked_fill(want_TV.isinf(), 0.0).std(dim=-1)
-    return apart_T / (spread_T + _LEAST_SPREAD)
+        raise cannot_run(trunk.model, f"log-probs of {name} would differ from its own by {difference:.2g}")
 
 
 def _exact(trunk: Trunk) -> bool:
@@ -141,12 +126,3 @@ def _exact(trunk: Trunk) -> bool:
     quantised = getattr(trunk.model, "hf_quantizer", None) is not None
     shortened = trunk.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return trunk.model.dtype in (torch.float32, torch.float64) and not (quantised or shortened)
-
-
-_EXACT = 3e-4
-"""Of distances in float32, the largest; 135 million trained weights come to 5e-6, tiny models of any family to 8e-6."""
-_ROUNDED = 0.2
-"""Of distances in half precision, the median; those weights come to 0.03 in bfloat16, what is wrong to 0.5 or more.
-Rounding grows as the root of the number of layers."""
-_LEAST_SPREAD = 1e-3
-"""A model that says the same of all ids has no spread to compare with."""
