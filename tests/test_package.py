@@ -71,7 +71,7 @@ SIGNATURES = {
         "report_to='none')"
     ),
     "compose": (
-        "(base, rewards, output, *, tuned=None, references=None, wishes=None, weights=None, "
+        "(base, rewards, output, *, drop=(), tuned=None, references=None, wishes=None, weights=None, "
         "descriptions=None, adapter_models=None, settings=None, bundle=False, trust_remote_code=False)"
     ),
     "train": "(config, *, resume=False, console=None)",

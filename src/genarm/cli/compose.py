@@ -1,12 +1,18 @@
-"""Write a guided model folder: a frozen base, one or more rewards, trained or tuned, and their default weights."""
+"""Write a guided model folder: a frozen base, one or more rewards, trained or tuned, and their default weights.
+
+--from starts with all that is in a guided folder, which stays as it is: rewards are added, dropped (--drop) and weighed
+anew (--weight), and a new folder is written.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from genarm.cli.arguments import add_options
 from genarm.cli.console import quiet_libraries, say
-from genarm.cli.options import pairs, read_wishes
+from genarm.cli.options import PushOptions, pairs, read_wishes
+from genarm.cli.push import push
 from genarm.errors import ConfigError
 
 SUMMARY = "put a frozen base and rewards together into a guided model folder"
@@ -14,11 +20,16 @@ SUMMARY = "put a frozen base and rewards together into a guided model folder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm compose`."""
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--base", metavar="MODEL", help="path or hub id (ID@REVISION) of the base")
+    start.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        help="a guided folder, or its hub id, to start from: its base, and its rewards with their weights",
+    )
     parser.add_argument(
-        "--base",
-        required=True,
-        metavar="MODEL",
-        help="path or hub id (ID@REVISION) of the base, or a guided folder to add rewards to",
+        "--drop", action="append", default=[], metavar="NAME", help="leave out a reward of --from; may be repeated"
     )
     parser.add_argument(
         "--reward",
@@ -76,11 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to load a member: dtype, device_map or quantization_config (JSON) of 'base' or a reward, as in "
         "base.dtype=bfloat16 or base.quantization_config='{\"load_in_4bit\": true, ...}'",
     )
+    parser.add_argument("--push", metavar="REPO", help="also upload it to the hub, as genarm push does")
+    add_options(parser, PushOptions)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow members with code of their own")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compose and print what was written."""
+    if arguments.push is None and (arguments.private or arguments.license):
+        raise ConfigError(f"--{'private' if arguments.private else 'license'} is for --push REPO, which is not given")
     rewards, weights = _rewards(arguments.reward, "--reward NAME=PATH[:WEIGHT]")
     tuned, tuned_weights = _rewards(arguments.tuned, "--tuned NAME=PATH[:WEIGHT]")
     weights = _all_weights({**weights, **tuned_weights}, arguments.weight)
@@ -89,12 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
     adapter_models = pairs(arguments.adapter_model, "--adapter-model NAME=MODEL")
     settings = _settings(arguments.set)
     with quiet_libraries():
+        from genarm.data.presets import carry_presets
         from genarm.model.compose import compose
 
         report = compose(
-            arguments.base,
+            _start(arguments),
             rewards,
             arguments.output,
+            drop=arguments.drop,
             tuned=tuned,
             references=references,
             wishes=read_wishes(arguments.wish),
@@ -105,11 +122,33 @@ def run(arguments: argparse.Namespace) -> int:
             bundle=arguments.bundle,
             trust_remote_code=arguments.trust_remote_code,
         )
+    if report.source is not None and (
+        lost := carry_presets(report.source, report.folder, report.config.default_weights)
+    ):
+        say(f"note: the presets {', '.join(lost)} are left behind, as they weigh rewards that are dropped")
     for note in report.notes:
         say(f"note: {note}")
     listed = ", ".join(f"{name}={weight:g}" for name, weight in report.config.default_weights.items())
-    say(f"{report.folder}: base {arguments.base}, rewards {listed}")
+    say(f"{report.folder}: base {arguments.base or report.config.base_spec.model}, rewards {listed}")
+    if arguments.push is not None:
+        with quiet_libraries():
+            push(report.folder, arguments.push, arguments)
     return 0
+
+
+def _start(arguments: argparse.Namespace) -> str:
+    """What --base or --from names (raises ConfigError, MemberError where --from is no guided folder)."""
+    from genarm.model.config import GuidedConfig
+    from genarm.model.references import open_files
+
+    if arguments.source is None:
+        if arguments.drop:
+            raise ConfigError("--drop leaves out a reward of a guided folder; name the folder with --from")
+        return str(arguments.base)
+    config = open_files(arguments.source, trust_remote_code=arguments.trust_remote_code).config
+    if not isinstance(config, GuidedConfig):
+        raise ConfigError(f"{arguments.source} is not a guided folder; give a model as --base")
+    return str(arguments.source)
 
 
 def _all_weights(behind_paths: dict[str, float], items: list[str] | None) -> dict[str, float]:

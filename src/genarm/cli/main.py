@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 VERBS = (
-    *("train", "compose", "show", "merge", "generate", "chat", "score", "serve"),
+    *("train", "compose", "show", "merge", "push", "generate", "chat", "score", "serve"),
     *("pairs", "judge", "accuracy", "tune", "eval", "demo", "bench"),
 )
 

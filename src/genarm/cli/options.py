@@ -124,3 +124,17 @@ class DraftOptions:
             "help": "a small causal LM with the base's vocabulary that drafts in the base's stead",
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How a guided folder goes to the hub."""
+
+    private: bool = field(default=False, metadata={"help": "make the repository a private one, if it is new"})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "ID",
+            "help": "the licence that the card names, such as apache-2.0; by default that of all members, if it is one",
+        },
+    )
