@@ -36,10 +36,13 @@ OPTIONS = {
         "--wish",
     },
     "chat": {*MODEL, *READING, *SAMPLING, *ENGINE, "--context", "--wish"},
+    "merge": {"folder", "--output", "--weights", "--dtype", "--device", "--trust-remote-code"},
+    "push": {"folder", "repo", "--private", "--license", "--trust-remote-code"},
+    "show": {"folder", "--json", "--trust-remote-code"},
     "score": {*MODEL, "--wish", "--prompt", "--response", "--json", "--html", "--raw", "--template-arg"},
     "compose": {
-        *("--base", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
-        *("--tuned", "--reference", "--wish", "--weight"),
+        *("--base", "--from", "--drop", "--reward", "--output", "--bundle", "--describe", "--adapter-model", "--set"),
+        *("--tuned", "--reference", "--wish", "--weight", "--push", "--private", "--license"),
         "--trust-remote-code",
     },
     "tune": {

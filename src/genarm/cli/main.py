@@ -29,12 +29,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; each verb's module says its own summary, options and action."""
     from genarm import __version__
+    from genarm.cli.completion import SHELLS, PrintCompletion
 
     parser = argparse.ArgumentParser(
         prog="genarm",
         description="Train autoregressive reward models and steer any frozen causal LM with them.",
     )
     parser.add_argument("--version", action="version", version=f"genarm {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help='print a completion script for bash, zsh or fish, as in: eval "$(genarm --print-completion bash)"',
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for name in VERBS:
         module = importlib.import_module(f"genarm.cli.{name}")
