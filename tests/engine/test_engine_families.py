@@ -22,6 +22,7 @@ from builders.families import FAMILIES, VOCABULARY, tiny_family
 from builders.tiny import DEVICE, SPECIAL, tiny_tokenizer
 from genarm import GuidedForCausalLM
 from genarm.engine import Completion, Engine, EngineOptions, Request
+from genarm.engine.build import foresee
 from genarm.errors import GenarmError, MemberError, UnsupportedError
 from genarm.sampling import Sampling
 
@@ -169,6 +170,21 @@ def test_adapters_on_experts_are_refused(family: str) -> None:
 def test_families_that_are_refused(family: str) -> None:
     with pytest.raises(UnsupportedError, match=r"cannot run an? \w+ForCausalLM \(.*use GuidedForCausalLM\.generate"):
         decoded(family, ())
+
+
+def test_what_shows_before_the_weights_are_there() -> None:
+    """None that is right is refused by a look at its outline; some that are refused are, and others by the proof."""
+
+    def outline(family: str) -> PreTrainedModel:
+        model = tiny_family(family)
+        with torch.device("meta"):
+            return type(model)(model.config).eval()
+
+    for family in RIGHT:
+        foresee(outline(family))
+    for family in ("bloom", "falcon", "lfm2", "llama4_text"):
+        with pytest.raises(UnsupportedError, match=r"cannot run an? \w+ForCausalLM \("):
+            foresee(outline(family))
 
 
 @pytest.mark.slow

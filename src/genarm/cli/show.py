@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether something would run a model: None where that shows at loading only. `why` is its own refusal."""
+    """Whether something would run a model: None where that shows at loading only. `why` is its own refusal, if any."""
 
     runs: bool | None
     why: str | None = None
@@ -73,7 +73,10 @@ def _by_engine(outline: Any) -> Verdict:
         known = foresee(outline)
     except GenarmError as error:
         return Verdict(runs=False, why=str(error))
-    return Verdict(runs=True) if known else Verdict(runs=None, why="its forward needs the weights' values")
+    proof = "it compares itself with the model's own forward when that is loaded"
+    if known:
+        return Verdict(runs=True, why=f"as far as shows without values; {proof}")
+    return Verdict(runs=None, why=f"which shows with the weights' values alone; {proof}")
 
 
 def _by_vllm(found: Description) -> Verdict:
