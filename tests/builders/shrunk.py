@@ -37,3 +37,25 @@ def shrunk(path: Path, target: Path, **changes: Any) -> Recipe:
             spec["max_response_tokens"] = 8
     target.write_text(tomli_w.dumps({**content, "tiny": {**tiny, **changes}}))
     return load_recipe(target, "tiny")
+
+
+def shrunk_real(path: Path, target: Path, *, whole: Path, small: Path) -> Recipe:
+    """The recipe's real scale at `target`, with models that take no time, and of its rows and steps the fewest.
+
+    `whole` stands for the real model, and `small` for its sibling.
+    """
+    text = path.read_text().replace('".real-model"', f'"{whole}"').replace('".real-sibling"', f'"{small}"')
+    content = tomllib.loads(text.replace('"../shared/', f'"{path.resolve().parents[2]}/shared/'))
+    real = content["real"]
+    real.pop("sizes")
+    real["prompts"]["count"] = 2
+    real["sampling"] |= {"max_new_tokens": 4, "batch_size": 2}
+    real["training"] |= {"max_prompt_tokens": 32, "max_response_tokens": 16, "eval_split": "train[:4]"}
+    for pairs in real.get("pairs", []):
+        pairs |= {"count": 10} if pairs["task"] == "code" else {}
+    for spec in real["train"]:
+        spec["max_steps"] = 1
+        spec["batch_size"], spec["accumulation"] = 2, 1
+    real["judges"] = [judge for judge in real["judges"] if judge["name"] != "sentiment"]  # of another package
+    target.write_text(tomli_w.dumps({**content, "real": real}))
+    return load_recipe(target, "real")

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from builders.shrunk import BASE, shrunk
+from builders.shrunk import BASE, shrunk, shrunk_real
+from builders.tiny import SHARED
 from genarm.cli.main import main
 from genarm.errors import DataError
 from genarm.lab.demo.world import overall
@@ -31,6 +32,8 @@ pytest.importorskip("trl")
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 EXPERIMENTS = [FOLDER / f"{name}.toml" for name in ("hh-rlhf", "weak-to-strong", "pku-pareto")]
 SCALES = [(path, scale) for path in sorted(FOLDER.glob("*.toml")) for scale in scales(path)]
+LONG = ("hh-rlhf", "pku-pareto", "weak-to-strong", "code")
+"""Recipes whose real scale takes long, however little there is of it."""
 QUIET = Console(quiet=True)
 
 
@@ -103,6 +106,25 @@ def test_tiny_recipes_smoke(path: Path, ran: Callable[[Path], tuple[Recipe, Path
     assert main(command(folder)) == 0
     assert {file.name: file.read_bytes() for file in (run / "answers").iterdir()} == answers
     assert (run / "report.html").read_text() == report
+
+
+@pytest.mark.parametrize("name", ["gsm8k", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
+def test_real_recipes_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe of a real model comes to its end, on models and pairs that are there already."""
+    if not SHARED.exists():
+        pytest.skip(f"needs {SHARED}")
+    monkeypatch.chdir(FOLDER.parent)  # where its judges are
+    models = SHARED / "models"
+    recipe = shrunk_real(
+        FOLDER / f"{name}.toml", tmp_path / "recipe.toml", whole=models / "lm-medium", small=models / "lm-small"
+    )
+    folder = tmp_path / "run"
+    assert (
+        main(["eval", str(tmp_path / "recipe.toml"), "--scale", "real", "--output", str(folder), "--device", "cpu"])
+        == 0
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [spec.name for spec in recipe.methods]
 
 
 SMALL = {
