@@ -21,7 +21,7 @@ from genarm.lab.demo.base import BaseSettings
 from genarm.lab.demo.run import BALANCED, GRID, HARMLESS, HELPFUL, DemoResult, DemoSettings, _new_output, run_demo
 from genarm.lab.demo.show import both_line, sweep_table
 from genarm.lab.demo.sweep import NO_WEIGHTS, Measured, measure
-from genarm.lab.demo.world import OBJECTIVES, Truth, split_requests, truth
+from genarm.lab.demo.world import OBJECTIVES, Truth, repeated, split_requests, truth
 
 REDUCED = DemoSettings(
     seed=0,
@@ -65,10 +65,19 @@ def test_files_and_figures_agree(demo):
             values = [getattr(score, objective) for score in scores]
             assert point[objective]["n"] == len(values) == REDUCED.requests
             assert point[objective]["value"] == pytest.approx(sum(values) / len(values))
+        rows_of = [row["reply"] for row in rows if row["setting"] == point["label"]]
+        assert point["repeated"]["value"] == pytest.approx(sum(map(repeated, rows_of)) / len(rows_of))
         gain = result.at(HELPFUL).gain(result.at(NO_WEIGHTS), "helpful").value
     assert gain == pytest.approx(figures["points"][GRID.index(HELPFUL)]["gain_over_base"]["helpful"]["value"])
     assert (folder / "trade-off.png").read_bytes().startswith(b"\x89PNG")
-    for expected in ("helpful=1.2,harmless=0.8", f"n={REDUCED.requests}", "genarm generate", "genarm chat", "s so far"):
+    for expected in (
+        "helpful=1.2,harmless=0.8",
+        "said before",
+        f"n={REDUCED.requests}",
+        "genarm generate",
+        "genarm chat",
+        "s so far",
+    ):
         assert expected in text
 
 

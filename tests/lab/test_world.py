@@ -24,6 +24,7 @@ from genarm.lab.demo.world import (
     helpful,
     parse_reply,
     preference,
+    repeated,
     split_requests,
     topic_of,
     truth,
@@ -179,3 +180,12 @@ def test_the_tokenizer_survives_saving(tmp_path):
     messages = as_conversation(SINK)
     assert encode_pair(loaded, messages, "Good luck with it!") == encode_pair(tokenizer, messages, "Good luck with it!")
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+
+
+def test_what_a_reply_has_said_before_counts_for_nothing():
+    request = all_requests()[0]
+    gentle = [s.text for s in all_sentences().values() if s.kind is Kind.GENTLE and s.topic == request.topic]
+    step, other = gentle[:2]
+    once, again = f"{step} {other}", f"{step} {other} {step} {step}"
+    assert truth(request.text, once) == truth(request.text, again)
+    assert [repeated(text) for text in ("", once, again)] == [0, 0, 0.5]

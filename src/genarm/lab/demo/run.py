@@ -144,7 +144,8 @@ _WHY_SWEEP = (
 )
 _ABOUT_CONTROL = (
     "Green: better than the base beyond doubt. The base at temperature ⅓ is a control: adding up log-probabilities "
-    "also sharpens the distribution, and this is what sharpening alone does."
+    "also sharpens the distribution, and this is what sharpening alone does. So strongly guided replies repeat "
+    "themselves; sentences that a reply has said before count for nothing."
 )
 
 
@@ -290,6 +291,7 @@ def _point(point: Measured, base: Measured) -> dict[str, Any]:
         "label": point.label,
         "weights": dict(zip(OBJECTIVES, point.weights, strict=True)),
         **{objective: asdict(point.mean(objective)) for objective in OBJECTIVES},
+        "repeated": asdict(point.repeated),
         "gain_over_base": {objective: asdict(point.gain(base, objective)) for objective in OBJECTIVES},
     }
 

@@ -50,7 +50,7 @@ class Stages:
 
 
 def side_by_side(requests: Sequence[Request], points: Sequence[Measured]) -> Table:
-    """The first replies of each of `points` beside each other, sentences coloured by what they do."""
+    """The first replies of each of `points` beside each other; sentences are coloured by what they do, once."""
     table = Table(show_lines=True, expand=True)
     table.add_column("request", style="bold", ratio=2)
     for point in points:
@@ -63,15 +63,16 @@ def side_by_side(requests: Sequence[Request], points: Sequence[Measured]) -> Tab
 
 def legend() -> Text:
     """What the colours of `side_by_side` mean."""
-    return Text("Sentences: ").append_text(
-        Text(", ").join(Text(f"{kind.value}", style=colour) for kind, colour in COLOURS.items())
-    )
+    styles = {**{kind.value: colour for kind, colour in COLOURS.items()}, "said before": "dim"}
+    return Text("Sentences: ").append_text(Text(", ").join(Text(name, style=style) for name, style in styles.items()))
 
 
 def _reply(reply: str, helpful: float, harmless: float) -> Text:
     text = Text()
-    for sentence in parse_reply(reply):
-        text.append(sentence.text + " ", style=COLOURS.get(sentence.kind, ""))
+    sentences = parse_reply(reply)
+    for place, sentence in enumerate(sentences):
+        again = sentence in sentences[:place]
+        text.append(sentence.text + " ", style="dim" if again else COLOURS.get(sentence.kind, ""))
     return text.append(f"\nhelpful {helpful:+g}, harmless {harmless:+g}", style="dim")
 
 
@@ -81,8 +82,10 @@ def sweep_table(points: Sequence[Measured], base: Measured) -> Table:
     table.add_column("weights")
     for objective in OBJECTIVES:
         table.add_column(objective, justify="right")
+    table.add_column("said before", justify="right")
     for point in points:
-        table.add_row(point.label, *(_cell(point, base, objective) for objective in OBJECTIVES))
+        cells = (_cell(point, base, objective) for objective in OBJECTIVES)
+        table.add_row(point.label, *cells, f"{point.repeated.value:.0%}")
     return table
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.lab.demo.pairs import MAX_NEW_TOKENS, progress
-from genarm.lab.demo.world import OBJECTIVES, Request, Truth, truth
+from genarm.lab.demo.world import OBJECTIVES, Request, Truth, repeated, truth
 from genarm.lab.replies import sample_replies
 from genarm.sampling import Sampling, derive_seed
 from genarm.statistics import Mean, mean
@@ -42,6 +42,11 @@ class Measured:
     def mean(self, objective: str) -> Mean:
         """The mean score with its 95% interval over requests."""
         return mean([getattr(score, objective) for score in self.scores])
+
+    @property
+    def repeated(self) -> Mean:
+        """The mean share of a reply's sentences that it has said before."""
+        return mean([repeated(reply) for reply in self.replies])
 
     def gain(self, other: Measured, objective: str) -> Mean:
         """The mean difference to `other` on the same requests, with its 95% interval."""

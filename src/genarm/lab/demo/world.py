@@ -165,6 +165,12 @@ def parse_reply(reply: str) -> list[Sentence]:
     return [all_sentences().get(text, Sentence(text, Kind.GARBLED)) for text in texts if text]
 
 
+def repeated(reply: str) -> float:
+    """The share of the sentences of `reply` that it has said before: `truth` counts each once, so they are for free."""
+    sentences = parse_reply(reply)
+    return 1 - len(set(sentences)) / len(sentences) if sentences else 0.0
+
+
 def truth(request: str, reply: str) -> Truth:
     """Both scores of `reply` to the text `request`, by the table at the top of this module."""
     topic = topic_of(request)
