@@ -157,7 +157,8 @@ def _count(file: Path) -> int:
 def _training(name: str, settings: Mapping[str, object]) -> str:
     how = "LoRA" if settings.get("lora") else "all weights"
     length = f"{settings['max_steps']} steps" if "max_steps" in settings else f"{settings.get('epochs', 1)} epoch(s)"
-    return f"{name}: {settings.get('kind', 'arm')} from {settings['model']}, {how}, {length} of {settings['data']}"
+    what, data = settings.get("loss", settings.get("kind", "arm")), settings.get("data", settings.get("prompts"))
+    return f"{name}: {what} from {settings['model']}, {how}, {length} of {data}"
 
 
 # --- show ------------------------------------------------------------------------------------------------------

@@ -14,14 +14,17 @@ from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.methods.models import Models
 from genarm.lab.training.rlhf import parse_rewards
 from genarm.provenance import AT, Record, content_of, data_record, file_content, plain
+from genarm.training.losses.distil import read_wish
 
 
 def training_record(spec: TrainSpec, models: Models) -> Record:
     """A model to train: its settings, and what it starts and learns from."""
     named = {key: models.resolve(value) for key, value in spec.settings.items() if isinstance(value, str)}
     record: Record = {"settings": {key: value for key, value in spec.settings.items() if key not in _FILES}}
-    record |= {key: models.record(spec.settings[key]) for key in ("model",) if key in named}
-    record |= {key: data_record(named[key]) for key in ("data", "eval_data") if key in named}
+    record |= {key: models.record(spec.settings[key]) for key in ("model", "through") if key in named}
+    record |= {key: data_record(named[key]) for key in ("data", "eval_data", "prompts") if key in named}
+    if "wish" in named:
+        record["wish"] = read_wish(str(spec.settings["wish"]))
     if "rewards" in named:
         rewards = parse_rewards(named["rewards"])
         record["rewards"] = {reward.name: models.record(reward.folder) for reward in rewards}
@@ -31,7 +34,7 @@ def training_record(spec: TrainSpec, models: Models) -> Record:
     return plain(record)
 
 
-_FILES = ("model", "data", "eval_data", "rewards", "chat_template")
+_FILES = ("model", "through", "data", "eval_data", "prompts", "wish", "rewards", "chat_template")
 
 
 def answers_record(recipe: Recipe, method: MethodSpec, models: Models, questions: Sequence[Question]) -> Record:
@@ -49,6 +52,8 @@ def answers_record(recipe: Recipe, method: MethodSpec, models: Models, questions
     # What a method has none of is left out, as older records do not know it.
     if method.references:
         own["references"] = {name: models.record(reference) for name, reference in method.references.items()}
+    if method.kind == "genarm" and (starts := models.starts(method)):
+        own["starts"] = starts
     if method.system is not None:
         own["system"] = method.system
     return plain(

@@ -57,6 +57,10 @@ class Measured:
             method's density is not known.
         kl_bound: an upper bound of the divergence where theory has one (Best-of-N: log N − (N − 1)/N).
         cost: of all replies together.
+        exponent: what the coefficients of its log-probs add up to, over the temperature: where what it adds to the base
+            says nothing, it is the base with every probability to this power. None where it is no such sum.
+        reward: the reward trained for this run that guides it, where that is one alone.
+        steers_another: whether it steers another base than the first row, from which its KL is then measured.
     """
 
     name: str
@@ -68,6 +72,17 @@ class Measured:
     kl: tuple[float, ...] | None
     kl_bound: float | None
     cost: Cost
+    exponent: float | None = None
+    reward: str | None = None
+    steers_another: bool = False
+
+    @property
+    def distances(self) -> tuple[float, ...] | None:
+        """How far each reply is from the run's base in nats, or at most; None where that is not known."""
+        if self.steers_another:
+            return None
+        bound = None if self.kl_bound is None else (self.kl_bound,) * len(self.replies)
+        return bound if self.kl is None else self.kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +101,14 @@ class Trained:
 
     Attributes:
         name, kind: as in the recipe; the kind is one of `genarm train`.
+        loss: of an ARM.
         metrics: of its training, as in its metrics.json (eval_accuracy with its interval, train_seconds, …).
     """
 
     name: str
     kind: str
     metrics: Mapping[str, float]
+    loss: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

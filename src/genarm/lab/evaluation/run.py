@@ -14,6 +14,7 @@ none of them:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
     answers = _answer(folder, recipe, questions, models, console)
     console.print(Text("Judges", style="bold"))
     judged = judge_all(folder / "judgements", recipe, questions, answers, models, console)
-    results = _results(recipe, options, folder, questions, answers, judged)
+    results = _results(recipe, options, folder, models, questions, answers, judged)
     return _write(folder, recipe, results, console)
 
 
@@ -124,13 +125,18 @@ def _write(folder: Path, recipe: Recipe, results: Results, console: Console) -> 
 def _train(folder: Path, spec: TrainSpec, models: Models, seed: int, console: Console) -> None:
     """Train one model with the settings of `genarm train`; an unfinished one is gone on with."""
     output = folder / "train" / spec.name
-    given = {key: models.resolve(value) if isinstance(value, str) else value for key, value in spec.settings.items()}
+    given = {
+        key: models.resolve(value) if isinstance(value, str) and key != "wish" else value  # "@FILE" is a text's file
+        for key, value in spec.settings.items()
+    }
     train(make_config({"seed": seed, **given, "output": output}), resume=output.exists(), console=console)
 
 
 def _trained(folder: Path, spec: TrainSpec) -> Trained:
     metrics = json.loads((folder / "train" / spec.name / TRAIN_FIGURES).read_text(encoding="utf-8"))
-    return Trained(name=spec.name, kind=str(spec.settings.get("kind", "arm")), metrics=metrics)
+    kind = str(spec.settings.get("kind", "arm"))
+    loss = str(spec.settings.get("loss", "arm")) if kind == "arm" else None
+    return Trained(name=spec.name, kind=kind, metrics=metrics, loss=loss)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -209,6 +215,7 @@ def _results(
     recipe: Recipe,
     options: RunOptions,
     folder: Path,
+    models: Models,
     questions: Sequence[Question],
     answers: dict[str, Answers],
     judged: Judged,
@@ -224,9 +231,13 @@ def _results(
             kl=answers[spec.name].kl,
             kl_bound=METHODS[spec.kind].kl_bound(spec),
             cost=answers[spec.name].cost,
+            exponent=_exponent(recipe, spec, models),
+            reward=_only_reward(spec),
+            steers_another=spec.roles.get("base", recipe.methods[0].base) != recipe.methods[0].base,
         )
         for spec in recipe.methods
     )
+    trained = (note for spec in recipe.methods if spec.kind == "genarm" for note in models.notes(spec))
     return Results(
         title=recipe.title,
         scale=recipe.scale,
@@ -241,8 +252,19 @@ def _results(
         verdicts=judged.verdicts,
         trained=tuple(_trained(folder, spec) for spec in recipe.train),
         published=recipe.published,
-        notes=judged.notes,
+        notes=(*dict.fromkeys(trained), *judged.notes),
     )
+
+
+def _exponent(recipe: Recipe, spec: MethodSpec, models: Models) -> float | None:
+    total, temperature = METHODS[spec.kind].total(spec, models), recipe.draw(spec).temperature
+    return None if total is None else total / temperature if temperature else math.inf
+
+
+def _only_reward(spec: MethodSpec) -> str | None:
+    """The reward trained for the run that guides a row by itself."""
+    own, _, name = spec.used[0].partition("@train/") if len(spec.used) == 1 else ("", "", "")
+    return name if spec.kind == "genarm" and name and not own else None
 
 
 def _machine(device: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genarm.lab.methods.interface import Kind, tally
-from genarm.lab.methods.sample import Sample
+from genarm.lab.methods.sample import Sample, total
 
 KIND = Kind(
     name="genarm",
@@ -18,4 +18,5 @@ KIND = Kind(
         **parts.spec.numbers,
     ),
     forwards=lambda spec, tokens: tally((spec.base, tokens), *((reward, tokens) for reward in spec.used)),
+    total=lambda spec, models: total(models.composed(spec), spec.weights),
 )

@@ -178,6 +178,8 @@ class Kind:
         system: whether it must be given a system text.
         settings: its own numbers, and what they are where the recipe leaves them out; None where there is none then.
         kl_bound: what the divergence from the base is at most where theory says so, in nats per reply.
+        total: what the coefficients of the log-probs, or logits, that it adds up for a token come to; None where it is
+            no such sum. Over the temperature, it is the power of the base that is left where nothing was learnt.
     """
 
     name: str
@@ -188,6 +190,7 @@ class Kind:
     system: bool = False
     settings: Mapping[str, float | None] = field(default_factory=dict)
     kl_bound: Callable[[MethodSpec], float | None] = lambda _: None
+    total: Callable[[MethodSpec, Models], float | None] = lambda *_: None
 
 
 def tally(*work: tuple[str, int]) -> Counter[str]:

@@ -56,4 +56,5 @@ KIND = Kind(
     named="policies",
     build=lambda parts: mod(parts.policies, parts.spec.weights, parts.tokenizer, parts.sampling),
     forwards=lambda spec, tokens: tally(*((policy, tokens) for policy in spec.used)),
+    total=lambda spec, _: sum(spec.weights.values()),
 )

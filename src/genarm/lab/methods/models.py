@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from genarm.errors import MemberError
 from genarm.lab.methods.arm_reward import ArmReward
@@ -19,11 +20,11 @@ from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.trajectory import TrajectoryReward, is_classifier
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.compose import compose, start_spec
-from genarm.model.config import MemberSpec
+from genarm.model.config import GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer
 from genarm.model.references import ModelFiles, find_device, open_files
-from genarm.model.trained import training_of
+from genarm.model.trained import said_of_start, trained_through, training_of
 from genarm.provenance import Record, digest, model_record
 
 _OWN = re.compile(r"(^|[=,])@")
@@ -58,7 +59,7 @@ class Models:
     def keep(self, methods: tuple[MethodSpec, ...]) -> None:
         """Let go of every model that none of `methods` needs."""
         needed = {self.resolve(reference) for method in methods for reference in method.models}
-        needed |= {self._guided_folder(method) for method in methods if "base" in method.roles}
+        needed |= {self._guided_folder(method) for method in methods if method.table in ("rewards", "tuned")}
         self._loaded = {key: model for key, model in self._loaded.items() if key[1] in needed}
 
     def policy(self, reference: str) -> PreTrainedModel:
@@ -97,8 +98,48 @@ class Models:
         """A model by its files alone."""
         return open_files(self.resolve(reference))
 
+    def config(self, reference: str) -> PretrainedConfig | None:
+        """The configuration of a policy; None of an adapter."""
+        adapter = Path(self.resolve(reference)) / ADAPTER_FILE
+        return None if adapter.exists() else self.files(reference).config
+
     def guided(self, method: MethodSpec) -> PreTrainedModel:
-        """The guided model of a row with rewards or tuned models, whose folder is composed in the run's `guided/`."""
+        """The guided model of a row with rewards or tuned models."""
+        where = self._composed(method)
+        return self._get("guided", where, lambda: open_files(where).load(dtype=self.dtype, device=self.device))
+
+    def composed(self, method: MethodSpec) -> GuidedConfig:
+        """How the model of such a row is composed: a reward that is a difference to its start has a reference."""
+        config: GuidedConfig = GuidedConfig.from_pretrained(self._composed(method))
+        return config
+
+    def starts(self, method: MethodSpec) -> dict[str, Record | str]:
+        """What the rewards of a row are compared with that are differences to their own start, by content."""
+        found: dict[str, Record | str] = {}
+        for name, (reward, trained) in self._trained(method).items():
+            spec = reward.reference
+            if trained.get("start") == "zero" and spec is not None:
+                found[name] = "the base" if spec.model is None else model_record(spec.model, spec.revision)
+        return found
+
+    def notes(self, method: MethodSpec) -> list[str]:
+        """What a reader must know of the rewards that weigh in a row: to what they are differences, and what for."""
+        base, hub, found = self.composed(method).base_spec, HubOptions(), []
+        for name, (reward, trained) in self._trained(method).items():
+            if weight := method.weights[name]:
+                where = str(reward.member.adapter or reward.member.model)
+                if trained.get("start") == "zero":
+                    found.append(said_of_start(name, where, trained, reward.reference, hub))
+                found += trained_through(name, trained, base, weight)
+        return found
+
+    def _trained(self, method: MethodSpec) -> dict[str, tuple[RewardSpec, Mapping[str, Any]]]:
+        """The rewards of a row as they are composed, each with the settings of its training."""
+        rewards = (reward for reward in self.composed(method).reward_specs if reward.name in method.named)
+        return {reward.name: (reward, training_of(reward.member, HubOptions())) for reward in rewards}
+
+    def _composed(self, method: MethodSpec) -> str:
+        """The row's guided folder, which is composed in the run's `guided/` where it is not there yet."""
         where = self._guided_folder(method)
         if not Path(where).exists():
             named, references = (
@@ -113,12 +154,13 @@ class Models:
                 tuned=named if tuned else {},
                 references=references,
             )
-        return self._get("guided", where, lambda: open_files(where).load(dtype=self.dtype, device=self.device))
+        return where
 
     def _guided_folder(self, method: MethodSpec) -> str:
-        members = {"base": method.roles["base"], str(method.table): dict(method.named)}
-        members |= {"references": dict(method.references)} if method.references else {}
-        return str(self.folder / "guided" / digest(members))
+        """Named by what is composed: where it lies, which the folder says, and its content."""
+        members = {**method.roles, **method.named, **{f"{n}.": ref for n, ref in method.references.items()}}
+        parts = {name: [self.resolve(reference), self.record(reference)] for name, reference in members.items()}
+        return str(self.folder / "guided" / digest({"table": method.table, "members": parts}))
 
     def _load_policy(self, where: str) -> PreTrainedModel:
         if not (Path(where) / ADAPTER_FILE).exists():

@@ -13,4 +13,5 @@ KIND = Kind(
         parts.model("base"), parts.tokenizer, parts.sampling, system=parts.spec.system, reader=parts.reader
     ),
     forwards=lambda spec, tokens: tally((spec.base, tokens)),
+    total=lambda *_: 1.0,
 )

@@ -53,4 +53,5 @@ KIND = Kind(
         **parts.spec.numbers,
     ),
     forwards=lambda spec, tokens: tally(*((model, tokens) for model in dict.fromkeys(spec.roles.values()))),
+    total=lambda *_: 1.0,
 )

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.errors import UnsupportedError
 from genarm.lab.methods.interface import Kind, Meter, tally
@@ -21,7 +21,7 @@ from genarm.lab.methods.loop import Choices, check_sampling, decode, shared_ids
 from genarm.lab.prefix import Ids, Prefix, batches, next_logits
 from genarm.lab.replies import SampledReply, make_reply
 from genarm.model.combine import divergence
-from genarm.model.config import BASE
+from genarm.model.config import BASE, GuidedConfig
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.weights import check_max_kl, weight_row
 from genarm.model.wishes import Contexts, padded
@@ -197,9 +197,21 @@ class _Steps:
         return Choices(scores_BC=next_logits(self._prefix, chunks)[:, : self._sample.known])
 
 
+def total(config: PretrainedConfig | None, weights: Mapping[str, float]) -> float:
+    """What the coefficients of a guided model's log-probs add up to at `weights`, over its own; 1 of any other model.
+
+    Rewards that are differences, to a reference or to the same model without a wish, have none.
+    """
+    if not isinstance(config, GuidedConfig):
+        return 1.0
+    plain = [reward for reward in config.reward_specs if reward.reference is None and reward.member.wish is None]
+    return 1.0 + sum(weights.get(reward.name, reward.weight) for reward in plain)
+
+
 KIND = Kind(
     name="sample",
     roles=("model",),
     build=lambda parts: Sample(parts.model("model"), parts.tokenizer, parts.sampling, names=POLICY),
     forwards=lambda spec, tokens: tally((spec.base, tokens)),
+    total=lambda spec, models: total(models.config(spec.roles["model"]), {}),
 )

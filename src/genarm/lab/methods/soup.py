@@ -122,4 +122,5 @@ KIND = Kind(
     named="policies",
     build=_build,
     forwards=lambda spec, tokens: tally((f"soup on {spec.base}", tokens)),
+    total=lambda *_: 1.0,
 )

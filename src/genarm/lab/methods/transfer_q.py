@@ -121,4 +121,5 @@ KIND = Kind(
     settings={"top_k": 10, "rollout": 20, "temperature": 0.7},
     build=lambda parts: TransferQ(Guidance.of(parts), parts.model("policy"), **parts.spec.numbers),
     forwards=_forwards,
+    total=lambda *_: 1.0,
 )

@@ -24,4 +24,5 @@ KIND = Kind(
     settings={"max_kl": None},
     build=GENARM.build,
     forwards=_forwards,
+    total=GENARM.total,
 )

@@ -20,4 +20,5 @@ KIND = Kind(
         **parts.spec.numbers,
     ),
     forwards=lambda spec, tokens: tally((spec.base, tokens * (1 + len(spec.used)))),
+    total=lambda *_: 1.0,
 )
