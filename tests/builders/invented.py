@@ -122,7 +122,9 @@ def one_preference() -> tuple[Results, Recipe]:
             Trained(
                 name="arm",
                 kind="arm",
+                loss="arm",
                 metrics={
+                    "eval_loss": 0.693,
                     "eval_accuracy": 0.8,
                     "eval_pairs": 200.0,
                     "eval_accuracy_low": 0.74,

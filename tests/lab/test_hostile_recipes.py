@@ -51,6 +51,7 @@ RECIPE: dict[str, Any] = {
     "claims": [
         {"what": "level", "first": "best", "second": "base", "judge": "truth", "margin": 0.1},
         {"what": "gap", "first": "proxy-tuning", "second": "best", "judge": "truth", "share": 0.5},
+        {"what": "front", "first": "guided", "second": "f", "equal_kl": True},
     ],
     "sizes": {"m": 1e9},
 }

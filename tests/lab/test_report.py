@@ -128,17 +128,17 @@ def test_tables_of_one_preference_hold_what_was_asked():
     of, by = one_preference()
     found = figures(of, by)
     by_key = {sheet.key: sheet for sheet in sheets(found)}
-    assert list(by_key) == ["claims", "quality", "cost", "comparisons", "gaps", "trained", "published"]
+    assert list(by_key) == ["claims", "quality", "cost", "comparisons", "agreement", "gaps", "trained", "published"]
     assert [row[1] for row in by_key["claims"].rows] == [ruling.verdict for ruling in found.claims]
-    assert {row[0]: row[-2:] for row in by_key["quality"].rows}["Best-of-4"] == ("≤ 0.64", "–")
+    assert {row[0]: row[-3:] for row in by_key["quality"].rows}["Best-of-4"] == ("≤ 0.64", "–", "–")
     assert by_key["cost"].rows[3][3:5] == ("211.00", "base 1.00, policy 200.00, reward 10.00")
     unparsed = by_key["comparisons"].head.index("unparsed")
     assert sum(int(row[unparsed]) for row in by_key["comparisons"].rows) == sum(
         verdicts.outcomes.count(None) for verdicts in of.verdicts
     )
     assert by_key["trained"].rows == (
-        ("arm", "arm", "0.800 [0.740, 0.850] (n=200)", "61"),
-        ("rlhf", "rlhf", "reward +0.500  KL 3.000 nats per reply", "90"),
+        ("arm", "arm", "arm 0.693", "0.800 [0.740, 0.850] (n=200)", "–", "61"),
+        ("rlhf", "rlhf", "–", "reward +0.500  KL 3.000 nats per reply", "–", "90"),
     )
     known, unknown, other = by_key["published"].rows
     assert known[1] == "0.520 (48.33 / 7.33 / 44.33 %)"
@@ -254,7 +254,13 @@ def test_answers_of_a_dozen_prompts_side_by_side():
         i = sample.number - 1
         assert sample.prompt == of.prompts[i]
         assert [(a.method, a.text) for a in sample.answers] == [(row.name, row.replies[i]) for row in of.measured]
-        assert sample.answers[0].scores == f"truth {number(of.measured[0].scores['truth'][i], 2)}"
+        base = of.measured[0]
+        said = [
+            f"truth {number(base.scores['truth'][i], 2)}",
+            f"{base.tokens[i]} tokens",
+            f"KL {(base.kl or ())[i]:.2f}",
+        ]
+        assert sample.answers[0].scores == ", ".join(said)
     few = results(*(measured(name, {}, 3) for name in ("base", "other")))
     assert [sample.number for sample in samples(few)] == [1, 2, 3]
     assert plain("a\tb\n\x7f") == "a\tb\n\ufffd"

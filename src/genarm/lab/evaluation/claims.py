@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from genarm.lab.evaluation.costs import Times, times
+from genarm.lab.evaluation.frontiers import ahead
 from genarm.lab.evaluation.fronts import hypervolume_lead
 from genarm.lab.evaluation.gaps import Recovered
 from genarm.lab.evaluation.recipe import Claim
@@ -26,6 +27,9 @@ class Ruling:
         estimate: what had to be above `bound`; None for "cheaper", and where it is undefined.
         bound: see above.
         times: for "cheaper", what `first` costs in multiples of `second`.
+        reach: for "frontier", the KL up to which both families are compared.
+        bounded: at equal KL, those of the two whose KL is only a bound. Such a family is nearer to the base than it
+            seems, and may be better at equal KL; so neither a lead over it nor its falling behind shows anything.
     """
 
     claim: Claim
@@ -33,6 +37,8 @@ class Ruling:
     estimate: Estimate | None = None
     bound: float = 0.0
     times: Times | None = None
+    reach: float | None = None
+    bounded: tuple[str, ...] = ()
 
 
 def rule(claim: Claim, results: Results, gaps: Sequence[Recovered], objectives: Sequence[str]) -> Ruling:
@@ -41,8 +47,13 @@ def rule(claim: Claim, results: Results, gaps: Sequence[Recovered], objectives: 
         case "cheaper":
             return _rule_costs(claim, results)
         case "front":
-            lead = hypervolume_lead(results, objectives, claim.first, claim.second, claim.margin)
-            return _ruling(claim, lead, 0.0)
+            return _rule_front(claim, results, objectives)
+        case "frontier":
+            found = ahead(results, claim.judge, claim.first, claim.second)
+            if found is None:
+                return _ruling(claim, None, 0.0 - claim.margin)
+            ruling = _ruling(claim, found.mean, 0.0 - claim.margin)
+            return replace(_careful(ruling, found.bounded), reach=found.high)
         case "gap":
             return _ruling(claim, _share(claim, gaps), claim.share)
     assert claim.what in ("above", "level"), claim.what
@@ -56,6 +67,22 @@ def _ruling(claim: Claim, estimate: Estimate | None, bound: float) -> Ruling:
     elif estimate is not None and estimate.high <= bound:
         verdict = "does not hold"
     return Ruling(claim=claim, verdict=verdict, estimate=estimate, bound=bound)
+
+
+def _rule_front(claim: Claim, results: Results, objectives: Sequence[str]) -> Ruling:
+    lead = hypervolume_lead(results, objectives, claim.first, claim.second, claim.margin)
+    if lead is None:
+        return _ruling(claim, None, 0.0)
+    if not claim.equal_kl:
+        return _ruling(claim, lead.difference, 0.0)
+    return _careful(_ruling(claim, lead.at_equal_kl, 0.0), lead.bounded)
+
+
+def _careful(ruling: Ruling, bounded: tuple[str, ...]) -> Ruling:
+    """Nothing is shown where the verdict may be the doing of a KL that is only a bound."""
+    unsure = {"holds": ruling.claim.second, "does not hold": ruling.claim.first}
+    verdict = "not shown" if unsure.get(ruling.verdict) in bounded else ruling.verdict
+    return replace(ruling, verdict=verdict, bounded=bounded)
 
 
 def _difference(results: Results, judge: str, first: str, second: str) -> Estimate | None:

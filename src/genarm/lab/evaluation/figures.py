@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from genarm.lab.evaluation.agreement import Agreement, agreements
+from genarm.lab.evaluation.behaviour import Behaviour, behaviour
 from genarm.lab.evaluation.claims import Ruling, rule
 from genarm.lab.evaluation.costs import Times, times
+from genarm.lab.evaluation.frontiers import Frontier, make_frontier
 from genarm.lab.evaluation.fronts import Front, make_fronts
 from genarm.lab.evaluation.gaps import Recovered, recovered
 from genarm.lab.evaluation.recipe import Recipe
@@ -35,6 +38,7 @@ class Row:
         seconds_per_128: seconds per 128 tokens, decoded in the run's batches.
         forwards, positions: {member: how many for each token of the replies}.
         times_base: its cost in multiples of the base's.
+        exponent, steers_another: as measured.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Row:
     forwards: Mapping[str, float]
     positions: Mapping[str, float]
     times_base: Times
+    exponent: float | None
+    steers_another: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +97,12 @@ class Figures:
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
     gaps: tuple[Recovered, ...]
+    frontiers: tuple[Frontier, ...]
     fronts: tuple[Front, ...]
     claims: tuple[Ruling, ...]
+    agreements: tuple[Agreement, ...]
     trained: tuple[Trained, ...]
+    behaviours: tuple[Behaviour, ...]
     published: tuple[Published, ...]
 
     def scored(self, judge: str) -> bool:
@@ -111,6 +120,7 @@ class Figures:
 def figures(results: Results, recipe: Recipe) -> Figures:
     """All figures that `recipe` asks for."""
     judges = tuple(judge.name for judge in recipe.judges)
+    scoring = [judge for judge in judges if all(judge in row.scores for row in results.measured)]
     gaps = tuple(found for gap in recipe.gaps if (found := recovered(results, gap)) is not None)
     fronts = make_fronts(results, recipe.fronts) if recipe.fronts else ()
     return Figures(
@@ -123,9 +133,12 @@ def figures(results: Results, recipe: Recipe) -> Figures:
         rows=tuple(_row(results, measured) for measured in results.measured),
         comparisons=_comparisons(results, recipe, judges),
         gaps=gaps,
+        frontiers=tuple(make_frontier(results, judge) for judge in scoring),
         fronts=fronts,
         claims=tuple(rule(claim, results, gaps, recipe.fronts) for claim in recipe.claims),
+        agreements=agreements(results, scoring),
         trained=results.trained,
+        behaviours=tuple(done for judge in scoring if (done := behaviour(results, judge)) is not None),
         published=tuple(_published(entry, results, judges, fronts) for entry in results.published),
     )
 
@@ -151,6 +164,8 @@ def _row(results: Results, measured: Measured) -> Row:
         forwards={member: cost.per_token(count) for member, count in cost.forwards.items()},
         positions={member: cost.per_token(count) for member, count in cost.positions.items()},
         times_base=times(results, measured.name, results.measured[0].name),
+        exponent=measured.exponent,
+        steers_another=measured.steers_another,
     )
 
 

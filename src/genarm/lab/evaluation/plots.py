@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from genarm.lab.evaluation.figures import Comparison, Figures, Row
+from genarm.lab.evaluation.frontiers import Frontier
 from genarm.lab.evaluation.fronts import Curve, Front, Point
 from genarm.statistics import Estimate, Mean, WinRate
 
@@ -124,11 +125,14 @@ def _quality_against_cost(figures: Figures, judge: str, marks: Mapping[str, _Mar
 
 def _quality_against_kl(figures: Figures, judge: str, marks: Mapping[str, _Mark]) -> Iterator[Plot]:
     standings = figures.standings(judge)
-    rows = [row for row in figures.rows if row.name in standings and _kl(row) is not None]
+    rows = [row for row in figures.rows if row.name in standings and _kl(row) is not None and not row.steers_another]
     if len(rows) < 2:
         return
     canvas, axes = _canvas(4.0)
     axes.set(xlabel="KL from the base, nats per reply", ylabel=_quality_label(figures, judge))
+    frontier = next((frontier for frontier in figures.frontiers if frontier.judge == judge), None)
+    for line in frontier.lines if frontier else ():
+        _join(axes, [row for name in line.points for row in rows if row.name == name], judge, marks[line.family])
     for family, members in _by_family(rows).items():
         for bound in (False, True):
             some = [row for row in members if (row.kl is None) == bound]
@@ -139,10 +143,23 @@ def _quality_against_kl(figures: Figures, judge: str, marks: Mapping[str, _Mark]
     yield Plot(
         svg=_svg(canvas),
         alt=f"{_quality_label(figures, judge)} against KL from the base. "
-        + _listed(f"{row.name}: {_text(standings[row.name])} at {_kl_text(row)}" for row in rows),
-        caption=f"Quality by {judge} against how far the replies are from the base's. Hollow marks stand at "
-        "an upper bound of the divergence; methods without a known density are left out.",
+        + _listed(f"{row.name}: {_text(standings[row.name])} {_kl_text(row)}" for row in rows),
+        caption=f"Quality by {judge} against how far the replies are from the base's: compare heights at the same "
+        "distance. Lines join the base and a family's methods, dotted where it is one. Hollow marks stand at an upper "
+        "bound." + _without(frontier),
     )
+
+
+def _without(frontier: Frontier | None) -> str:
+    absent = frontier.absent if frontier else {}
+    return f" Without a line: {_listed(f'{name}, {why}' for name, why in absent.items())}" if absent else ""
+
+
+def _join(axes: Axes, rows: Sequence[Row], judge: str, mark: _Mark) -> None:
+    """The line of a family, from the base on; dotted where it is that of one method."""
+    xs, ys = _spread([_kl(row) for row in rows])[0], [row.scores[judge].value for row in rows]
+    style = "-" if len(rows) > 2 else ":"
+    axes.plot(xs, ys, color=mark.colour, linewidth=1.2, linestyle=style, alpha=0.6, zorder=1)
 
 
 def _kl(row: Row) -> Mean | float | None:
@@ -150,7 +167,7 @@ def _kl(row: Row) -> Mean | float | None:
 
 
 def _kl_text(row: Row) -> str:
-    return f"{row.kl.value:.2f} nats" if row.kl is not None else f"at most {row.kl_bound:.2f} nats"
+    return f"at {row.kl.value:.2f} nats" if row.kl is not None else f"at most {row.kl_bound:.2f} nats"
 
 
 def _quality_label(figures: Figures, judge: str) -> str:

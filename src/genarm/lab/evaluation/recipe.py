@@ -114,24 +114,29 @@ class Claim:
     Attributes:
         what: "above": the quality of `first` is above that of `second`.
             "level": it is below it by less than `margin` (non-inferiority).
+            "frontier": at equal KL from the base, averaged over what both reach, the quality of the family `first` is
+            above that of `second`, or with a `margin`, below it by less.
             "front": the hypervolume of the family `first` is above 1 − `margin` times that of `second`; with no margin,
-            the larger.
+            the larger. With `equal_kl`, of what both have within the smaller of their largest KL.
             "cheaper": `first` takes fewer forwards per token than `second`, and fewer seconds in every batch.
             "gap": `first` covers at least `share` of the way to `second`, which is the top of one of the `gaps`.
-        first, second: methods, or the families of a front.
+        first, second: methods, or the families of a frontier or a front.
         judge: whose quality is meant; not for "front" and "cheaper".
-        margin: how much worse counts as level: in units of the judge for "level", as a share for "front".
+        margin: how much worse counts as level: in units of the judge for "level" and "frontier", as a share for
+            "front".
         share: for "gap".
+        equal_kl: for "front".
     """
 
     __pydantic_config__ = FORBID
 
-    what: Literal["above", "level", "front", "cheaper", "gap"]
+    what: Literal["above", "level", "frontier", "front", "cheaper", "gap"]
     first: str
     second: str
     judge: str = ""
     margin: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     share: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    equal_kl: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from genarm.lab.evaluation.recipe import (
     TrainSpec,
     slug,
 )
-from genarm.lab.judges.kinds import JudgeSpec
+from genarm.lab.judges.kinds import JUDGES, JudgeSpec
 from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.methods.kinds import METHODS
 from genarm.training.config import make_config
@@ -88,6 +88,9 @@ class _Scale:
     claims: tuple[Claim, ...] = ()
     sizes: Mapping[str, PositiveFloat] = field(default_factory=dict)
 
+
+_OF_FAMILIES = ("frontier", "front")
+"""Claims about families."""
 
 _Weights: TypeAlias = Mapping[str, FiniteFloat]
 _Text: TypeAlias = Annotated[str, Field(pattern=r"\S")]
@@ -192,10 +195,11 @@ def _check(recipe: Recipe) -> None:
             raise ConfigError(f"the {what} {double[0]!r} has no file name of its own; give it another name")
     used = [recipe.reference, *(name for pair in recipe.comparisons for name in pair)]
     used += [name for gap in recipe.gaps for name in (gap.bottom, gap.top, *gap.methods)]
-    used += [name for claim in recipe.claims if claim.what != "front" for name in (claim.first, claim.second)]
+    of_families = [claim for claim in recipe.claims if claim.what in _OF_FAMILIES]
+    used += [name for claim in recipe.claims if claim not in of_families for name in (claim.first, claim.second)]
     families = {method.family for method in recipe.methods}
     _known(used, names, "method")
-    _known([*(n for c in recipe.claims if c.what == "front" for n in (c.first, c.second))], families, "family")
+    _known([*(name for claim in of_families for name in (claim.first, claim.second))], families, "family")
     _known(
         [*recipe.fronts, *(g.judge for g in recipe.gaps), *(c.judge for c in recipe.claims if c.judge)], judges, "judge"
     )
@@ -205,16 +209,35 @@ def _check(recipe: Recipe) -> None:
 
 def _check_claim(claim: Claim, recipe: Recipe) -> None:
     about = f"the claim {claim.what!r} of {claim.first!r} and {claim.second!r}"
-    if (claim.judge != "") != (claim.what in ("above", "level", "gap")):
-        raise ConfigError(f"{about} {'has' if claim.judge else 'needs'} a judge; above, level and gap have one")
-    _check_bound(about, "margin", claim.margin, needed=claim.what == "level", allowed=claim.what in ("level", "front"))
+    if (claim.judge != "") != (claim.what in ("above", "level", "frontier", "gap")):
+        found = "has" if claim.judge else "needs"
+        raise ConfigError(f"{about} {found} a judge; above, level, frontier and gap have one")
+    _check_bound(
+        about, "margin", claim.margin, needed=claim.what == "level", allowed=claim.what in ("level", *_OF_FAMILIES)
+    )
     _check_bound(about, "share", claim.share, needed=claim.what == "gap", allowed=claim.what == "gap")
+    if claim.equal_kl and claim.what != "front":
+        raise ConfigError(f"{about} has equal_kl, which is for front; a frontier is at equal KL as it is")
+    if claim.what == "frontier":
+        _check_frontier(about, claim, recipe)
     if claim.what == "front" and not recipe.fronts:
         raise ConfigError(f"{about} needs fronts: the judges of the objectives")
     if claim.what == "gap" and not any(
         claim.first in gap.methods and (claim.second, claim.judge) == (gap.top, gap.judge) for gap in recipe.gaps
     ):
         raise ConfigError(f"{about} needs an entry of gaps with that method, top and judge")
+
+
+def _check_frontier(about: str, claim: Claim, recipe: Recipe) -> None:
+    judge = next(judge for judge in recipe.judges if judge.name == claim.judge)
+    if JUDGES[judge.kind].comparer is not None:
+        raise ConfigError(f"{about} needs a judge that scores single replies, and {judge.name!r} compares two")
+    for family in (claim.first, claim.second):
+        if sum(method.family == family for method in recipe.methods[1:]) < 2:
+            raise ConfigError(
+                f"{about} needs two methods at least in the family {family!r}, beside the base: give it several "
+                "weights, or entries with that family that differ in temperature, n or model"
+            )
 
 
 def _check_bound(about: str, name: str, value: Any, *, needed: bool, allowed: bool) -> None:

@@ -6,6 +6,7 @@ The page needs no other file, no network and no script. Whatever models or promp
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from genarm.lab.evaluation.figures import Figures
 from genarm.lab.evaluation.plots import plots
-from genarm.lab.evaluation.results import Results
+from genarm.lab.evaluation.results import Measured, Results
 from genarm.lab.evaluation.sheets import number, sheets
 
 BEFORE_PICTURES = ("claims", "quality")
@@ -71,13 +72,21 @@ def samples(results: Results) -> list[Sample]:
                 Answer(
                     method=row.name,
                     text=plain(row.replies[i]),
-                    scores=", ".join(f"{judge} {number(scores[i], 2)}" for judge, scores in row.scores.items()),
+                    scores=", ".join(_facts(row, i)),
                 )
                 for row in results.measured
             ),
         )
         for i in shown
     ]
+
+
+def _facts(row: Measured, index: int) -> Iterator[str]:
+    """What judges give a reply, and what else may have swayed them."""
+    yield from (f"{judge} {number(scores[index], 2)}" for judge, scores in row.scores.items())
+    yield f"{row.tokens[index]} tokens"
+    if row.kl is not None:
+        yield f"KL {number(row.kl[index], 2)}"
 
 
 def plain(text: str) -> str:

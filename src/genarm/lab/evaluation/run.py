@@ -263,8 +263,8 @@ def _exponent(recipe: Recipe, spec: MethodSpec, models: Models) -> float | None:
 
 def _only_reward(spec: MethodSpec) -> str | None:
     """The reward trained for the run that guides a row by itself."""
-    own, _, name = spec.used[0].partition("@train/") if len(spec.used) == 1 else ("", "", "")
-    return name if spec.kind == "genarm" and name and not own else None
+    used = spec.used if spec.kind == "genarm" else []
+    return used[0].removeprefix("@train/") if len(used) == 1 and used[0].startswith("@train/") else None
 
 
 def _machine(device: str | None) -> str:

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import genarm.lab.training  # noqa: F401 (so that what an ARM is compared with is among the kinds)
+from genarm.lab.evaluation.behaviour import Behaviour, pair_accuracies
 from genarm.lab.evaluation.claims import Ruling
 from genarm.lab.evaluation.costs import Times
 from genarm.lab.evaluation.figures import Comparison, Figures, Published, Row
+from genarm.lab.evaluation.frontiers import Ahead, Frontier
 from genarm.lab.evaluation.fronts import Front
 from genarm.lab.evaluation.gaps import Recovered
 from genarm.lab.evaluation.results import Trained
 from genarm.statistics import Estimate, Mean, WinRate
-from genarm.training.kinds import find_kind
+from genarm.training.kinds import LOSSES, find_kind
 
 UNKNOWN = "–"
 
@@ -44,11 +46,13 @@ def sheets(figures: Figures) -> tuple[Sheet, ...]:
     drawn = (
         _claims(figures),
         _quality(figures),
+        _frontiers(figures.frontiers),
         _cost(figures),
         _comparisons(figures),
+        _agreements(figures),
         _gaps(figures.gaps),
         *(sheet for front in figures.fronts for sheet in (_front(front), _leads(front))),
-        _trained(figures.trained),
+        _trained(figures),
         _published(figures.published),
     )
     return tuple(sheet for sheet in drawn if sheet.rows)
@@ -110,9 +114,13 @@ def statement(ruling: Ruling) -> str:
             return f"{claim.first} is better than {claim.second} ({claim.judge})"
         case "level":
             return f"{claim.first} is level with {claim.second}: less than {claim.margin:g} below it ({claim.judge})"
+        case "frontier":
+            how = f"less than {claim.margin:g} below" if claim.margin else "better than"
+            return f"{claim.first} is {how} {claim.second} at equal KL ({claim.judge})"
         case "front":
             least = f"at least {1 - claim.margin:.0%} of" if claim.margin else "above"
-            return f"the hypervolume of {claim.first} is {least} that of {claim.second}"
+            where = " at equal KL" if claim.equal_kl else ""
+            return f"the hypervolume of {claim.first} is {least} that of {claim.second}{where}"
         case "gap":
             return f"{claim.first} covers at least {claim.share:.0%} of the way to {claim.second} ({claim.judge})"
     return f"{claim.first} is cheaper than {claim.second}"
@@ -125,7 +133,9 @@ def _reason(ruling: Ruling) -> tuple[str, str]:
     if ruling.estimate is None:
         return "undefined", number(ruling.bound, 2)
     decimals = digits([ruling.estimate.value, ruling.estimate.high - ruling.estimate.low])
-    return interval(ruling.estimate, decimals), f"{ruling.bound:g}".replace("-", "−")
+    reach = "" if ruling.reach is None else f", up to KL {number(ruling.reach, 2)}"
+    bounds = f"; the KL of {', '.join(ruling.bounded)} is a bound" if ruling.bounded else ""
+    return interval(ruling.estimate, decimals) + reach + bounds, f"{ruling.bound:g}".replace("-", "−")
 
 
 def _slower(times: Times) -> str:
@@ -140,8 +150,10 @@ def _quality(figures: Figures) -> Sheet:
     return Sheet(
         key="quality",
         title="Quality",
-        note=f"Means with 95% intervals over {figures.n} prompts. KL from the base in nats per reply; ≤ is a bound.",
-        head=("method", *judges, "tokens per reply", "KL from the base", "KL per token"),
+        note=f"Means with 95% intervals over {figures.n} prompts. KL from the base in nats per reply; ≤ is a bound. "
+        "The exponent is the sum of all coefficients over the temperature: where rewards say nothing, the method is "
+        "the base with its probabilities to that power.",
+        head=("method", *judges, "tokens per reply", "KL from the base", "KL per token", "exponent"),
         rows=tuple(
             (
                 row.name,
@@ -149,6 +161,7 @@ def _quality(figures: Figures) -> Sheet:
                 interval(row.length, 1),
                 _kl(row),
                 UNKNOWN if row.kl_per_token is None else number(row.kl_per_token, 3),
+                UNKNOWN if row.exponent is None else number(row.exponent, 2),
             )
             for i, row in enumerate(figures.rows)
         ),
@@ -156,9 +169,48 @@ def _quality(figures: Figures) -> Sheet:
 
 
 def _kl(row: Row) -> str:
+    own = " (from its own base)" if row.steers_another else ""
     if row.kl is not None:
-        return interval(row.kl, 2)
-    return UNKNOWN if row.kl_bound is None else f"≤ {number(row.kl_bound, 2)}"
+        return interval(row.kl, 2) + own
+    return UNKNOWN if row.kl_bound is None else f"≤ {number(row.kl_bound, 2)}{own}"
+
+
+def _frontiers(frontiers: Sequence[Frontier]) -> Sheet:
+    absent = {name: why for frontier in frontiers for name, why in frontier.absent.items()}
+    without = f" Without a line: {'; '.join(f'{name}, {why}' for name, why in absent.items())}." if absent else ""
+    return Sheet(
+        key="equal-kl",
+        title="At equal distance from the base",
+        note="Differences of mean score at the same KL from the base, between families of several methods: averaged "
+        "from where both begin to where both reach, and at some distances, in nats per reply. A line joins the base "
+        f"and a family's methods; ≤ marks a family of which only a bound of the KL is known.{without}",
+        head=("first", "second", "judge", "KL", "mean difference", "at some distances"),
+        rows=tuple(_ahead(frontier.judge, lead) for frontier in frontiers for lead in frontier.leads),
+        words=3,
+    )
+
+
+def _ahead(judge: str, lead: Ahead) -> tuple[str, ...]:
+    decimals = digits([lead.mean.value, *(estimate.value for estimate in lead.at.values())])
+    return (
+        *(f"{name} (≤)" if name in lead.bounded else name for name in (lead.first, lead.second)),
+        judge,
+        f"{number(lead.low, 2)} to {number(lead.high, 2)}",
+        interval(lead.mean, decimals),
+        "; ".join(f"{distance:g}: {interval(estimate, decimals)}" for distance, estimate in lead.at.items()) or UNKNOWN,
+    )
+
+
+def _agreements(figures: Figures) -> Sheet:
+    return Sheet(
+        key="agreement",
+        title="Judges side by side",
+        note=f"Kendall's τ-b of every two methods' replies to the same prompt: 1 where both always prefer the same "
+        f"reply, 0 where they have nothing to do with each other. Intervals over {figures.n} prompts.",
+        head=("judge", "beside", "τ", "pairs of replies"),
+        rows=tuple((a.first, a.second, interval(a.tau, 2), str(a.pairs)) for a in figures.agreements),
+        words=2,
+    )
 
 
 def _cost(figures: Figures) -> Sheet:
@@ -262,25 +314,61 @@ def _leads(front: Front) -> Sheet:
     return Sheet(
         key=f"leads-{front.scale.replace(' ', '-')}",
         title=f"Differences of hypervolume by {front.scale}",
-        note="",
-        head=("first", "second", "first − second"),
-        rows=tuple((lead.first, lead.second, text) for lead, text in zip(front.leads, differences, strict=True)),
-        words=2,
-    )
-
-
-def _trained(trained: Sequence[Trained]) -> Sheet:
-    return Sheet(
-        key="trained",
-        title="Trained for this",
-        note="Held-out pairs in which the preferred response gets the higher reward; of rlhf, the reward itself.",
-        head=("model", "kind", "held-out", "seconds of training"),
+        note="At equal KL: of what both have within the smaller of their largest KL; of a point beyond it, what the "
+        "line from the base to it has there. ≤ marks a family of which only a bound of the KL is known.",
+        head=("first", "second", "first − second", "at equal KL"),
         rows=tuple(
-            (model.name, model.kind, find_kind(model.kind).figure(model.metrics) or UNKNOWN, _seconds(model.metrics))
-            for model in trained
+            (
+                *(f"{name} (≤)" if name in lead.bounded else name for name in (lead.first, lead.second)),
+                text,
+                equal,
+            )
+            for lead, text, equal in zip(
+                front.leads, differences, _column([lead.at_equal_kl for lead in front.leads]), strict=True
+            )
         ),
         words=2,
     )
+
+
+def _trained(figures: Figures) -> Sheet:
+    return Sheet(
+        key="trained",
+        title="Trained for this",
+        note="Of held-out pairs: the share in which the preferred response gets the higher reward, and in which the "
+        "policy that the reward makes raises it more over the base; of other kinds, their own figure. Beside it, what "
+        "an ARM that guides alone adds to the base's score, at the KL that all of them reach."
+        + "".join(_taus(found) for found in figures.behaviours),
+        head=(
+            *("model", "kind", "loss, held out", "held-out pairs", "policy accuracy"),
+            *(f"{found.judge} over the base, KL {number(found.kl, 2)}" for found in figures.behaviours),
+            "seconds of training",
+        ),
+        rows=tuple(_trained_row(model, figures.behaviours) for model in figures.trained),
+        words=3,
+    )
+
+
+def _trained_row(model: Trained, behaviours: Sequence[Behaviour]) -> tuple[str, ...]:
+    kind = find_kind(model.kind) if model.loss is None else LOSSES[model.loss]
+    reward, policy = pair_accuracies(model)
+    gains = [found.gains.get(model.name) for found in behaviours]
+    return (
+        model.name,
+        model.kind,
+        " ".join([*([model.loss] if model.loss else []), number(model.metrics.get("eval_loss", math.nan), 3)]),
+        (kind.figure(model.metrics) or UNKNOWN) if reward is None else str(reward),
+        UNKNOWN if policy is None else str(policy),
+        *(UNKNOWN if gain is None else interval(gain, digits([gain.value])) for gain in gains),
+        _seconds(model.metrics),
+    )
+
+
+def _taus(found: Behaviour) -> str:
+    """How well accuracy goes with gain, in a sentence; nothing where there are too few rewards."""
+    parts = (f"{of} {interval(tau, 2)}" for of, tau in found.taus.items())
+    listed = ", ".join(parts)
+    return f" Kendall's τ over {len(found.gains)} rewards of {found.judge} and {listed}." if listed else ""
 
 
 def _seconds(metrics: Mapping[str, float]) -> str:
