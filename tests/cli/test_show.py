@@ -105,7 +105,7 @@ def test_what_people_read(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "is a guided folder: a base and 3 rewards" in out
     for line in (
         "kind: prefers kind replies",
-        "kind: trained by arm with β_r = 0.05 from /somewhere/base on owner/pairs",
+        "kind: trained by --loss arm with β_r = 0.05 from /somewhere/base on owner/pairs",
         "kind: held-out accuracy 0.710 [0.600, 0.800] (n=100)",
         "polite: a difference to base",
         "brief: the wish 'Answer briefly.'",
@@ -184,11 +184,14 @@ def test_what_is_no_guided_folder(root: Path, capsys: pytest.CaptureFixture[str]
 
 def test_wrong_inputs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_config.toml").write_text(TRAINED)
     shutil.copytree(root / "guided", tmp_path / "broken")
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "guided", "base": ')
     for name, message in (
         (str(root / "guidde"), f"there is no folder '{root / 'guidde'}' here (did you mean '{root / 'guided'}'?)"),
         (str(tmp_path / "empty"), "has no config.json"),
+        (str(tmp_path / "run"), "a run of genarm train that is not finished; repeat its command with --resume"),
         (str(tmp_path / "broken"), "cannot read the configuration"),
         ("someone/guided", "there is no folder 'someone/guided' here"),
         (str(root / "guided" / "config.json"), "is a file"),

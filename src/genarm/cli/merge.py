@@ -14,6 +14,9 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import quiet_libraries, say
 from genarm.cli.options import ModelOptions, PromptOptions
 
+_HALVES = ("bfloat16", "float16")
+_ROUNDED = ", as sums are rounded to half precision once more; --dtype float32 keeps them"
+
 SUMMARY = "write the ordinary model that a guided folder is at fixed weights, where there is one"
 
 
@@ -39,6 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
     says = " ".join(f"{factor:+g}·log π_{name}" for name, factor in merged.factors.items()).removeprefix("+")
     say(
         f"{merged.folder}: an ordinary model of {says} in {merged.dtype}; on random tokens its log-probs are within "
-        f"{merged.difference:.2g} nats of the guided model's"
+        f"{merged.difference:.2g} nats of the guided model's" + (_ROUNDED if merged.dtype in _HALVES else "")
     )
     return 0

@@ -197,7 +197,8 @@ def _about(member: MemberFacts) -> Iterator[str]:
     if loss is not None:
         given = "" if beta is None else f" with β_r = {beta:g}"
         data = f" on {member.trained['data']}" if member.trained.get("data") else ""
-        yield f"trained by {loss}{given} from {member.trained.get('model')}{data}"
+        option = "--loss" if member.trained.get("loss") else "--kind"
+        yield f"trained by {option} {loss}{given} from {member.trained.get('model')}{data}"
     if (rate := member.figures.get("eval_accuracy")) is not None:
         low, high, n = (member.figures.get(f"eval_{key}") for key in ("accuracy_low", "accuracy_high", "pairs"))
         interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
@@ -223,9 +224,9 @@ def _advice(found: Description) -> Iterator[str]:
         yield f"to guide it: genarm compose --base {place} --reward NAME=ARM --output DIR"
         yield f"or with a wish, without training: genarm chat {place} --wish NAME=TEXT"
     if kind in (None, "arm"):
-        yield f"as a reward, where it was trained to be one: {reward}"
+        yield f"as a reward{'' if kind else ', where it was trained to be one'}: {reward}"
     if kind != "arm":
-        yield f"as a reward, where it was tuned by DPO, SFT, RL or the like: {tuned}"
+        yield f"as a reward{'' if kind else ', where it was tuned by DPO, SFT, RL or the like'}: {tuned}"
 
 
 def _size(count: int) -> str:

@@ -21,7 +21,7 @@ from genarm.model.contract import refusing
 from genarm.model.loading import HubOptions, load_model, load_plain_config, locate
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.model.references import ModelFiles, open_files
-from genarm.model.trained import figures_of, file_of, files_of, training_of
+from genarm.model.trained import TRAIN_SETTINGS, figures_of, file_of, files_of, training_of
 from genarm.model.vocabulary import read_vocabulary, unknown_tokens
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8"}
@@ -124,6 +124,11 @@ def describe(reference: str, *, trust_remote_code: bool = False) -> Description:
         host = read_adapter_config(spec.model, {**hub.common(), "revision": spec.revision}, name=reference)
         adapter = MemberSpec(model=host.base_model_name_or_path, adapter=spec.model, adapter_revision=spec.revision)
         return Description(reference=reference, kind="adapter", members=(_facts(reference, adapter, None, hub),))
+    place = Path(spec.model)
+    if (place / TRAIN_SETTINGS).exists() and not (place / "config.json").exists():
+        raise MemberError(
+            f"{reference} holds a run of genarm train that is not finished; repeat its command with --resume"
+        )
     files = open_files(reference, trust_remote_code=trust_remote_code)
     outline, problem = None, None
     try:
