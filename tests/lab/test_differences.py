@@ -114,8 +114,14 @@ def test_what_a_row_is_composed_of_is_looked_at_again(folder: Path, tmp_path: Pa
     (where / "train_config.toml").write_text(f'loss = "reference"\nstart = "zero"\nmodel = "{folder}/model"\n')
     models = Models(folder=tmp_path, device="cpu")
     assert models.composed(method).reward_specs[0].reference == THE_BASE
-    assert models.starts(method) == {"p": "the base"}
+    assert models.starts(method) == {}  # the base is in a row's record anyway
     assert "as a difference to its own start" in models.notes(method)[0]
+    save_member(tiny_model(seed=3), where)
+    start = save_member(tiny_model(seed=4), tmp_path / "start")
+    (where / "train_config.toml").write_text(f'loss = "reference"\nstart = "zero"\nmodel = "{start}"\n')
+    first = Models(folder=tmp_path, device="cpu").starts(method)
+    save_member(tiny_model(seed=5), start)
+    assert first["p"] != Models(folder=tmp_path, device="cpu").starts(method)["p"]
 
 
 def test_all_that_a_loss_learns_from_is_recorded(tmp_path: Path) -> None:

@@ -113,14 +113,15 @@ class Models:
         config: GuidedConfig = GuidedConfig.from_pretrained(self._composed(method))
         return config
 
-    def starts(self, method: MethodSpec) -> dict[str, Record | str]:
-        """What the rewards of a row are compared with that are differences to their own start, by content."""
-        found: dict[str, Record | str] = {}
-        for name, (reward, trained) in self._trained(method).items():
-            spec = reward.reference
-            if trained.get("start") == "zero" and spec is not None:
-                found[name] = "the base" if spec.model is None else model_record(spec.model, spec.revision)
-        return found
+    def starts(self, method: MethodSpec) -> dict[str, Record]:
+        """The models that rewards of a row are differences to, by content; the base and an adapter's own are known."""
+        rewards = (r for r in self.composed(method).reward_specs if r.name in method.named and r.member.adapter is None)
+        references = {reward.name: reward.reference for reward in rewards}
+        return {
+            name: model_record(spec.model, spec.revision)
+            for name, spec in references.items()
+            if spec is not None and spec.model is not None
+        }
 
     def notes(self, method: MethodSpec) -> list[str]:
         """What a reader must know of the rewards that weigh in a row: to what they are differences, and what for."""
