@@ -9,12 +9,11 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,30 +22,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from builders.pages import PAGE, Opener, Page, expect, finished, needs_chromium, ready, send, shown, token_view, watch
 from builders.serving import running
 from builders.tiny import SPECIAL, save_member, tiny_tokenizer
 from genarm.model.compose import compose
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'genarm[dev]'")
-Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
-expect.set_options(timeout=20_000)  # a busy machine is slow, not wrong
-
-PAGE = Path(__file__).resolve().parents[2] / "src/genarm/server/page"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 HOSTILE = ["<img/src=x/onerror=window.hacked=1>", "<script>window.hacked=1</script>", "<b>bold</b>", "&amp;"]
 WORDS = [*HOSTILE, "it's", '"quoted"', "back\\slash", "$(touch", "`x`", "café", "日本", *(f"w{i}" for i in range(10))]
 DEFAULTS = {"helpful": 1.0, "harmless": 0.5, "brief": 0.0}
 KEY = "sesame-sesame"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -126,88 +112,9 @@ def server(folder: Path) -> Iterator[Served]:
         yield served
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
-
-
-Opener = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Opener]:
-    """Opens pages, and holds them to: no exception, nothing that the content security policy had to stop."""
-    contexts, complaints = [], []
-
-    def heard(message: Any) -> None:
-        if "Content Security Policy" in message.text:
-            complaints.append(message.text)
-
-    def opened(url: str, **options: Any) -> Page:
-        context = browser.new_context(
-            viewport=options.pop("viewport", {"width": 1400, "height": 900}),
-            permissions=["clipboard-read", "clipboard-write"],
-            **options,
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", heard)
-        page.goto(url)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
 @pytest.fixture
 def page(server: Served, open_page: Opener) -> Page:
     return ready(open_page(server.url))
-
-
-def ready(page: Page) -> Page:
-    page.wait_for_selector(".reward", state="attached")
-    return page
-
-
-def send(page: Page, prompt: str, *, seed: int = 7, tokens: int = 24) -> dict[str, Any]:
-    """Set what makes the reply repeatable, send, wait for its end; the request that the page made."""
-    page.evaluate(
-        """([seed, tokens]) => {
-            for (const [id, value] of [["seed", seed], ["max_tokens", tokens]]) {
-                const field = document.getElementById(id);
-                field.value = value;
-                field.dispatchEvent(new Event("input"));
-            }
-        }""",
-        [seed, tokens],
-    )
-    with page.expect_request("**/chat/completions") as made:
-        page.fill("#message", prompt)
-        page.press("#message", "Enter")
-    finished(page)
-    return dict(made.value.post_data_json)
-
-
-def finished(page: Page) -> None:
-    expect(page.locator("#stop")).to_be_hidden(timeout=60_000)
-
-
-def watch(page: Page) -> list[Any]:
-    """The requests for completions that the page makes from now on."""
-    requests: list[Any] = []
-    page.on("request", lambda request: requests.append(request) if "completions" in request.url else None)
-    return requests
-
-
-def shown(page: Page, nth: int = -1) -> str:
-    return str(page.locator(".reply .text").nth(nth).text_content())
 
 
 def compare_view(page: Page) -> None:
@@ -301,6 +208,9 @@ def test_model_output_is_text(page: Page, server: Served) -> None:
     written = [hostile for hostile in HOSTILE if hostile in text]
     assert {"<img/src=x/onerror=window.hacked=1>", "<script>window.hacked=1</script>"} <= set(written)
     assert shown(page) == text
+    for hostile in written:
+        expect(page.locator(".prose")).to_contain_text(hostile.replace("&amp;", "&"))
+    token_view(page)
     for hostile in written:  # in the popover as well
         page.locator(".token", has_text=hostile).first.hover()
         expect(page.locator("#popover .token-name")).to_contain_text(hostile)
@@ -666,6 +576,7 @@ def test_the_sharpened_base_stands_beside_a_comparison(page: Page) -> None:
 def test_a_token_says_what_stands_behind_it(page: Page, server: Served) -> None:
     asked = send(page, "w1 w2")
     choice = server.reply(asked)
+    token_view(page)
     for i in (0, 11):
         page.locator(".token").nth(i).hover()
         said, shares = choice["logprobs"]["content"][i], choice["rewards"][i]
@@ -698,6 +609,7 @@ def minus(value: float) -> str:
 
 def test_tokens_are_walked_with_the_arrow_keys(page: Page) -> None:
     send(page, "w1")
+    token_view(page)
     page.locator(".token").first.focus()
     for key, at in [
         ("ArrowRight", 1),
@@ -746,6 +658,7 @@ def covered(page: Page) -> int:
 def test_the_popover_keeps_no_pointer_from_the_next_token(page: Page) -> None:
     """It lies within the window, and over other tokens, whatever the font: they are pointed at all the same."""
     send(page, "w1", tokens=120)
+    token_view(page)
     popover, under = page.locator("#popover"), []
     for look in LOOKS:
         dress(page, *look)
@@ -770,6 +683,7 @@ def test_the_popover_keeps_no_pointer_from_the_next_token(page: Page) -> None:
 def test_a_click_keeps_the_popover(page: Page) -> None:
     """So that the pointer can be moved onto it, and what it says be selected."""
     send(page, "w1", tokens=120)
+    token_view(page)
     popover, token = page.locator("#popover"), page.locator(".token").nth(60)
     for look in LOOKS[:2]:
         dress(page, *look)
@@ -794,14 +708,13 @@ def test_a_server_that_does_not_explain(open_page: Opener) -> None:
     with running() as server:
         server.backend.explains = False
         page = ready(open_page(server.url))
-        expect(page.locator("#tools")).to_be_hidden()
-        composer = page.locator("#composer").bounding_box()
-        assert composer["height"] < 110  # the conversation has the room that the tools leave
-        assert composer["y"] + composer["height"] == pytest.approx(900, abs=1)
-        expect(page.locator(".welcome").first).to_contain_text("to see how likely it was")
+        expect(page.locator("#tools")).to_contain_text("Tokens")
+        expect(page.locator(".welcome").first).to_contain_text("how likely each of them was")
         asked = send(page, "w1 w2", tokens=8)
         assert "return_rewards" not in asked
         expect(page.locator("#banner")).to_be_hidden()
+        token_view(page)
+        expect(page.locator("#heat-tools")).to_be_hidden()
         page.locator(".token").first.hover()
         card = page.locator("#popover .token-card").first  # one token has no text, and joins the next one
         expect(card.locator("dt")).to_have_text(["Guided"])
@@ -852,6 +765,7 @@ def test_the_end_of_a_turn_is_a_token_too_but_no_text(page: Page) -> None:
     page.get_by_role("button", name="Base", exact=True).click()
     page.get_by_label("brief, weight as a number").fill("1.2")
     send(page, "w1", tokens=200)
+    token_view(page)
     last = page.locator(".token").last
     assert "silent" in str(last.get_attribute("class"))
     assert last.text_content() == ""
@@ -863,13 +777,13 @@ def test_the_end_of_a_turn_is_a_token_too_but_no_text(page: Page) -> None:
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def test_the_servers_own_words_are_in_the_banner(page: Page) -> None:
+def test_the_servers_own_words_stand_at_the_turn(page: Page) -> None:
     send(page, "w1 " * 3000)
     banner = page.get_by_role("alert")
     expect(banner).to_contain_text("2048")
     expect(page.locator(".reply .about")).to_contain_text("failed")
     assert send(page, "w2")["messages"] == [{"role": "user", "content": "w2"}]  # the failed turn is no part of it
-    expect(banner).to_be_hidden()
+    expect(page.locator(".turn").first.get_by_role("alert")).to_contain_text("2048")  # but stands where it happened
 
 
 CHUNK = 'data: {"choices": [{"delta": {"content": "begun"}}]}\n\n'
@@ -926,14 +840,17 @@ def test_a_key_a_full_house_and_a_dead_server(folder: Path, open_page: Opener) -
         assert shown(page)
 
         check_copied_key(page)
-        assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+        kept = page.evaluate("JSON.stringify([{ ...localStorage }, { ...sessionStorage }, document.cookie])")
+        assert "w1" in kept
+        assert KEY not in kept
 
         page.fill("#max_tokens", "1900")
         page.fill("#message", "w1")
         compare_view(page)  # two replies where there is room for one
         page.press("#message", "Enter")
-        expect(banner).to_contain_text("server is full")
-        expect(banner).to_contain_text("Try again in")
+        alert = page.locator("#compare").get_by_role("alert")
+        expect(alert).to_contain_text("server is full")
+        expect(alert).to_contain_text("Try again in")
         page.get_by_role("button", name="Stop").click()
         finished(page)
 
@@ -941,16 +858,16 @@ def test_a_key_a_full_house_and_a_dead_server(folder: Path, open_page: Opener) -
         page.fill("#message", "w1")
         page.press("#message", "Enter")
         while not page.locator("#chat .turn:last-child .token").count():  # a stopped reply is gone a moment later
-            if banner.is_visible():
-                page.get_by_role("button", name="Write this reply again").click()
+            if page.locator("#chat").get_by_role("alert").count():
+                page.get_by_role("button", name="Write this reply again").last.click()
             page.wait_for_timeout(100)
         expect(page.locator("#chat .turn:last-child .token").nth(20)).to_be_attached()
         served.process.kill()
-        expect(banner).to_contain_text("connection was lost")
+        expect(page.get_by_role("alert")).to_contain_text("connection was lost")
         assert page.locator("#chat .turn:last-child .token").count() > 20
         page.fill("#message", "w1")
         page.press("#message", "Enter")
-        expect(banner).to_contain_text("cannot be reached")
+        expect(page.get_by_role("alert").last).to_contain_text("cannot be reached")
 
 
 def check_copied_key(page: Page) -> None:
@@ -1033,10 +950,11 @@ def test_all_of_it_can_be_done_with_the_keyboard(page: Page) -> None:
     expect(page.locator("#message")).to_be_focused()
     page.keyboard.type("w1")
     page.keyboard.press("Enter")
+    token_view(page)
     page.wait_for_selector(".token")
     page.locator(".skip").focus()
     reached = set()
-    for _ in range(60):
+    for _ in range(80):
         page.keyboard.press("Tab")
         reached.add(
             page.evaluate(
@@ -1046,7 +964,20 @@ def test_all_of_it_can_be_done_with_the_keyboard(page: Page) -> None:
                 }"""
             )
         )
-    wanted = {"mode", "export", "clear", "heat", "token", "message", "Default", "bold", "weight-helpful", "map-plane"}
+    wanted = {
+        "mode",
+        "import",
+        "conversation",
+        "export",
+        "clear",
+        "heat",
+        "token",
+        "message",
+        "Default",
+        "bold",
+        "weight-helpful",
+        "map-plane",
+    }
     wanted |= {
         "helpful, weight as a number",
         "temperature",
@@ -1086,7 +1017,7 @@ def test_landmarks_and_names(page: Page) -> None:
 def test_what_is_read_out_is_what_is_seen(page: Page) -> None:
     """Three of axe-core's rules: visible words are part of a control's name, no header is empty, headings in order."""
     send(page, "w1", tokens=4)
-    page.locator(".token").first.focus()
+    token_view(page)
     for view in ("Chat", "Compare"):
         page.get_by_role("radio", name=view).check()
         send(page, "w1", tokens=4)
@@ -1162,8 +1093,8 @@ def test_reduced_motion_is_respected(server: Served, open_page: Opener) -> None:
         page.fill("#max_tokens", "1900")
         page.fill("#message", "w1")
         page.press("#message", "Enter")
-        page.wait_for_selector(".reply.writing .token")
-        name = page.evaluate("getComputedStyle(document.querySelector('.writing .text'), '::after').animationName")
+        page.wait_for_selector(".reply.writing .prose p")
+        name = page.evaluate("getComputedStyle(document.querySelector('.writing .prose p'), '::after').animationName")
         assert (name != "none") == moving
         page.get_by_role("button", name="Stop").click()
 
@@ -1206,7 +1137,7 @@ def test_a_phone(server: Served, open_page: Opener) -> None:
 def test_the_page_brings_everything_along_and_no_inline_code(server: Served) -> None:
     with urllib.request.urlopen(server.url) as answer:
         assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
-    for file in PAGE.iterdir():
+    for file in PAGE.glob("*.*"):
         text = file.read_text(encoding="utf-8").replace('"http://www.w3.org/2000/svg"', "")
         assert "http://" not in text, file
         assert "https://" not in text, file

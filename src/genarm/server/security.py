@@ -28,7 +28,8 @@ KEYS_VARIABLE = "GENARM_API_KEYS"
 _NOBODY_LISTENS = 499
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"  # no script of the page can read text as HTML
 )
 _HEADERS = {
     "Content-Security-Policy": _POLICY,

@@ -16,12 +16,13 @@ import { EventParser } from "./sse.js";
 export class ApiError extends Error {
   /**
    * @param {string} message
-   * @param {{status?: number, retryAfter?: number}} [more] `retryAfter` in seconds
+   * @param {{status?: number, code?: string, retryAfter?: number}} [more] `retryAfter` in seconds
    */
-  constructor(message, { status = 0, retryAfter = 0 } = {}) {
+  constructor(message, { status = 0, code = "", retryAfter = 0 } = {}) {
     super(message);
     this.name = "ApiError";
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -133,15 +134,16 @@ function garbled() {
  * @param {Response} response
  */
 async function refusal(response) {
-  let message = "";
+  let [message, code] = ["", ""];
   try {
-    message = (await response.json()).error.message;
+    ({ message, code } = (await response.json()).error);
   } catch {
     // A proxy's page rather than the server's body: the status has to do.
   }
   const retryAfter = Number(response.headers.get("Retry-After")) || 0;
   return new ApiError(message || `The server answered with status ${response.status}.`, {
     status: response.status,
+    code,
     retryAfter,
   });
 }

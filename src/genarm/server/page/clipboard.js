@@ -12,7 +12,7 @@ export async function copy(text, done) {
     await write(text);
     toast(done);
   } catch {
-    showError("The browser does not let this page write to the clipboard.");
+    showError("The browser does not let this page write to the clipboard");
   }
 }
 

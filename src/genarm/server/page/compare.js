@@ -26,13 +26,15 @@ export class Compare {
    * @param {import("./api.js").Description} description
    * @param {Store} store
    * @param {Writer} writer
+   * @param {import("./chat.js").Desk} desk
    */
-  constructor(root, description, store, writer) {
+  constructor(root, description, store, writer, desk) {
     this.root = root;
     this.description = description;
     this.model = description.model;
     this.store = store;
     this.writer = writer;
+    this.desk = desk;
   }
 
   get empty() {
@@ -57,16 +59,32 @@ export class Compare {
     const replies = asked.map(([side, request]) => /** @type {[Column, Reply]} */ ([side, this.writer.open(request)]));
     const columns = element("div", { class: "columns" }, ...replies.map(([side, reply]) => column(side, reply)));
     const turn = element("article", { class: "turn" }, bubble(prompt), columns);
-    this.#comparisons.push({ prompt, replies, element: turn });
+    const comparison = { prompt, replies, element: turn };
+    this.#comparisons.push(comparison);
     this.root.append(turn);
     await Promise.all(
       replies.map(async ([side, reply]) => {
         await this.writer.write(reply, signal);
-        this.writer.offer(reply, false);
+        this.writer.offer(reply);
+        if (reply.failure) reply.advise(this.#retry(comparison));
         // As a whole: two replies that are read out while they come would be mixed.
         if (reply.text) announce(`${NAMES[side]}: ${reply.text}`);
       }),
     );
+  }
+
+  /**
+   * A button that has a comparison written again, with the present settings.
+   * @param {Comparison} comparison
+   */
+  #retry(comparison) {
+    const again = () => {
+      if (this.store.value.busy) return toast("A reply is being written; stop it first");
+      this.#comparisons = this.#comparisons.filter((other) => other !== comparison);
+      comparison.element.remove();
+      this.desk.run((signal) => this.send(comparison.prompt, signal));
+    };
+    return element("button", { type: "button", onclick: again }, "Try again");
   }
 
   /**

@@ -38,6 +38,16 @@ function fill(node, properties, children) {
 }
 
 /**
+ * A button without a frame.
+ * @param {string} label
+ * @param {() => void} action
+ * @param {string} [name] what it does, in full
+ */
+export function quiet(label, action, name) {
+  return element("button", { type: "button", class: "quiet", "aria-label": name, onclick: action }, label);
+}
+
+/**
  * The element of the page with this id.
  * @param {string} id
  */

@@ -69,6 +69,7 @@ export class HeatMap {
    */
   constructor(store, description) {
     this.store = store;
+    this.explained = description.return_rewards;
     const select = /** @type {HTMLSelectElement} */ (byId("quantity"));
     store.watch(["wishes"], ({ wishes, quantity }) => {
       const typed = wishes.map((text) => ofReward({ id: quoted(text), difference: true, wish: text }));
@@ -90,7 +91,7 @@ export class HeatMap {
     this.#limit = limitOf(values);
     /** @type {HTMLInputElement} */ (byId("heat")).checked = on; // some browsers restore what was set before a reload
     document.body.classList.toggle("heated", on);
-    byId("heat-tools").hidden = !on;
+    byId("heat-tools").hidden = !on || !this.explained;
     spans.forEach((span, i) => this.#colour(span, values[i]));
     this.#showLegend();
   }

@@ -1,14 +1,16 @@
 /** Puts the page together. */
 
 import { Api } from "./api.js";
-import { Chat } from "./chat.js";
+import { Chat, sendOnEnter } from "./chat.js";
 import { Compare } from "./compare.js";
+import { ConversationList } from "./conversations.js";
 import { byId } from "./dom.js";
-import { conversationFile, download } from "./export.js";
+import { conversationFile, download, importFile } from "./export.js";
 import { follow } from "./follow.js";
 import { HeatMap } from "./heat.js";
 import { TradeOffMap } from "./map.js";
-import { hideError, hideUndo, showError, toast } from "./notices.js";
+import { History } from "./history.js";
+import { explained, hideError, hideUndo, showError, toast } from "./notices.js";
 import { bindNumber } from "./number.js";
 import { Popover } from "./popover.js";
 import { initialSettings, Store } from "./state.js";
@@ -25,6 +27,9 @@ const api = new Api(document.baseURI);
 /** @param {string} id */
 const field = (id) => /** @type {HTMLInputElement} */ (byId(id));
 
+/** Where a window remembers which conversation it shows, for a reload. */
+const OPEN = "genarm:open";
+
 /** The page with a model behind it. */
 class Page {
   /** @type {AbortController | null} */
@@ -36,32 +41,24 @@ class Page {
     this.store = new Store(initialSettings(description));
     this.heat = new HeatMap(this.store, description);
     this.popover = new Popover(byId("popover"), byId("main"));
-    const writer = new Writer(
-      api,
-      description.return_rewards,
-      (span) => this.heat.paint(span),
-      () => this.again(),
-    );
-    this.chat = new Chat(byId("turns"), description.model, this.store, writer);
-    this.compare = new Compare(byId("comparisons"), description, this.store, writer);
+    const writer = new Writer(api, description.return_rewards, (span) => this.heat.paint(span));
+    const desk = {
+      run: (/** @type {(signal: AbortSignal) => Promise<void>} */ task) => this.run(task),
+      stop: () => this.#running?.abort(),
+      shown: () => this.#shown(),
+    };
+    this.history = new History(() => this.#showList(), toast);
+    this.chat = new Chat(byId("turns"), description.model, this.store, writer, this.history, desk);
+    this.compare = new Compare(byId("comparisons"), description, this.store, writer, desk);
+    this.list = new ConversationList(byId("list"), {
+      open: (id) => this.open(id),
+      rename: (id, title) => this.rename(id, title),
+      remove: (id) => this.remove(id),
+    });
     byId("model").textContent = description.model;
     document.title = `${description.model} · genarm`;
-    // A base alone is served as well, and may take wishes all the same.
-    byId("steering").hidden = description.data.length === 0 && !description.request_wishes;
+    buildSettings(this.store, description);
     if (!description.return_rewards) showUnexplained();
-    byId("presets").hidden = description.data.length === 0;
-    buildPresets(byId("presets"), this.store, description);
-    buildWeights(byId("weights"), this.store, description);
-    if (description.request_wishes) {
-      const form = /** @type {HTMLFormElement} */ (byId("wish-form"));
-      buildWishes(byId("wishes"), form, this.store, description);
-    }
-    buildDial(field("budget"), byId("budget-says"), this.store, description);
-    if (description.data.length > 1) {
-      byId("trade-off").hidden = false;
-      new TradeOffMap(byId("map"), byId("axes"), this.store, description);
-    }
-    bindSampling(this.store);
     bindRadios("modes", (mode) => this.store.set({ mode, side: "b" }));
     bindRadios("sides", (side) => this.store.set({ side }));
     field("control").addEventListener("change", () => this.store.set({ control: field("control").checked }));
@@ -69,62 +66,89 @@ class Page {
     this.store.watch(["busy"], showBusy);
     /** @type {HTMLButtonElement} */ (byId("send")).disabled = false;
     this.#bindComposer();
-    byId("stop").addEventListener("click", () => this.#running?.abort());
+    byId("stop").addEventListener("click", desk.stop);
     byId("clear").addEventListener("click", () => this.clear());
     byId("export").addEventListener("click", () => this.export());
+    byId("import").addEventListener("click", () => field("file").click());
+    field("file").addEventListener("change", () => this.import());
+    window.addEventListener("pagehide", () => this.store.value.busy && this.chat.keep());
+    this.#reopen();
   }
 
   #bindComposer() {
-    const message = field("message");
-    byId("composer").addEventListener("submit", (event) => {
+    const message = /** @type {HTMLTextAreaElement} */ (byId("message"));
+    const composer = /** @type {HTMLFormElement} */ (byId("composer"));
+    composer.addEventListener("submit", (event) => {
       event.preventDefault();
       const prompt = message.value.trim();
       if (!prompt || this.store.value.busy) return;
       message.value = "";
-      this.send(prompt);
+      const view = this.store.value.mode === "chat" ? this.chat : this.compare;
+      this.run((signal) => view.send(prompt, signal));
     });
-    message.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-      event.preventDefault();
-      /** @type {HTMLFormElement} */ (byId("composer")).requestSubmit();
-    });
+    sendOnEnter(message, composer);
   }
 
-  /** @param {string} prompt */
-  async send(prompt) {
-    const view = this.store.value.mode === "chat" ? this.chat : this.compare;
-    this.#running = new AbortController();
+  /**
+   * Have something written, the one thing that is.
+   * @param {(signal: AbortSignal) => Promise<void>} task
+   */
+  async run(task) {
+    const running = new AbortController();
+    this.#running = running;
     this.store.set({ busy: true });
     hideError();
     hideUndo();
     const unfollow = follow(byId("scroller"));
     try {
-      await view.send(prompt, this.#running.signal);
+      await task(running.signal);
     } finally {
-      this.store.set({ busy: false });
+      if (this.#running === running) this.store.set({ busy: false });
       this.heat.repaint();
       unfollow();
     }
   }
 
-  /** Write the last reply of the conversation again, with the present settings. */
-  again() {
-    if (this.store.value.busy) return;
+  /** Begin a new conversation, or another page of comparisons. */
+  clear() {
+    const chatting = this.store.value.mode === "chat";
+    const view = chatting ? this.chat : this.compare;
+    if (!view.empty) {
+      const restore = this.#leave(() => (chatting ? this.chat.begin() : this.compare.clear()));
+      toast(chatting ? "A new conversation" : "Comparisons cleared", () => this.#leave(restore));
+    }
+    closeDrawers();
     byId("message").focus();
-    this.send(this.chat.takeBack());
   }
 
-  clear() {
-    this.#running?.abort();
-    const view = this.store.value.mode === "chat" ? this.chat : this.compare;
-    if (view.empty) return;
-    this.popover.hide();
-    const restore = view.clear();
-    toast(view === this.chat ? "Conversation cleared" : "Comparisons cleared", () => {
-      restore();
-      this.heat.repaint();
+  /** @param {string} id of a conversation in the list */
+  open(id) {
+    const conversation = this.history.get(id);
+    if (conversation && id !== this.chat.id) this.#leave(() => this.chat.open(conversation));
+    this.store.set({ mode: "chat" });
+    closeDrawers();
+    byId("scroller").scrollTo({ top: byId("scroller").scrollHeight, behavior: "instant" });
+  }
+
+  /**
+   * @param {string} id
+   * @param {string} title
+   */
+  rename(id, title) {
+    const conversation = this.history.get(id);
+    if (conversation) this.history.put({ ...conversation, title });
+    else this.#showList(); // another window has deleted it
+  }
+
+  /** @param {string} id */
+  remove(id) {
+    const restore = id === this.chat.id ? this.#leave(() => this.chat.begin()) : () => {};
+    const conversation = this.history.get(id);
+    this.history.remove(id);
+    toast(`“${conversation.title}” is deleted`, () => {
+      this.history.put(conversation);
+      this.#leave(restore);
     });
-    byId("message").focus();
   }
 
   export() {
@@ -133,6 +157,92 @@ class Page {
     const file = conversationFile(this.description, this.store.value, this.chat.record, this.compare.record, now);
     download(`conversation-${now.toISOString().slice(0, 19).replaceAll(":", "")}.json`, file);
   }
+
+  async import() {
+    const [file] = field("file").files;
+    try {
+      const conversation = await importFile(file);
+      hideError();
+      this.history.put(conversation);
+      this.open(conversation.id);
+      toast(`“${conversation.title}” is imported`);
+    } catch (error) {
+      showError(error.message);
+    } finally {
+      field("file").value = ""; // so that the same file can be chosen again
+    }
+  }
+
+  /**
+   * Do what puts other turns on the page.
+   * @template T
+   * @param {() => T} action
+   */
+  #leave(action) {
+    this.#running?.abort();
+    const done = action();
+    hideUndo();
+    this.#shown();
+    this.#showList();
+    return done;
+  }
+
+  #shown() {
+    this.popover.hide();
+    this.heat.repaint();
+  }
+
+  /** After a reload, what this window showed. */
+  #reopen() {
+    const conversation = this.history.get(remembered());
+    if (conversation) this.open(conversation.id);
+    else this.#showList();
+  }
+
+  #showList() {
+    this.list.show(this.history.list, this.chat.id);
+    byId("none").hidden = this.history.list.length > 0;
+    remember(this.chat.id);
+  }
+}
+
+function remembered() {
+  try {
+    return sessionStorage.getItem(OPEN) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+/** @param {string} id */
+function remember(id) {
+  try {
+    sessionStorage.setItem(OPEN, id);
+  } catch {
+    // The browser keeps nothing for this page.
+  }
+}
+
+/**
+ * @param {Store} store
+ * @param {Description} description
+ */
+function buildSettings(store, description) {
+  // A base alone is served as well, and may take wishes all the same.
+  byId("steering").hidden = description.data.length === 0 && !description.request_wishes;
+  byId("presets").hidden = description.data.length === 0;
+  buildPresets(byId("presets"), store, description);
+  buildWeights(byId("weights"), store, description);
+  if (description.request_wishes) {
+    const form = /** @type {HTMLFormElement} */ (byId("wish-form"));
+    buildWishes(byId("wishes"), form, store, description);
+  }
+  buildDial(field("budget"), byId("budget-says"), store, description);
+  if (description.data.length > 1) {
+    byId("trade-off").hidden = false;
+    new TradeOffMap(byId("map"), byId("axes"), store, description);
+  }
+  bindSampling(store);
 }
 
 /** @param {Store} store */
@@ -143,7 +253,9 @@ function bindSampling(store) {
       write: (value) => store.set({ sampling: { ...store.value.sampling, [name]: value } }),
     });
   }
-  field("system").value = store.value.system;
+  store.watch(["system"], ({ system }) => {
+    if (field("system").value.trim() !== system) field("system").value = system;
+  });
   field("system").addEventListener("input", () => store.set({ system: field("system").value.trim() }));
 }
 
@@ -177,18 +289,32 @@ function showBusy({ busy }) {
 
 /** Without the models' own numbers there is nothing to colour, and less to see behind a token. */
 function showUnexplained() {
-  byId("tools").hidden = true;
-  byId("inspect").textContent = "to see how likely it was.";
+  byId("heat-label").textContent = "Tokens";
+  byId("inspect").textContent = "The tokens of a reply say how likely each of them was.";
 }
 
-/** On a phone the settings lie over the conversation. */
-function bindDrawer() {
-  const [opener, closer, drawer] = [byId("open-settings"), byId("close-settings"), byId("settings")];
+/** Where there is no room for the conversations or the settings, they lie over the page. */
+function bindDrawers() {
+  for (const name of ["conversations", "settings"]) bindDrawer(byId(`open-${name}`), byId(`close-${name}`), byId(name));
+}
+
+function closeDrawers() {
+  for (const drawer of document.querySelectorAll(".drawer.open .close")) /** @type {HTMLElement} */ (drawer).click();
+}
+
+/**
+ * @param {HTMLElement} opener
+ * @param {HTMLElement} closer
+ * @param {HTMLElement} drawer
+ */
+function bindDrawer(opener, closer, drawer) {
   /** @param {boolean} open */
   const show = (open) => {
     drawer.classList.toggle("open", open);
     opener.setAttribute("aria-expanded", String(open));
-    byId("bar").inert = byId("main").inert = open;
+    for (const other of document.body.children) {
+      if (other !== drawer && other.matches("header, main, nav, aside")) /** @type {HTMLElement} */ (other).inert = open;
+    }
     (open ? closer : opener).focus();
   };
   opener.addEventListener("click", () => show(true));
@@ -209,13 +335,13 @@ async function connect() {
     new Page(description);
     return true;
   } catch (error) {
-    showError(error);
+    showError(explained(error));
     return false;
   }
 }
 
 function start() {
-  bindDrawer();
+  bindDrawers();
   let connected = connect();
   byId("connection").addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -4,6 +4,7 @@ import { ApiError } from "./api.js";
 import { byId, element } from "./dom.js";
 
 const TOAST_MS = 6000;
+const UNDO_MS = 12_000;
 const UNAUTHORISED = 401;
 const MANY_REQUESTS = 429;
 
@@ -12,19 +13,27 @@ let fading;
 let undoable = false;
 
 /**
- * Say what went wrong, in the server's words. What is no error of the API's is a mistake in what was received.
- * @param {unknown} error
+ * Say what went wrong with the page as a whole; a reply's errors stand where the reply does.
+ * @param {string} message
  */
-export function showError(error) {
-  const known = error instanceof ApiError;
-  if (!known) console.error(error);
-  const message = known ? error.message : "The page cannot make sense of what it received. Reload it and try again";
+export function showError(message) {
   const banner = byId("banner");
   banner.replaceChildren(
-    element("p", {}, [message, ...advice(error)].map(sentence).join(" ")),
+    element("p", {}, sentence(message)),
     element("button", { type: "button", onclick: hideError }, "Dismiss"),
   );
   banner.hidden = false;
+}
+
+/**
+ * What went wrong, in the server's words. What is no error of the API's is a mistake in what was received.
+ * @param {unknown} error
+ */
+export function explained(error) {
+  const known = error instanceof ApiError;
+  if (!known) console.error(error);
+  const message = known ? error.message : "The page cannot make sense of what it received. Reload it and try again";
+  return [message, ...advice(error)].map(sentence).join(" ");
 }
 
 export function hideError() {
@@ -61,7 +70,7 @@ export function toast(message, undo) {
     box.append(element("button", { type: "button", onclick: back }, "Undo"));
   }
   clearTimeout(fading);
-  fading = setTimeout(hideToast, TOAST_MS);
+  fading = setTimeout(hideToast, undo ? UNDO_MS : TOAST_MS);
 }
 
 function hideToast() {

@@ -39,6 +39,19 @@ export function makeRequest(model, messages, { weights, wishes, max_kl }, sampli
 }
 
 /**
+ * The settings that a request had, but for its seed: for another reply of the same kind.
+ * @param {Request} request
+ * @returns {{steering: import("./state.js").Steering, sampling: Sampling}}
+ */
+export function settingsOf({ reward_weights, wishes = [], max_kl = null, temperature, top_p, max_tokens = null }) {
+  const own = Object.fromEntries(wishes.map(({ text, weight }) => [quoted(text), weight]));
+  return {
+    steering: { weights: { ...reward_weights, ...own }, wishes: wishes.map(({ text }) => text), max_kl },
+    sampling: { temperature, top_p, max_tokens, seed: null },
+  };
+}
+
+/**
  * @param {string} system the system message, or nothing
  * @returns {Message[]}
  */

@@ -1,8 +1,9 @@
 /** Has the server write a reply, shows it as it comes, and offers what can be done with it. */
 
+import { ApiError } from "./api.js";
 import { copy } from "./clipboard.js";
-import { element } from "./dom.js";
-import { showError } from "./notices.js";
+import { quiet } from "./dom.js";
+import { explained } from "./notices.js";
 import { Reply } from "./reply.js";
 import { asCurl, asPython, streamed } from "./request.js";
 import { tokensOf } from "./tokens.js";
@@ -17,15 +18,13 @@ import { tokensOf } from "./tokens.js";
 export class Writer {
   /**
    * @param {Api} api
-   * @param {boolean} explained whether the server can say what the base and each reward make of a token
+   * @param {boolean} explains whether the server can say what the base and each reward make of a token
    * @param {(span: HTMLElement) => void} paint colours a new token
-   * @param {() => void} again writes the last reply of the conversation again
    */
-  constructor(api, explained, paint, again) {
+  constructor(api, explains, paint) {
     this.api = api;
-    this.explained = explained;
+    this.explains = explains;
     this.paint = paint;
-    this.again = again;
   }
 
   /**
@@ -37,7 +36,7 @@ export class Writer {
   }
 
   /**
-   * Fill the reply. What goes wrong is said in the banner, and what had arrived stays.
+   * Fill the reply. What goes wrong is said where it stands, and what had arrived stays.
    * @param {Reply} reply
    * @param {AbortSignal} signal
    * @param {Announcer} [announcer]
@@ -46,8 +45,8 @@ export class Writer {
     try {
       reply.end(await this.#pump(reply, signal, announcer));
     } catch (error) {
-      reply.end(signal.aborted ? "stopped" : "failed");
-      if (!signal.aborted) showError(error);
+      if (signal.aborted) reply.end("stopped");
+      else reply.end("failed", { failure: explained(error), code: error instanceof ApiError ? error.code : "" });
     }
     announcer?.end();
   }
@@ -61,7 +60,7 @@ export class Writer {
   async #pump(reply, signal, announcer) {
     /** @type {Ending} */
     let ending = "stop";
-    for await (const chunk of this.api.chat(streamed(reply.request, this.explained), signal)) {
+    for await (const chunk of this.api.chat(streamed(reply.request, this.explains), signal)) {
       reply.kl = chunk.usage?.kl ?? reply.kl;
       for (const choice of chunk.choices) {
         const text = choice.delta?.content ?? "";
@@ -75,25 +74,16 @@ export class Writer {
 
   /**
    * @param {Reply} reply
-   * @param {boolean} again whether it can be written again
+   * @param {...HTMLElement} more beside what can be copied
    */
-  offer(reply, again) {
+  offer(reply, ...more) {
     const { request, text } = reply;
     const { root, key } = this.api;
     reply.offer(
-      ...(text ? [button("Copy", () => copy(text, "Reply copied"), "Copy the reply")] : []),
-      button("curl", () => copy(asCurl(request, root, key !== ""), "curl command copied"), "Copy the request as curl"),
-      button("Python", () => copy(asPython(request, root, key !== ""), "Python copied"), "Copy the request as Python"),
-      ...(again ? [button("Try again", this.again, "Try again: write this reply again with the present settings")] : []),
+      ...(text ? [quiet("Copy", () => copy(text, "Reply copied"), "Copy the reply")] : []),
+      quiet("curl", () => copy(asCurl(request, root, key !== ""), "curl command copied"), "Copy the request as curl"),
+      quiet("Python", () => copy(asPython(request, root, key !== ""), "Python copied"), "Copy the request as Python"),
+      ...more,
     );
   }
-}
-
-/**
- * @param {string} label
- * @param {() => void} action
- * @param {string} name what it does, in full
- */
-function button(label, action, name) {
-  return element("button", { type: "button", class: "quiet", "aria-label": name, onclick: action }, label);
 }
