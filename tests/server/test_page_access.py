@@ -61,9 +61,9 @@ def test_axe_finds_nothing_in_any_state(server: Running, open_page: Opener, size
     check(page, "a message is edited")
     page.get_by_label("Edited message").press("Escape")
     page.unroute("**/chat/completions")
-    send(page, "w1 " * 100)
+    send(page, "w1 " * 200)
     expect(page.get_by_role("button", name="Leave out")).to_have_count(0)  # that message alone is too long
-    send(page, "w1 " * 40)
+    send(page, "w1 " * 75)
     expect(page.get_by_role("button", name="Leave out the oldest turn and try again")).to_be_visible()
     check(page, "errors, and a full context")
     page.get_by_role("button", name="Leave out the oldest turn and try again").click()
@@ -73,10 +73,10 @@ def test_axe_finds_nothing_in_any_state(server: Running, open_page: Opener, size
     check(page, "turns left out, the heat map, what stands behind a token")
     page.keyboard.press("Escape")
     if size == PHONE:
-        page.get_by_role("button", name="Settings").click()
+        page.get_by_role("button", name="Settings", exact=True).click()
         check(page, "settings")
         page.get_by_role("button", name="Done").click()
-        page.get_by_role("button", name="Conversations").click()
+        page.get_by_role("button", name="Conversations", exact=True).click()
     page.locator(".conversation").first.hover()
     check(page, "the list of conversations")
     page.get_by_role("button", name="Rename").first.click()
@@ -125,7 +125,7 @@ def test_the_focus_can_be_seen_wherever_it_goes(server: Running, open_page: Open
             }"""
         )
         reached.add(name)
-        if not seen and name != "genarm":
+        if not seen and not name.startswith(("genarm", "Skip")):  # the document itself; a link that then appears
             unseen.append(name)
     assert unseen == []
     assert {"Edit the message, and go on from there", "Copy the code", "Code, python", "Table", "import"} <= reached

@@ -246,6 +246,7 @@ export class Chat {
     const form = element(
       "form",
       { class: "edit" },
+      element("h3", { class: "hidden" }, "You"),
       field,
       element(
         "div",

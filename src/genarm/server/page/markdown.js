@@ -9,7 +9,7 @@ import { mend } from "./mend.js";
 import markdownIt from "./vendor/markdown-it.min.js";
 
 /**
- * @typedef {{type: string, tag: string, content: string, info: string, nesting: number, level: number,
+ * @typedef {{type: string, tag: string, hidden: boolean, content: string, info: string, nesting: number, level: number,
  *   map: [number, number] | null, children: Token[] | null, attrGet: (name: string) => string | null}} Token of the parser
  * @typedef {{line: number, end: number, tokens: Token[]}} Block at the top level, with its first line and the one after it
  */
@@ -127,6 +127,7 @@ function build(tokens, root) {
     const at = around.at(-1);
     if (token.nesting < 0) around.pop();
     else if (token.nesting === 0) leaf(token, at);
+    else if (token.hidden) around.push(at); // a paragraph of a list without empty lines
     else {
       const node = opened(token);
       at.appendChild(node);

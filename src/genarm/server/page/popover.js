@@ -34,9 +34,10 @@ export class Popover {
     area.addEventListener("click", (event) => this.#click(spanAt(event)));
     area.addEventListener("pointerout", (event) => spanAt(event) && this.#leave());
     area.addEventListener("focusin", (event) => this.#focus(spanAt(event)));
-    area.addEventListener("focusout", (event) => this.#blur(spanAt(event)));
+    area.addEventListener("focusout", (event) => this.#blur(spanAt(event), event.relatedTarget));
     area.addEventListener("keydown", (event) => walk(event, spanAt(event)));
     box.addEventListener("pointerenter", () => clearTimeout(this.#leaving));
+    box.addEventListener("focusout", () => this.#leave());
     box.addEventListener("pointerleave", () => this.#leave());
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.hide());
     area.addEventListener("scroll", () => this.#scrolled(), { capture: true, passive: true });
@@ -68,7 +69,7 @@ export class Popover {
   }
 
   get #kept() {
-    return this.#anchor !== null && this.#anchor === document.activeElement;
+    return this.#anchor !== null && [this.#anchor, this.box].includes(/** @type {any} */ (document.activeElement));
   }
 
   /** With the focus it stays beside its token; a pointer's token has gone from under the pointer. */
@@ -95,11 +96,14 @@ export class Popover {
     this.#show(span);
   }
 
-  /** @param {HTMLElement | null} span */
-  #blur(span) {
+  /**
+   * @param {HTMLElement | null} span
+   * @param {EventTarget | null} to what has the focus now: the popover may have it, to be scrolled with the keys
+   */
+  #blur(span, to) {
     if (!span) return;
     span.removeAttribute("aria-describedby");
-    if (span === this.#anchor && !this.box.matches(":hover")) this.hide(); // to select what it says
+    if (span === this.#anchor && to !== this.box && !this.box.matches(":hover")) this.hide(); // to select what it says
   }
 
   /** @param {HTMLElement | null} span */
