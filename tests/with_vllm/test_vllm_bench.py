@@ -23,6 +23,7 @@ from genarm.lab.bench.vllm_engine import remote_engine
 from genarm.lab.bench.vllm_models import write_entries
 
 
+@pytest.mark.slow
 def test_a_contestant_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Its replies are those of transformers; its rate is taken from the steps that it tells."""
     settings = VllmSettings(base_shape="tiny", dtype="float32", eager=True, tokens=8, streams=(1, 3))
