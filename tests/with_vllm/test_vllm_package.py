@@ -12,13 +12,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-vllm installs it")
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm.config import ModelConfig
 from vllm.plugins import load_general_plugins
 
 from builders.guided_vllm import folder, members
 from builders.tiny import tiny_lora
+from genarm.errors import UnsupportedError
 from genarm.vllm import VERSIONS, check_version, register, vllm_version
+from genarm.vllm.config import ServedConfig
+from genarm.vllm.interface import missing
 
 
 def test_vllm_finds_the_plug_in() -> None:
@@ -46,6 +49,29 @@ except Exception as error:
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("REFUSED")]
     assert "guides models inside vLLM 0.98 and 0.99; vLLM " in line, run.stdout
     assert "install vllm==0.99.*" in line
+
+
+def test_all_that_is_touched_is_there() -> None:
+    assert missing() == []
+
+
+def test_a_later_version_is_taken_with_a_warning_while_nothing_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guided = folder(tmp_path, members(tmp_path), {"helpful": "lora"})
+    monkeypatch.setattr("genarm.vllm.VERSIONS", ("0.1", "0.2"))
+    try:
+        register()
+        with pytest.warns(UserWarning, match=r"newer than those that guided models were tried with"):
+            config = AutoConfig.from_pretrained(guided)
+        assert isinstance(config, ServedConfig)
+        assert config.trunks
+        monkeypatch.setattr("genarm.vllm.interface.missing", lambda: ["vllm.gone", "vllm.lost"])
+        with pytest.raises(UnsupportedError, match=r"which has no vllm.gone and 1 more .* install vllm==0.2.\*"):
+            AutoConfig.from_pretrained(guided)
+    finally:
+        monkeypatch.undo()
+        register()
 
 
 def test_what_vllm_compiled_for_another_shape_is_not_used_again(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ vLLM about the members, `weights` takes each request's reward weights, `model` r
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from genarm.errors import UnsupportedError
 
@@ -20,39 +23,66 @@ VERSIONS = ("0.31", "0.32")
 def register() -> None:
     """Teach vLLM guided folders; may be called again.
 
-    With a version of vLLM that is not supported, opening a guided folder fails with one line that says so; other
+    With a version of vLLM in which they cannot run, opening a guided folder fails with one line that says so; other
     models are not touched.
     """
     from transformers import AutoConfig
 
     from genarm.vllm.refusal import RefusedConfig
 
-    try:
-        check_version()
-    except UnsupportedError:
+    if _is_older():
         AutoConfig.register("guided", RefusedConfig, exist_ok=True)
         return
     from vllm import ModelRegistry
 
     from genarm.vllm.config import ServedConfig, install_checks
 
-    AutoConfig.register("guided", ServedConfig, exist_ok=True)
+    try:
+        install_checks()
+    except ImportError:  # of a later vLLM, which has it elsewhere
+        AutoConfig.register("guided", RefusedConfig, exist_ok=True)
+        return
+    AutoConfig.register("guided", ServedConfig if is_tried() else _untried(), exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
-    install_checks()
 
 
 def check_version() -> None:
-    """Whether the installed vLLM is one of `VERSIONS`.
+    """Whether guided models run in the installed vLLM: one of `VERSIONS`, or a later one that has all that it takes.
+
+    A later one is asked for everything that the plug-in touches, for which its modules are imported.
 
     Raises:
-        UnsupportedError: it is another one.
+        UnsupportedError: it is older, or lacks something.
     """
-    found = vllm_version()
-    if ".".join((found or "").split(".")[:2]) not in VERSIONS:
-        raise UnsupportedError(
-            f"genarm {version('genarm')} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {found} is "
-            f"installed: install vllm=={VERSIONS[-1]}.*"
-        )
+    if is_tried():
+        return
+    ours = f"genarm {version('genarm')} guides models inside vLLM {' and '.join(VERSIONS)}; vLLM {vllm_version()} is"
+    if _is_older():
+        raise UnsupportedError(f"{ours} installed: install vllm=={VERSIONS[-1]}.*")
+    from genarm.vllm.interface import missing
+
+    if gone := missing():
+        more = f" and {len(gone) - 1} more of what the plug-in uses" if len(gone) > 1 else ""
+        raise UnsupportedError(f"{ours} installed, which has no {gone[0]}{more}: install vllm=={VERSIONS[-1]}.*")
+
+
+def is_tried() -> bool:
+    """Whether the installed vLLM is one of `VERSIONS`."""
+    return ".".join((vllm_version() or "").split(".")[:2]) in VERSIONS
+
+
+def _is_older() -> bool:
+    """Whether it is from before `VERSIONS`, or none that says its version."""
+    try:
+        return not is_tried() and Version(vllm_version() or "0") < Version(VERSIONS[-1])
+    except InvalidVersion:
+        return True
+
+
+def _untried() -> Any:
+    from genarm.vllm.refusal import UntriedConfig
+
+    return UntriedConfig
 
 
 def vllm_version() -> str | None:
