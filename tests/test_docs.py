@@ -9,6 +9,9 @@ from typing import get_args, get_type_hints
 
 import command_docs
 import pytest
+import site_pages
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 from genarm.cli.main import build_parser
 from genarm.lab.evaluation.recipe import Claim
@@ -39,6 +42,37 @@ def test_shown_commands_parse(page: Path) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] == ["genarm"]:
                 parser.parse_args(words[1:])
+
+
+def test_the_site_has_no_dead_link_and_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENARM_SOURCE", "https://example.org/genarm/blob/main")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    shown = {path.stem for path in ROOT.glob("docs/*.md")} | {"index", "results", "404"}
+    assert {name.removesuffix(".html") for name in pages} == shown
+    fetched = r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+    assert not [found for text in pages.values() for found in re.findall(fetched, text)]
+    styles = "".join(path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.css"))
+    assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", styles)
+    assert 'href="https://example.org/genarm/blob/main/src/genarm"' in pages["architecture.html"]
+    assert 'href="results.html#comparisons"' in pages["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "shown"),
+    [
+        ("vllm.md", "[figures](../benchmarks/RESULTS.md#vllm)", "[figures](results.md#vllm)"),
+        ("results.md", "[how](../docs/evaluation.md)", "[how](evaluation.md)"),
+        ("index.md", "![a picture](docs/demo.png)", "![a picture](demo.png)"),
+        ("index.md", "[it](docs/how-it-works.md) [engine](#engine)", "[it](how-it-works.md) [engine](#engine)"),
+        ("vllm.md", "[the front page](../README.md)", "[the front page](index.md)"),
+        ("server.md", "[`combine`](../src/genarm/model/combine.py)", "`combine`"),
+        ("server.md", "[gone](../src/nothing.py)", "[gone](../src/nothing.py)"),
+        ("server.md", "[paper](https://arxiv.org/abs/2410.08193)", "[paper](https://arxiv.org/abs/2410.08193)"),
+    ],
+)
+def test_links_fit_the_site(page: str, written: str, shown: str) -> None:
+    assert site_pages.turned(written, page, "") == shown
 
 
 def test_the_command_page_is_up_to_date() -> None:
