@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -109,3 +110,25 @@ def test_the_page_of_the_architecture_names_what_is_there() -> None:
     assert top <= named
     picture = set(re.findall(r"[a-z_]+(?:/|\.py)", text.split("```text")[1].split("```")[0]))
     assert picture == top
+
+
+def _said(path: Path) -> str:
+    """All texts of a source file, with … for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n".join(found)
+
+
+def test_what_the_page_of_refusals_quotes_is_still_said() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")]
+    quotes = [quote for cells in rows for quote in re.findall(r"`([^`]+)`", " ".join(cells[:-1]))]
+    assert len(quotes) > 100
+    sources = [_said(path) for path in (ROOT / "src" / "genarm").rglob("*.py")]
+    for quote in quotes:
+        parts = [part.strip() for part in quote.split("…") if part.strip()]
+        assert any(all(part in source for part in parts) for source in sources), f"nothing says {quote!r} any more"
