@@ -19,6 +19,7 @@ from builders.toy_training import run, toy_preferences, write_toy
 from genarm.data.formats.base import Preference
 from genarm.data.tokens import TokenPair, tokenize
 from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraError
+from genarm.training.arguments import one_gpu_each
 from genarm.training.config import TrainConfig, make_config, to_toml
 from genarm.training.data import evaluation_plan
 from genarm.training.run import train
@@ -355,3 +356,12 @@ def test_a_model_that_cannot_read_packed_pairs_says_so(tmp_path: Path) -> None:
     train(make_config({**settings, "max_steps": 1}), console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("note: pairs are not packed, which this model cannot read (it takes no positions): ") == 1
+
+
+def test_one_gpu_for_each_process(tmp_path: Path) -> None:
+    """Of several, transformers would split the batch by the first axis of each tensor."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    assert one_gpu_each(arguments).n_gpu == 0
+    arguments._n_gpu = 4
+    assert arguments.train_batch_size == 12
+    assert (one_gpu_each(arguments).n_gpu, arguments.train_batch_size) == (1, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from transformers import TrainingArguments
@@ -17,6 +17,19 @@ LOG_ENTRIES = 200
 
 # A number of steps that no run has: what is done so often is done at the end alone.
 NEVER = 1 << 40
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def one_gpu_each(arguments: Arguments) -> Arguments:
+    """`arguments` with one GPU for this process, however many there are.
+
+    Of several, transformers would make one model each and split every tensor of a batch along its first axis; that of
+    packed tokens is of rows, and that of their places is of pairs.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def training_options(config: TrainConfig, folder: RunFolder, *, evaluations: int, resuming: bool) -> dict[str, Any]:

@@ -45,9 +45,12 @@ class Arm(Kind):
         """An `ArmTrainer`, or what `trainer_class` says."""
         from transformers import TrainingArguments
 
+        from genarm.training.arguments import one_gpu_each
         from genarm.training.loading import load_model
 
-        arguments = TrainingArguments(**setup.options)  # first: DeepSpeed splits the weights while they are loaded
+        arguments = one_gpu_each(
+            TrainingArguments(**setup.options)
+        )  # first: DeepSpeed splits the weights while they are loaded
         return self.trainer_class()(
             load_model(setup.config, setup.tokenizer),
             arguments,

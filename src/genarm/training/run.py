@@ -107,6 +107,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     trainer = _make_trainer(config, kind, tokenizer, data, folder, console, resuming=checkpoint is not None)
     console.print(_model_line(config, trainer), highlight=False, markup=False, soft_wrap=True)
+    if process.num_processes == 1 and process.device.type == "cuda" and (gpus := torch.cuda.device_count()) > 1:
+        all_of_them = f"accelerate launch --num_processes {gpus} -m genarm train …"
+        console.print(f"note: one of {gpus} GPUs is used; all are with: {all_of_them}", highlight=False, markup=False)
 
     if isinstance(trainer, ArmTrainer):
         try:

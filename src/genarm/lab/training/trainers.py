@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, EvalPrediction, Trainer
 
 from genarm.errors import ConfigError, GenarmError
+from genarm.training.arguments import one_gpu_each
 from genarm.training.config import TrainConfig
 from genarm.training.kinds import Setup
 from genarm.training.loading import adapter_config, load_weights
@@ -141,12 +142,14 @@ def make_policy(
     def build() -> Made:
         return trainer(
             model=model,
-            args=arguments(
-                **setup.options,
-                **_reference_options(config),
-                beta=config.resolved_beta,
-                disable_dropout=True,
-                **options,
+            args=one_gpu_each(
+                arguments(
+                    **setup.options,
+                    **_reference_options(config),
+                    beta=config.resolved_beta,
+                    disable_dropout=True,
+                    **options,
+                )
             ),
             train_dataset=dataset(data.training),
             eval_dataset=dataset(data.held_out) if data.held_out else None,

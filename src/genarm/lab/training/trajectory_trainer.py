@@ -23,6 +23,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from genarm.data.tokens import TokenPair
 from genarm.lab.training.trainers import PairBaseline, TranslatedLog, make, pair_metrics_of
+from genarm.training.arguments import one_gpu_each
 from genarm.training.kinds import Setup
 from genarm.training.loading import add_adapter, load_weights
 from genarm.training.reader import Batch
@@ -65,7 +66,7 @@ def make_trainer(setup: Setup) -> TrajectoryTrainer:
     def build() -> TrajectoryTrainer:
         return TrajectoryTrainer(
             model=model,
-            args=RewardConfig(**setup.options, max_length=None, disable_dropout=False),
+            args=one_gpu_each(RewardConfig(**setup.options, max_length=None, disable_dropout=False)),
             train_dataset=_dataset(data.training),
             eval_dataset=_dataset(data.held_out) if data.held_out else None,
             processing_class=tokenizer,
