@@ -19,7 +19,15 @@ from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.demo import DemoOptions
 from genarm.cli.eval import EvalOptions
 from genarm.cli.main import VERBS, build_parser
-from genarm.cli.options import DraftOptions, ModelOptions, PromptOptions, ReadingOptions, TemplateOptions, WishOptions
+from genarm.cli.options import (
+    DraftOptions,
+    ModelOptions,
+    PromptOptions,
+    PushOptions,
+    ReadingOptions,
+    TemplateOptions,
+    WishOptions,
+)
 from genarm.cli.serve import ServeOptions
 from genarm.engine import EngineOptions
 from genarm.errors import ConfigError
@@ -35,7 +43,10 @@ from genarm.training.config import TrainConfig
 ENGINE = (EngineOptions, DraftOptions)
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "train": (),  # a file may have what the command line does not, so the parser itself knows no defaults
-    "compose": (),
+    "compose": (PushOptions,),
+    "show": (),
+    "merge": (ModelOptions, PromptOptions),
+    "push": (PushOptions,),
     "generate": (ModelOptions, WishOptions, PromptOptions, ReadingOptions, Sampling, Plan, *ENGINE),
     "chat": (ModelOptions, WishOptions, PromptOptions, ReadingOptions, chat._SAMPLING, Plan, *ENGINE),
     "score": (ModelOptions, WishOptions, PromptOptions, TemplateOptions),

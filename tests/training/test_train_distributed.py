@@ -118,6 +118,7 @@ def test_torchrun(settings: dict[str, Any], tmp_path: Path) -> None:
     _assert_same(tmp_path / "one", tmp_path / "two", file="adapter_model.safetensors", atol=2e-3)
 
 
+@pytest.mark.slow
 def test_fsdp_killed_and_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
     """A full ARM in halves, killed in its third step, continues to the weights of one process."""
     config = TrainConfig(**{**settings, **HALF, "output": tmp_path / "two"})

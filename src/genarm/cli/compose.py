@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a guided folder, or its hub id, to start from: its base, and its rewards with their weights",
     )
-    parser.add_argument(
-        "--drop", action="append", default=[], metavar="NAME", help="leave out a reward of --from; may be repeated"
-    )
+    parser.add_argument("--drop", action="append", metavar="NAME", help="leave out a reward of --from; may be repeated")
     parser.add_argument(
         "--reward",
         action="append",
@@ -111,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             _start(arguments),
             rewards,
             arguments.output,
-            drop=arguments.drop,
+            drop=arguments.drop or (),
             tuned=tuned,
             references=references,
             wishes=read_wishes(arguments.wish),
