@@ -28,7 +28,7 @@ from builders.methods import (
 )
 from builders.rewards import alone, score_alone, tiny_reward
 from builders.tiny import VOCAB_SIZE, save_member, tiny_lora, tiny_model, tiny_tokenizer
-from genarm.errors import ConfigError, UnsupportedError, VocabularyError, WeightsError
+from genarm.errors import ConfigError, MemberError, UnsupportedError, VocabularyError, WeightsError
 from genarm.lab.methods.best_of_n import BestOfN, kl_bound
 from genarm.lab.methods.interface import Meter
 from genarm.lab.methods.mod import mod
@@ -36,6 +36,7 @@ from genarm.lab.methods.models import Models
 from genarm.lab.methods.proxy_tuning import proxy_tuning
 from genarm.lab.methods.sample import POLICY, Sample
 from genarm.lab.replies import SampledReply, make_reply
+from genarm.model.compose import compose
 from genarm.model.modeling import GuidedForCausalLM
 from genarm.sampling import Sampling, derive_seed
 
@@ -430,8 +431,12 @@ def test_arms_are_rewards_of_replies(tmp_path: Path) -> None:
             for prompt, reply in zip(PROMPTS[:3], replies, strict=True)
         ]
         assert reward.score(PROMPTS[:3], replies) == pytest.approx(expected, abs=1e-4)
+        assert reward.passes == (1 if against is None else 2)
     with pytest.raises(VocabularyError, match="other tokens than the policy"):
         reward.check(tiny_tokenizer(words=[f"v{i}" for i in range(40)]))
+    compose(tmp_path / "start", {"one": tmp_path / "arm"}, tmp_path / "guided")
+    with pytest.raises(MemberError, match="is a guided folder, which is no reward of replies"):
+        models.reward_of_replies("@guided")
 
 
 def test_best_of_n_counts() -> None:

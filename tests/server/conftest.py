@@ -45,3 +45,20 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """A server of a tiny guided model; tests of others have their own."""
+    from builders.serving import running
+
+    with running() as served:
+        yield served
+
+
+@pytest.fixture
+def page(server: Any, open_page: Callable[..., Any]) -> Any:
+    """Its page, ready to be typed into."""
+    from builders.pages import ready
+
+    return ready(open_page(server.url))

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builders.pages import Opener, Page, answer, expect, finished, needs_chromium, ready, send, shown, watch
-from builders.serving import CONTEXT, Running, running
+from builders.serving import CONTEXT, Running
 
 pytestmark = needs_chromium
 
 KEY = "genarm:conversation:"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as served:
-        yield served
-
-
-@pytest.fixture
-def page(server: Running, open_page: Opener) -> Page:
-    return ready(open_page(server.url))
 
 
 def stored(page: Page) -> dict[str, Any]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
 
-import pytest
-
-from builders.pages import PAGE, Browser, Opener, Page, answer, expect, needs_chromium, ready, send, shown, token_view
-from builders.serving import Running, running
+from builders.pages import PAGE, Browser, Page, answer, expect, needs_chromium, send, shown, token_view
+from builders.serving import Running
 
 pytestmark = needs_chromium
 
@@ -17,17 +14,6 @@ RENDER = """async (texts) => {
     const { Prose } = await import("/assets/markdown.js");
     return texts.map((text) => { const prose = new Prose(); prose.show(text); return prose.element.innerHTML; });
 }"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as served:
-        yield served
-
-
-@pytest.fixture
-def page(server: Running, open_page: Opener) -> Page:
-    return ready(open_page(server.url))
 
 
 def rendered(page: Page, *texts: str) -> list[str]:

@@ -96,6 +96,11 @@ class TrajectoryReward:
         return trunk
 
     @property
+    def passes(self) -> int:
+        """Forwards that a score takes."""
+        return 1
+
+    @property
     def pad_id(self) -> int:
         """The id that is not read."""
         return int(self.model.config.get_text_config().pad_token_id)

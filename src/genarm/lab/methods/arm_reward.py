@@ -14,7 +14,7 @@ from genarm.sampling import Sampling
 
 
 class ArmReward:
-    """The reward of an ARM, as `genarm accuracy` measures it (GenARM, arXiv 2410.08193, equation 3)."""
+    """The reward of an ARM (GenARM, arXiv 2410.08193), over the ids that its tokenizer has."""
 
     def __init__(
         self,
@@ -38,6 +38,11 @@ class ArmReward:
         self.tokenizer = tokenizer
         self.label = label
         self._models = [Sample(one, tokenizer, Sampling()) for one in (model, start) if one is not None]
+
+    @property
+    def passes(self) -> int:
+        """Forwards that a score takes: one, and one of the start."""
+        return len(self._models)
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a policy with another vocabulary (raises VocabularyError)."""

@@ -78,8 +78,11 @@ class Models:
         """A classic reward model, or an ARM with what it is a difference to."""
         where = self.resolve(reference)
         adapter = (Path(where) / ADAPTER_FILE).exists()
-        if not adapter and is_classifier(open_files(where).config):
+        config = None if adapter else open_files(where).config
+        if is_classifier(config):
             return self.reward(reference)
+        if isinstance(config, GuidedConfig):
+            raise MemberError(f"{reference} is a guided folder, which is no reward of replies; name one of its rewards")
         hub = HubOptions()
         host = read_adapter_config(where, hub.common(), name=reference).base_model_name_or_path if adapter else where
         spec = MemberSpec(model=host, adapter=where if adapter else None)

@@ -23,7 +23,12 @@ from genarm.sampling import Sampling, stop_ids
 
 
 class RewardOfReplies(Protocol):
-    """Scores whole replies."""
+    """Scores whole replies, with so many `passes` through a model for each."""
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a model that a score takes."""
+        ...
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a policy with another vocabulary (raises VocabularyError)."""
@@ -68,7 +73,7 @@ class WeightedScores(Generic[R]):
         totals = [0.0] * len(replies)
         for name, reward, weight in self._parts:
             scores = reward.score(prompts, replies)
-            meter.add(name, forwards=len(replies), positions=positions)
+            meter.add(name, forwards=reward.passes * len(replies), positions=reward.passes * positions)
             totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
         return totals
 
