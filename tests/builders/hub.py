@@ -31,7 +31,7 @@ class Hub:
         repo = f"{body.get('organization') or 'me'}/{body['name']}"
         there = repo in self.repos
         self.repos.setdefault(repo, {})
-        if body.get("visibility") == "private" or body.get("private"):
+        if not there and (body.get("visibility") == "private" or body.get("private")):
             self.private.add(repo)
         found = {"url": f"{self.url}/{repo}", "name": repo, "id": repo}
         return (409 if there else 200), found

@@ -159,3 +159,14 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     assert err.startswith(f"genarm push: error: cannot push '{root / 'guided'}' to 'me/guided' at {hub.url}: ")
     assert "401" in err
     assert err.count("\n") == 1
+
+
+def test_nothing_private_goes_into_a_repository_that_is_open(
+    root: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repos["me/open"] = {"README.md": b"mine"}
+    assert main(["push", str(root / "guided"), "me/open", "--private"]) == 2
+    assert "me/open is there already and open to everybody" in capsys.readouterr().err
+    assert hub.repos["me/open"] == {"README.md": b"mine"}
+    assert main(["push", str(root / "guided"), "me/open"]) == 0
+    assert "config.json" in hub.repos["me/open"]

@@ -54,12 +54,13 @@ def publish(
     Args:
         folder: a guided folder.
         repo: OWNER/NAME, or NAME for the owner of the token; made where it does not exist.
-        private: whether a new repository is; by default as the owner's account has it.
+        private: whether a new repository is; by default as the owner's account has it. True refuses one that is
+            there and open.
         licence: for the card; by default the one that all members have, if they have the same.
         trust_remote_code: allow members with code of their own.
 
     Raises:
-        ConfigError: it is no guided folder, or there is no token.
+        ConfigError: it is no guided folder, there is no token, or the repository is open and shall not be.
         MemberError: its members do not fit, or the hub cannot be reached or refuses.
     """
     with refusing(f"cannot push to {repo!r}"):
@@ -80,6 +81,13 @@ def publish(
         files = [file for file in Path(staging).rglob("*") if file.is_file()]
         with refusing(f"cannot push {str(folder)!r} to {repo!r} at {api.endpoint}"):
             made = api.create_repo(repo, private=private, exist_ok=True)
+            hidden = not private or api.model_info(made.repo_id).private
+        if not hidden:  # the hub leaves a repository that is there as it is
+            raise ConfigError(
+                f"{made.repo_id} is there already and open to everybody, so that nothing was pushed; make it private "
+                "in its settings on the hub, or leave --private out"
+            )
+        with refusing(f"cannot push {str(folder)!r} to {repo!r} at {api.endpoint}"):
             if not (Path(staging) / CARD).exists():
                 write_text(Path(staging) / CARD, card(found, made.repo_id, licence))
             api.upload_folder(
