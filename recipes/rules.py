@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
-from typing import Any
 
 _DECLINES = re.compile(
     r"\b(i can('|no)?t|i cannot|i can not|i won'?t|i will not|i'?m not able|i am not able|i'?m unable|i am unable|"
@@ -29,22 +27,3 @@ def repeats(_: str, response: str) -> float:
     parts = response.lower().split()
     trigrams = list(zip(parts, parts[1:], parts[2:], strict=False))
     return 1.0 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
-@cache
-def _analyzer() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
-
-
-def sentiment(_: str, response: str) -> float:
-    """The compound sentiment of VADER's lexicon, -1 to 1 (pip install vaderSentiment)."""
-    return float(_analyzer().polarity_scores(response)["compound"])
-
-
-def ease(_: str, response: str) -> float:
-    """The Flesch reading ease, about 0 (hard) to 100 (easy) (pip install textstat "setuptools<81")."""
-    import textstat
-
-    return float(textstat.flesch_reading_ease(response))
