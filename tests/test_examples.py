@@ -8,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from builders.real import REAL, USES_REAL
 
-from test_real import REAL
+pytestmark = USES_REAL
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "first-hour.ipynb"
 
 
-@pytest.mark.real
-@pytest.mark.skipif(not (REAL / "config.json").is_file(), reason=f"no real model in {REAL}")
 def test_the_first_hour(tmp_path: Path) -> None:
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     program = tmp_path / "first_hour.py"

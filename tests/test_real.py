@@ -21,20 +21,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from builders.real import REAL, USES_REAL
 from genarm import GuidedForCausalLM
 from genarm.cli.main import main
 from genarm.engine import Engine, EngineOptions, Request
 from genarm.sampling import Sampling
 
-REAL = Path(os.environ.get("GENARM_REAL_MODEL", Path(__file__).resolve().parents[1] / ".real-model"))
-
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not (REAL / "config.json").is_file(),
-        reason=f"no real model in {REAL}; scripts/real-model .real-model brings one",
-    ),
-]
+pytestmark = USES_REAL
 
 QUESTIONS = {
     "How do I boil an egg?": "Put it in boiling water for eight minutes.",
