@@ -921,6 +921,35 @@ def test_asyncio_tasks(model: GuidedForCausalLM) -> None:
         assert idle(engine)
 
 
+def test_a_step_wakes_a_loop_once(model: GuidedForCausalLM) -> None:
+    """However many streams it has tokens for."""
+    calls = 0
+
+    async def follow(engine: Engine, request: Request) -> list[int]:
+        return [token.id async for token in engine.stream(request)]
+
+    async def run(engine: Engine) -> tuple[int, list[list[int]]]:
+        loop = asyncio.get_running_loop()
+        usual = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> asyncio.Handle:
+            nonlocal calls
+            calls += 1
+            return usual(*arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        before = engine.statistics().steps
+        found = await asyncio.gather(*(follow(engine, request) for request in requests))
+        return engine.statistics().steps - before, found
+
+    requests = [sampled(i, sampling=Sampling(max_new_tokens=12)) for i in range(6)]
+    with Engine(model, TOKENIZER, options(streams=6)) as engine:
+        alone = token_ids(engine.generate(requests))
+        steps, found = asyncio.run(asyncio.wait_for(run(engine), 30))
+    assert found == [list(ids) for ids in alone]
+    assert 12 <= calls <= steps + 1 < 6 * 12
+
+
 def test_asyncio_failure(model: GuidedForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(engine: Engine) -> None:
         with pytest.raises(EngineFailure, match="on fire"):

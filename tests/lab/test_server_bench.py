@@ -20,7 +20,7 @@ def test_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     save_member(tiny_model(), tmp_path / "base")
     output = tmp_path / "out"
     line = ["bench", "serve", str(tmp_path / "base"), "--device", "cpu", "--concurrency", "3", "1", "--tokens", "12"]
-    assert main([*line, "--requests", "2", "--rounds", "2", "--output", str(output)]) == 0
+    assert main([*line, "--explain", "--requests", "2", "--rounds", "2", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert printed == (output / "serve.md").read_text()
     record = json.loads((output / "serve.json").read_text())
@@ -37,7 +37,12 @@ def test_bench_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| 1 ", "| 3 "))]
     assert [row[0] for row in rows] == ["| 1", "| 3"]
     rates = [24 / of["seconds"] for of in record["rounds"]["1"]]
-    assert rows[0][-1] == f"{sum(rates) / 2:.1f} [{min(rates):.1f} to {max(rates):.1f}] |"
+    assert rows[0][-3] == f"{sum(rates) / 2:.1f} [{min(rates):.1f} to {max(rates):.1f}]"
+    alone = record["alone"]["1"]
+    assert rows[0][-2] == f"{sum(alone) / 2:.1f} [{min(alone):.1f} to {max(alone):.1f}]"
+    shares = [rate / own for rate, own in zip(rates, alone, strict=True)]
+    assert rows[0][-1] == f"{sum(shares) / 2:.3f} [{min(shares):.3f} to {max(shares):.3f}] |"
+    assert "Every event has log-probabilities and rewards." in printed
     assert "3 streams of 44 tokens" in printed
     assert "--concurrency 3 1 --tokens 12 --requests 2 --rounds 2" in printed
 

@@ -130,8 +130,4 @@ def test_where_tokens_begin_in_their_text(make: Callable[[], PreTrainedTokenizer
     assert offsets[-1] == len(text) - len(last)
     assert asyncio.run(texts.offsets(text, [tokenizer.eos_token_id, *ids])) == [0, *offsets]
     assert asyncio.run(texts.offsets(f"<end>{text}", [tokenizer.eos_token_id, *ids]))[1] == len("<end>")
-    following = texts.begin(ids[:-1])
-    assert following.position == 0
-    following.add(ids[-1])
-    assert following.position == len(last)
     texts.close()

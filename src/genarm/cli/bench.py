@@ -38,7 +38,7 @@ each contestant first, about a minute each. The results are printed as Markdown;
 
 
 _SERVE = """Measure what clients of `genarm serve` see: the time to the first token, the time between tokens, and the
-throughput, at so many replies at once.
+throughput, at so many replies at once, beside what the engine makes without a server.
 
 The server is started for the measurement, as a process of its own on this machine; the clients are this process. The
 results are printed as Markdown; progress goes to standard error."""

@@ -25,7 +25,7 @@ from genarm.engine.request import Asked, Completion, Request, to_requests
 from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
-from genarm.engine.stream import Stream
+from genarm.engine.stream import Bell, Stream
 from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.combine import coefficients
@@ -103,6 +103,7 @@ class Engine:
         self._guard = threading.Lock()  # arrivals, the thread, whether it is closed
         self._stepping = threading.Lock()  # held by whoever makes a step
         self._wake = threading.Event()
+        self._bell = Bell()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -308,7 +309,7 @@ class Engine:
             ),
             limit=request.sampling.max_new_tokens,
         )
-        stream = Stream(self, lambda: self._cancel(state))
+        stream = Stream(self, lambda: self._cancel(state), self._bell)
         state.deliver = stream.put
         return state, stream
 
@@ -405,7 +406,8 @@ class Engine:
         for state in arrived:
             self._scheduler.add(state)
         try:
-            self._stepper.step()
+            with self._bell.held():
+                self._stepper.step()
         except BaseException as error:  # Ctrl-C too may leave a step half done
             failure = EngineFailure(f"a step failed: {type(error).__name__}: {error}")
             failure.__cause__ = error

@@ -42,6 +42,7 @@ class GrowingReply:
     def append(self, token: Token) -> Ending | None:
         """Take in the next token, deliver it with its text, and say whether the reply ends with it, and why."""
         ending: Ending | None = None
+        offset = self.text.position
         if token.id in self.stops:
             text, ending = self.text.finish(), "stop"
         else:
@@ -52,7 +53,7 @@ class GrowingReply:
             elif len(self.tokens) + 1 == self.limit:
                 text, ending = text + self.text.finish(), "length"
                 ending = "stop" if self.text.stopped else ending
-        token = replace(token, text=text)
+        token = replace(token, text=text, offset=offset)
         self.tokens.append(token)
         self.pieces.append(text)
         self.deliver(token)

@@ -41,6 +41,11 @@ class TextStream:
         self._held: deque[_Piece] = deque()
         self._owed: list[_Piece] = []  # of the held ones, those whose shown text is not final yet
 
+    @property
+    def position(self) -> int:
+        """Where in the reply's text the next token begins, in characters; see `Detokenizer.position`."""
+        return self._shown.position
+
     def add(self, token: int, *, early: bool = False) -> str:
         """The text that is final with this token, often empty; a stop string that ends in an `early` one is none."""
         shown = self._shown.add(token)

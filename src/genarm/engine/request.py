@@ -146,6 +146,7 @@ class Token:
         top: (id, log_prob) of the likeliest tokens, best first, as many as were asked for.
         kl: KL(π ‖ π_base) of the distribution that `log_prob` is of, in nats; None where what decodes does not say, or
             the base rules out a token that the combination does not.
+        offset: where in the reply's text it begins, in characters; a character that is not complete yet does not count.
     """
 
     id: int
@@ -155,6 +156,7 @@ class Token:
     rewards: Mapping[str, float]
     top: tuple[tuple[int, float], ...] = ()
     kl: float | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -24,14 +25,61 @@ class Source(Protocol):
         """Have a thread make the steps."""
 
 
+class Bell:
+    """Wakes those who wait for something in event loops; all that wait in one loop with one call.
+
+    A call from another thread is a system call, for which the caller gives up the interpreter: with one for each of 64
+    streams, an engine would wait for it 64 times a step.
+    """
+
+    def __init__(self) -> None:
+        """Nobody is to be woken."""
+        self._lock = threading.Lock()
+        self._held = False
+        self._due: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+
+    def ring(self, loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
+        """Set `arrived` in its loop, now or when the bell is let go."""
+        with self._lock:
+            self._due.setdefault(loop, []).append(arrived)
+            held = self._held
+        if not held:
+            self._wake()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Ring once, at the end, for everything that happens meanwhile."""
+        with self._lock:
+            self._held = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held = False
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            due, self._due = self._due, {}
+        for loop, events in due.items():
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+                loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
 class Stream:
     """The tokens of one request, for a `for` or an `async for` loop (one of the two).
 
     Leaving the loop early does not end the request; `cancel` does, and so does the end of a `with` block.
     """
 
-    def __init__(self, source: Source, cancel: Callable[[], None]) -> None:
-        """Made by `Engine.stream`; `cancel` ends the request there."""
+    def __init__(self, source: Source, cancel: Callable[[], None], bell: Bell | None = None) -> None:
+        """Made by `Engine.stream`; `cancel` ends the request there, and `bell` wakes whoever waits in an event loop."""
+        self._bell = bell or Bell()
         self._source = source
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -48,10 +96,10 @@ class Stream:
             self._events.put(event)
             loop, arrived = self._loop, self._arrived
         if loop is not None and arrived is not None:
-            try:
-                loop.call_soon_threadsafe(arrived.set)
-            except RuntimeError:  # the loop was closed: nobody listens any more
+            if loop.is_closed():  # nobody listens any more
                 self.cancel()
+            else:
+                self._bell.ring(loop, arrived)
 
     def cancel(self) -> None:
         """End the request, if it still runs; its rows are free before the next step."""

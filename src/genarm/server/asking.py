@@ -145,9 +145,11 @@ async def contexts_of(
 def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> Usage:
     """`prompt_tokens` counts each prompt once, however many replies it got."""
     drawn = sum(len(completion.tokens) for completion in completions)
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn)
     distances = [completion.kl for completion in completions if completion.kl is not None]
-    known = {"kl": round(math.fsum(distances), 4)} if distances and len(distances) == len(completions) else {}
-    return Usage(prompt_tokens=prompt_tokens, completion_tokens=drawn, total_tokens=prompt_tokens + drawn, **known)
+    if distances and len(distances) == len(completions):
+        usage["kl"] = round(math.fsum(distances), 4)
+    return usage
 
 
 async def written(service: Service, write: Callable[[], bytes], completions: Iterable[Completion]) -> bytes:

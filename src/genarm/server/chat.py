@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -41,11 +40,14 @@ from genarm.server.replies import (
     ChatMessage,
     FinishReason,
     TokenShares,
+    as_answer,
+    as_event,
+    as_json,
 )
 from genarm.server.schema import ChatRequest
 from genarm.text.prompts import Message
 
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -77,6 +79,7 @@ class _Chat:
     prompt_tokens: int
     labels: list[Labels]
     created: int
+    id: str
 
     @classmethod
     async def begin(cls, service: Service, job: Job, asked: ChatRequest, http: HttpRequest) -> _Chat:
@@ -119,6 +122,7 @@ class _Chat:
             prompt_tokens=len(ids),
             labels=[Labels(service.texts, guidance.all_weights, fresh=not asked.continued) for _ in requests],
             created=int(time.time()),
+            id=f"chatcmpl-{request_id(http)}",
         )
 
     async def whole(self) -> bytes:
@@ -142,26 +146,29 @@ class _Chat:
         rewards: list[list[TokenShares]],
         completions: Mapping[int, Completion],
     ) -> bytes:
-        choices = [
-            ChatChoice(
+        choices = []
+        for i in range(len(self.labels)):
+            choice = ChatChoice(
                 index=i,
                 message=ChatMessage(role="assistant", content=completions[i].text),
                 logprobs=joined_chat(logprobs[i]) if self.asked.logprobs else None,
                 finish_reason=finish_reason(completions[i]),
-                **({"rewards": rewards[i]} if self.asked.return_rewards else {}),
             )
-            for i in range(len(self.labels))
-        ]
-        return ChatCompletion(
-            id=f"chatcmpl-{request_id(self.http)}",
-            object="chat.completion",
-            created=self.created,
-            model=self.asked.model,
-            choices=choices,
-            usage=usage_of(self.prompt_tokens, list(completions.values())),
-        ).as_bytes()
+            if self.asked.return_rewards:
+                choice["rewards"] = rewards[i]
+            choices.append(choice)
+        return as_answer(
+            ChatCompletion(
+                id=self.id,
+                object="chat.completion",
+                created=self.created,
+                model=self.asked.model,
+                choices=choices,
+                usage=usage_of(self.prompt_tokens, list(completions.values())),
+            )
+        )
 
-    async def events(self) -> AsyncGenerator[str]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The answer piece by piece; an error ends it."""
         completions: list[Completion] = []
         try:
@@ -198,28 +205,31 @@ class _Chat:
         finish: FinishReason | None = None,
         logprobs: list[ChatLogprobs] | None = None,
         rewards: list[TokenShares] | None = None,
-    ) -> str:
+    ) -> bytes:
         choice = ChatChunkChoice(
             index=index,
             delta=delta,
             logprobs=joined_chat(logprobs) if logprobs else None,
             finish_reason=finish,
-            **({"rewards": rewards} if rewards else {}),
         )
-        return self._event([choice], **({"usage": None} if self.asked.wants_usage else {}))
+        if rewards:
+            choice["rewards"] = rewards
+        chunk = self._event([choice])
+        if self.asked.wants_usage:
+            chunk["usage"] = None
+        return as_event(chunk)
 
-    def _usage(self, completions: list[Completion]) -> str:
-        return self._event([], usage=usage_of(self.prompt_tokens, completions))
+    def _usage(self, completions: list[Completion]) -> bytes:
+        return as_event({**self._event([]), "usage": usage_of(self.prompt_tokens, completions)})
 
-    def _event(self, choices: list[ChatChunkChoice], **fields: Any) -> str:
+    def _event(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(
-            id=f"chatcmpl-{request_id(self.http)}",
+            id=self.id,
             object="chat.completion.chunk",
             created=self.created,
             model=self.asked.model,
             choices=choices,
-            **fields,
-        ).as_event()
+        )
 
 
 _ROLES = {"developer": "system"}
@@ -232,10 +242,10 @@ def finish_reason(completion: Completion) -> FinishReason:
     return completion.ending
 
 
-def error_event(http: HttpRequest, error: Exception) -> str:
+def error_event(http: HttpRequest, error: Exception) -> bytes:
     """The end of a stream that cannot go on; it counts by its status, though the stream began with 200."""
     answer = as_api_error(error)
     http.state.ended_with = answer.status
     if answer.status == 500:
         log_failure(http, error)
-    return f"data: {json.dumps(answer.body())}\n\n"
+    return b"data: %b\n\n" % as_json(answer.body())

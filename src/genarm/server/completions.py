@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -32,7 +31,16 @@ from genarm.server.errors import ERRORS
 from genarm.server.guidance import Guidance, check_readable, guidance_of
 from genarm.server.job import Job, Service, answer
 from genarm.server.labels import Labels, joined_text
-from genarm.server.replies import FinishReason, TextChoice, TextCompletion, TextLogprobs, TokenShares
+from genarm.server.replies import (
+    FinishReason,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    TokenShares,
+    Usage,
+    as_answer,
+    as_event,
+)
 from genarm.server.schema import CompletionRequest
 
 _USUAL_LIMIT = 16
@@ -78,7 +86,6 @@ class _Choice:
         self._prompt = prompt
         self._labels = Labels(service.texts, weights, fresh=bool(asked.echo))
         self._before = len(prompt.text) if asked.echo else 0
-        self._following = service.texts.begin(prompt.ids) if asked.logprobs is not None else None
         self.completion: Completion | None = None
 
     def begin(self) -> _Piece:
@@ -114,11 +121,7 @@ class _Choice:
         return piece
 
     def _drawn(self, token: Token) -> _Piece:
-        if self._following is None:
-            return self._labelled(token, 0, text=token.text)
-        offset = self._before + self._following.position
-        self._following.add(token.id)
-        return self._labelled(token, offset, text=token.text)
+        return self._labelled(token, self._before + token.offset, text=token.text)
 
     def _labelled(self, token: Token, offset: int, *, text: str) -> _Piece:
         piece = _Piece(text=text)
@@ -156,6 +159,7 @@ class _Completion:
     prompts: list[_Prompt]
     choices: list[_Choice]
     created: int
+    id: str
 
     @classmethod
     async def begin(cls, service: Service, job: Job, asked: CompletionRequest, http: HttpRequest) -> _Completion:
@@ -201,6 +205,7 @@ class _Completion:
             prompts=prompts,
             choices=[_Choice(service, asked, prompts[i // each], guidance.all_weights) for i in range(len(requests))],
             created=int(time.time()),
+            id=f"cmpl-{request_id(http)}",
         )
 
     async def whole(self) -> bytes:
@@ -213,23 +218,22 @@ class _Completion:
 
     def _written(self, pieces: list[list[_Piece]]) -> bytes:
         choices = [self._choice(index, _joined(parts), whole=True) for index, parts in enumerate(pieces)]
-        return self._answer(choices, usage=self._usage()).as_bytes()
+        return as_answer({**self._answer(choices), "usage": self._usage()})
 
-    async def events(self) -> AsyncGenerator[str]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The answer piece by piece; an error ends it."""
-        usage = {"usage": None} if self.asked.wants_usage else {}
         try:
             for index, choice in enumerate(self.choices):
                 begun = choice.begin()
                 if not begun.empty:
-                    yield self._answer([self._choice(index, begun)], **usage).as_event()
+                    yield self._event(index, begun)
             async for index, event in self.job.events():
                 piece = await self._piece(index, event)
                 if not piece.empty:
-                    yield self._answer([self._choice(index, piece)], **usage).as_event()
+                    yield self._event(index, piece)
             self._log_replies()
             if self.asked.wants_usage:
-                yield self._answer([], usage=self._usage()).as_event()
+                yield as_event({**self._answer([]), "usage": self._usage()})
             yield DONE
         except Exception as error:
             yield error_event(self.http, error)
@@ -239,30 +243,32 @@ class _Completion:
             return await self.service.workers.writer.run(lambda: self.choices[index].piece(event))
         return self.choices[index].piece(event)
 
-    def _choice(self, index: int, piece: _Piece, *, whole: bool = False) -> TextChoice:
-        rewards = piece.rewards or ([] if whole and self.asked.return_rewards else None)
-        return TextChoice(
-            index=index,
-            text=piece.text,
-            logprobs=piece.logprobs,
-            finish_reason=piece.finish,
-            **({} if rewards is None else {"rewards": rewards}),
-        )
+    def _event(self, index: int, piece: _Piece) -> bytes:
+        answer = self._answer([self._choice(index, piece)])
+        if self.asked.wants_usage:
+            answer["usage"] = None
+        return as_event(answer)
 
-    def _answer(self, choices: list[TextChoice], **fields: Any) -> TextCompletion:
+    def _choice(self, index: int, piece: _Piece, *, whole: bool = False) -> TextChoice:
+        choice = TextChoice(index=index, text=piece.text, logprobs=piece.logprobs, finish_reason=piece.finish)
+        rewards = piece.rewards or ([] if whole and self.asked.return_rewards else None)
+        if rewards is not None:
+            choice["rewards"] = rewards
+        return choice
+
+    def _answer(self, choices: list[TextChoice]) -> TextCompletion:
         return TextCompletion(
-            id=f"cmpl-{request_id(self.http)}",
+            id=self.id,
             object="text_completion",
             created=self.created,
             model=self.asked.model,
             choices=choices,
-            **fields,
         )
 
     def _completed(self) -> list[Completion]:
         return [choice.completion for choice in self.choices if choice.completion is not None]
 
-    def _usage(self) -> Any:
+    def _usage(self) -> Usage:
         return usage_of(sum(len(prompt.ids) for prompt in self.prompts), self._completed())
 
     def _log_replies(self) -> None:

@@ -196,7 +196,7 @@ class Answering(Protocol):
     async def whole(self) -> bytes:
         """The answer in one piece of JSON."""
 
-    def events(self) -> AsyncGenerator[str]:
+    def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events; an error is one."""
 
 
@@ -269,7 +269,7 @@ async def _disconnected(http: HttpRequest) -> None:
 class JobResponse(StreamingResponse):
     """The answer of a job, piece by piece; however it ends, the job has then ended."""
 
-    def __init__(self, job: Job, pieces: AsyncGenerator[str] | AsyncGenerator[bytes], *, headers: dict[str, str]):
+    def __init__(self, job: Job, pieces: AsyncGenerator[bytes], *, headers: dict[str, str]):
         super().__init__(pieces, headers=headers)
         self._job = job
         self._pieces = pieces

@@ -40,9 +40,7 @@ class Labels:
         """For one token of a chat."""
         tops = [self._top(token_id, log_prob) for token_id, log_prob in token.top]
         own = self._top(token.id, token.log_prob)
-        return ChatLogprobs(
-            content=[TokenLogprob(token=own.token, bytes=own.bytes, logprob=own.logprob, top_logprobs=tops)]
-        )
+        return ChatLogprobs(content=[TokenLogprob(**own, top_logprobs=tops)])
 
     def _top(self, token_id: int, log_prob: float) -> TopLogprob:
         text = self.text(token_id)
@@ -89,16 +87,16 @@ class Labels:
 
 def joined_chat(parts: Sequence[ChatLogprobs]) -> ChatLogprobs:
     """Of several tokens."""
-    return ChatLogprobs(content=[token for part in parts for token in part.content])
+    return ChatLogprobs(content=[token for part in parts for token in part["content"]])
 
 
 def joined_text(parts: Sequence[TextLogprobs]) -> TextLogprobs:
     """Of several tokens."""
     return TextLogprobs(
-        tokens=[token for part in parts for token in part.tokens],
-        token_logprobs=[number for part in parts for number in part.token_logprobs],
-        top_logprobs=[top for part in parts for top in part.top_logprobs or []],
-        text_offset=[offset for part in parts for offset in part.text_offset],
+        tokens=[token for part in parts for token in part["tokens"]],
+        token_logprobs=[number for part in parts for number in part["token_logprobs"]],
+        top_logprobs=[top for part in parts for top in part["top_logprobs"] or []],
+        text_offset=[offset for part in parts for offset in part["text_offset"]],
     )
 
 

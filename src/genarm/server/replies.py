@@ -1,44 +1,45 @@
-"""What clients get, field by field; fields that were not asked for are left out."""
+"""What clients get, field by field; fields that were not asked for are left out.
+
+Dictionaries with types: every token of every stream makes a dozen of them, and building and checking objects for them
+took longer than all else that was done for a token.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NotRequired, TypeAlias
 
-from pydantic import BaseModel
+from pydantic_core import to_json
+from typing_extensions import TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
-class _Reply(BaseModel):
-    def as_json(self) -> str:
-        """The fields that were set."""
-        return self.model_dump_json(exclude_unset=True)
-
-    def as_event(self) -> str:
-        """One event of a stream."""
-        return f"data: {self.as_json()}\n\n"
+def as_json(reply: Any) -> bytes:
+    """A reply, or a part of one."""
+    return to_json(reply, inf_nan_mode="null")
 
 
-class _Whole(_Reply):
-    choices: list[Any]
-
-    def as_bytes(self) -> bytes:
-        """The fields that were set; choice by choice, so that other threads have their turn in a long answer."""
-        choices = ",".join(choice.as_json() for choice in self.choices)
-        without = self.model_copy(update={"choices": []}).as_json()
-        return without.replace('"choices":[]', f'"choices":[{choices}]', 1).encode()
+def as_event(reply: TextCompletion | ChatChunk) -> bytes:
+    """One event of a stream."""
+    return b"data: %b\n\n" % as_json(reply)
 
 
-class Usage(_Reply):
+def as_answer(reply: TextCompletion | ChatCompletion) -> bytes:
+    """All of an answer; written choice by choice, so that other threads have their turn in a long one."""
+    choices = b",".join(as_json(choice) for choice in reply["choices"])
+    return as_json({**reply, "choices": []}).replace(b'"choices":[]', b'"choices":[%b]' % choices, 1)
+
+
+class Usage(TypedDict):
     """How many tokens were read and drawn, and how many nats all replies together went from the base."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    kl: float | None = None
+    kl: NotRequired[float]
 
 
-class TopLogprob(_Reply):
+class TopLogprob(TypedDict):
     """One of the likeliest tokens at a place."""
 
     token: str
@@ -52,13 +53,13 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Reply):
+class ChatLogprobs(TypedDict):
     """Of the guided distribution, before penalties and temperature."""
 
     content: list[TokenLogprob]
 
 
-class TextLogprobs(_Reply):
+class TextLogprobs(TypedDict):
     """The same in the older form; a prompt's first token has none."""
 
     tokens: list[str]
@@ -67,7 +68,7 @@ class TextLogprobs(_Reply):
     text_offset: list[int]
 
 
-class RewardShare(_Reply):
+class RewardShare(TypedDict):
     """What one reward says of a token; `contribution` = weight · logprob."""
 
     logprob: float
@@ -75,7 +76,7 @@ class RewardShare(_Reply):
     contribution: float
 
 
-class TokenShares(_Reply):
+class TokenShares(TypedDict):
     """What everyone says of a token; `logprob` is the guided distribution's."""
 
     token: str
@@ -85,24 +86,24 @@ class TokenShares(_Reply):
     rewards: dict[str, RewardShare]
 
 
-class ChatMessage(_Reply):
+class ChatMessage(TypedDict):
     """The reply."""
 
     role: Literal["assistant"]
     content: str
 
 
-class ChatChoice(_Reply):
+class ChatChoice(TypedDict):
     """One of `n` replies."""
 
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    rewards: list[TokenShares] = []
+    rewards: NotRequired[list[TokenShares]]
 
 
-class ChatCompletion(_Whole):
+class ChatCompletion(TypedDict):
     """The answer of /v1/chat/completions."""
 
     id: str
@@ -113,24 +114,24 @@ class ChatCompletion(_Whole):
     usage: Usage
 
 
-class ChatDelta(_Reply):
+class ChatDelta(TypedDict):
     """What is new of a reply."""
 
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
 
 
-class ChatChunkChoice(_Reply):
+class ChatChunkChoice(TypedDict):
     """A piece of one of `n` replies."""
 
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    rewards: list[TokenShares] = []
+    rewards: NotRequired[list[TokenShares]]
 
 
-class ChatChunk(_Reply):
+class ChatChunk(TypedDict):
     """One event of a streamed answer of /v1/chat/completions."""
 
     id: str
@@ -138,20 +139,20 @@ class ChatChunk(_Reply):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage | None]
 
 
-class TextChoice(_Reply):
+class TextChoice(TypedDict):
     """One of the replies, or a piece of it in a stream."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
-    rewards: list[TokenShares] = []
+    rewards: NotRequired[list[TokenShares]]
 
 
-class TextCompletion(_Whole):
+class TextCompletion(TypedDict):
     """The answer of /v1/completions, or an event of its stream."""
 
     id: str
@@ -159,10 +160,10 @@ class TextCompletion(_Whole):
     created: int
     model: str
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage | None]
 
 
-class Model(_Reply):
+class Model(TypedDict):
     """A name to ask for."""
 
     id: str
@@ -171,14 +172,14 @@ class Model(_Reply):
     owned_by: str
 
 
-class Models(_Reply):
+class Models(TypedDict):
     """The answer of /v1/models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Reward(_Reply):
+class Reward(TypedDict):
     """A reward and the weights it takes.
 
     A `difference` is what a model says more than its reference; `wish` is the text of one that is a wish.
@@ -193,7 +194,7 @@ class Reward(_Reply):
     wish: str | None
 
 
-class Preset(_Reply):
+class Preset(TypedDict):
     """Weights and a budget by a name; the model NAME@PRESET has them."""
 
     name: str
@@ -201,7 +202,7 @@ class Preset(_Reply):
     max_kl: float | None
 
 
-class WishLimits(_Reply):
+class WishLimits(TypedDict):
     """What wishes of its own a request may have: how many, how long, and with which weights."""
 
     most: int
@@ -210,7 +211,7 @@ class WishLimits(_Reply):
     maximum: float
 
 
-class Rewards(_Reply):
+class Rewards(TypedDict):
     """The answer of /v1/rewards.
 
     `return_rewards` says whether requests may ask for what the rewards say; `request_wishes` is null where they may
@@ -225,7 +226,7 @@ class Rewards(_Reply):
     request_wishes: WishLimits | None
 
 
-class Health(_Reply):
+class Health(TypedDict):
     """The answer of /health and /ready."""
 
     status: Literal["ok", "starting again", "failed"]

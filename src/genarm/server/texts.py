@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from genarm.errors import DataError
 from genarm.server.workers import Worker, template_limit
-from genarm.text.detokenizer import Detokenizer, TokenText, TokenTexts, decode, token_texts
+from genarm.text.detokenizer import TokenText, TokenTexts, decode, token_texts
 from genarm.text.prompts import USUAL, Prompt, Reading, encode_prompt
 
 if TYPE_CHECKING:
@@ -106,10 +106,6 @@ class Texts:
     def token(self, token_id: int, *, first: bool = False) -> TokenText:
         """One token as it stands in a text; at the beginning of a text it has no space before it."""
         return self._tokens.of(token_id, first=first)
-
-    def begin(self, before: Sequence[int]) -> Detokenizer:
-        """What follows `before`, to be told where its tokens stand in its text."""
-        return Detokenizer(self._decoder, before, special=False)
 
     async def offsets(self, text: str, ids: Sequence[int]) -> list[int]:
         """Where in `text` each of its tokens begins.

@@ -1,8 +1,9 @@
-"""`run_serve`: what clients of `genarm serve` see, at so many replies at once.
+"""`run_serve`: what clients of `genarm serve` see, at so many replies at once, beside what its engine makes alone.
 
 A server is started as a process of its own; this process plays the clients. Every client asks again as soon as it has
 its reply. Prompts are random ids, so that no request begins as an earlier one did, and end of text is ruled out, so
-that replies have the same length.
+that replies have the same length. In turn with the clients, an engine in this process answers as many requests of that
+kind at once.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any
+from typing import IO
 
 import httpx2
 from rich.console import Console
 
+from genarm.engine import Engine, EngineOptions, Request
 from genarm.errors import MemberError
 from genarm.lab.bench.settings import LEAST_SERVED_TOKENS, ServeSettings
-from genarm.lab.bench.timing import take_turns
+from genarm.lab.bench.timing import Contestant, take_turns
 from genarm.model.references import ModelFiles, find_device, open_files
+from genarm.sampling import Sampling
 
 PROMPT_TOKENS = 32
 _GRACE = 30.0
@@ -73,11 +76,18 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeResult:
-    """What was measured: {replies at once: rounds}, and what the server said of itself."""
+    """What was measured.
+
+    Attributes:
+        rounds: {replies at once: rounds}.
+        alone: {replies at once: tokens per second of the engine without a server, round by round}.
+        server: what the server said of itself.
+    """
 
     settings: ServeSettings
     device: str
     rounds: Mapping[int, Sequence[Round]]
+    alone: Mapping[int, Sequence[float]]
     server: Sequence[str]
 
 
@@ -94,9 +104,11 @@ def run_serve(settings: ServeSettings, console: Console) -> ServeResult:
     found: dict[int, list[Round]] = {level: [] for level in levels}
     console.print("starting the server")
     with _server(settings, max(levels)) as (url, said):
-        clients = _Clients(settings, files, url)
+        asking = _Asking(settings, files)
+        clients = _Clients(asking, url)
+        engine = _Alone(asking, max(levels))
 
-        def measured(level: int) -> Any:
+        def measured(level: int) -> Contestant:
             def contestant(number: int) -> float:
                 result = asyncio.run(clients.round(level, number))
                 if number:
@@ -105,23 +117,83 @@ def run_serve(settings: ServeSettings, console: Console) -> ServeResult:
 
             return contestant
 
-        take_turns(
-            {str(level): measured(level) for level in levels},
+        def alone(level: int) -> Contestant:
+            return lambda number: engine.round(level, number)
+
+        values = take_turns(
+            {
+                **{f"{level} served": measured(level) for level in levels},
+                **{f"{level} alone": alone(level) for level in levels},
+            },
             settings.rounds,
             lambda number: console.print(f"round {number} of {settings.rounds}" if number else "warming up"),
         )
-    return ServeResult(settings=settings, device=device, rounds=found, server=said)
+    rates = {level: values[f"{level} alone"] for level in levels}
+    return ServeResult(settings=settings, device=device, rounds=found, alone=rates, server=said)
+
+
+class _Asking:
+    """What is asked, by clients and of the engine alone."""
+
+    def __init__(self, settings: ServeSettings, files: ModelFiles) -> None:
+        self.settings = settings
+        self.files = files
+        special = set(files.tokenizer.all_special_ids)
+        self._ids = [i for i in range(len(files.tokenizer)) if i not in special]
+        self.bias = dict.fromkeys(files.end_ids, -100.0)
+
+    def prompts(self, name: tuple[str, int, int, int]) -> Iterator[tuple[list[int], int]]:
+        """(ids, seed) of the requests that one client makes in a round."""
+        generator = random.Random(f"{self.settings.seed}/{name}")
+        for _ in range(self.settings.requests):
+            yield generator.choices(self._ids, k=PROMPT_TOKENS), generator.randrange(2**40)
+
+
+class _Alone:
+    """The engine, without a server."""
+
+    def __init__(self, asking: _Asking, streams: int) -> None:
+        settings = asking.settings
+        self._asking = asking
+        self._sampling = Sampling(max_new_tokens=settings.tokens, logit_bias=asking.bias)
+        options = EngineOptions(streams=streams, context=PROMPT_TOKENS + settings.tokens, speculate=settings.speculate)
+        self._engine = Engine.from_pretrained(
+            settings.folder,
+            options,
+            dtype=settings.dtype,
+            device=settings.device,
+            draft=settings.draft,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def round(self, level: int, number: int) -> float:
+        """Tokens per second at `level` replies at once; all of them end together, and so do the next ones."""
+        clients = [self._asking.prompts(("alone", level, number, i)) for i in range(level)]
+        tokens = 0
+        began = time.perf_counter()
+        for asked in zip(*clients, strict=True):
+            replies = self._engine.generate(
+                [
+                    Request(
+                        prompt=ids,
+                        seed=seed,
+                        sampling=self._sampling,
+                        top_log_probs=int(self._asking.settings.explain),
+                        continues=True,
+                    )
+                    for ids, seed in asked
+                ]
+            )
+            tokens += sum(len(reply.tokens) for reply in replies)
+        return tokens / (time.perf_counter() - began)
 
 
 class _Clients:
     """Those who ask."""
 
-    def __init__(self, settings: ServeSettings, files: ModelFiles, url: str) -> None:
-        self._settings = settings
+    def __init__(self, asking: _Asking, url: str) -> None:
+        self._asking = asking
         self._url = url
-        special = set(files.tokenizer.all_special_ids)
-        self._ids = [i for i in range(len(files.tokenizer)) if i not in special]
-        self._ends = list(files.end_ids)
         self._model = ""
 
     async def round(self, level: int, number: int) -> Round:
@@ -130,23 +202,23 @@ class _Clients:
         async with httpx2.AsyncClient(base_url=self._url, timeout=_PATIENCE, limits=limits) as http:
             self._model = self._model or (await http.get("/v1/models")).json()["data"][0]["id"]
             began = time.perf_counter()
-            replies = await asyncio.gather(*(self._client(http, (level, number, i)) for i in range(level)))
+            replies = await asyncio.gather(*(self._client(http, ("served", level, number, i)) for i in range(level)))
             seconds = time.perf_counter() - began
         return Round(replies=[reply for some in replies for reply in some], seconds=seconds)
 
-    async def _client(self, http: httpx2.AsyncClient, name: tuple[int, int, int]) -> list[Reply]:
-        generator = random.Random(f"{self._settings.seed}/{name}")
-        return [await self._reply(http, generator) for _ in range(self._settings.requests)]
+    async def _client(self, http: httpx2.AsyncClient, name: tuple[str, int, int, int]) -> list[Reply]:
+        return [await self._reply(http, ids, seed) for ids, seed in self._asking.prompts(name)]
 
-    async def _reply(self, http: httpx2.AsyncClient, generator: random.Random) -> Reply:
+    async def _reply(self, http: httpx2.AsyncClient, ids: Sequence[int], seed: int) -> Reply:
         asked = {
             "model": self._model,
-            "prompt": generator.choices(self._ids, k=PROMPT_TOKENS),
-            "max_tokens": self._settings.tokens,
-            "logit_bias": {str(end): -100 for end in self._ends},
-            "seed": generator.randrange(2**40),
+            "prompt": ids,
+            "max_tokens": self._asking.settings.tokens,
+            "logit_bias": {str(end): bias for end, bias in self._asking.bias.items()},
+            "seed": seed,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **({"logprobs": 1, "return_rewards": True} if self._asking.settings.explain else {}),
         }
         began, stamps, tokens = time.perf_counter(), [], 0
         async with http.stream("POST", "/v1/completions", json=asked) as stream:

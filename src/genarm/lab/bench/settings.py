@@ -111,6 +111,9 @@ class ServeSettings(Loading):
     tokens: int = field(default=64, metadata={"help": "of each reply, after a prompt of 32"})
     requests: int = field(default=4, metadata={"help": "of each client in a round"})
     rounds: int = field(default=5, metadata={"help": "in which each concurrency is measured once"})
+    explain: bool = field(
+        default=False, metadata={"help": "ask for the log-probabilities and the rewards of every token, too"}
+    )
     speculate: int = EngineOptions.speculate
     draft: str | None = None
     seed: int = field(default=0, metadata={"metavar": "S", "help": "of everything random"})
