@@ -25,9 +25,14 @@ from builders.real import REAL, USES_REAL
 from genarm import GuidedForCausalLM
 from genarm.cli.main import main
 from genarm.engine import Engine, EngineOptions, Request
+from genarm.lab.evaluation.prompts import read_questions
+from genarm.lab.evaluation.recipe_file import load_recipe
 from genarm.sampling import Sampling
 
 pytestmark = USES_REAL
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SHARED = RECIPES.parents[1] / "shared"
 
 QUESTIONS = {
     "How do I boil an egg?": "Put it in boiling water for eight minutes.",
@@ -244,3 +249,12 @@ def test_the_template_says_where_a_reply_ends(engine: Engine, tokenizer: PreTrai
     assert "<|im_" not in reply.text
     assert reply.ending == "stop"
     assert reply.token_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"needs {SHARED}")
+@pytest.mark.parametrize("name", ["hh-rlhf", "pku-pareto", "weak-to-strong"])
+def test_the_data_has_the_prompts_that_a_recipe_wants(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tests that run these recipes want fewer."""
+    prompts = load_recipe(RECIPES / f"{name}.toml", "real").prompts
+    data = str(RECIPES.parent / prompts.data)
+    assert len(read_questions(prompts, data, tokenizer, 8192)) == prompts.count
