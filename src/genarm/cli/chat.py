@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `genarm chat`."""
     add_options(parser, ModelOptions, WishOptions, PromptOptions, ReadingOptions, _SAMPLING)
     add_options(parser, Plan, only=["seed"])
-    context = "the most tokens of a conversation; by default what the members have, but no more than 2048"
+    context = (
+        "how many tokens of the conversation the model sees, questions and answers together (a token is about three "
+        "quarters of an English word); memory for them is reserved at the start. By default what the members have, but "
+        "no more than 2048"
+    )
     add_options(parser, EngineOptions, only=["context", "speculate"], context={"help": context})
     add_options(parser, DraftOptions)
 

@@ -68,8 +68,9 @@ class ServeOptions:
     context: int | None = field(
         default=None,
         metadata={
-            "help": "the most tokens of a prompt and its reply; by default what the members have, but no more than "
-            "2048, with vLLM than its memory holds"
+            "help": "the most tokens of a prompt and its reply together (a token is about three quarters of an English "
+            "word); memory for them is reserved at the start. By default what the members have, but no more than 2048, "
+            "with vLLM than its memory holds"
         },
     )
     queue: int = field(default=64, metadata={"help": "replies that may wait for their turn"})
