@@ -229,10 +229,8 @@ def _trunk(group: _Group, streams: int, rows: int, capacity: int) -> tuple[Trunk
     told = f"; {heads}: told from its hidden states" if heads else ""
     together = "" if len(group.names) == 1 else ", together in one forward" if trunk.shared else ", one after the other"
     replayed = ", decode steps replayed as CUDA graphs" if trunk.replays else ""
-    return (
-        trunk,
-        f"{names}: {path.why}{together}{replayed}{told}; {_size(trunk.kv_cache.bytes)} for the tokens in hand (KV cache)",
-    )
+    memory = f"{_size(trunk.kv_cache.bytes)} for the tokens in hand (KV cache)"
+    return trunk, f"{names}: {path.why}{together}{replayed}{told}; {memory}"
 
 
 def _refused(model: PreTrainedModel, error: Exception) -> UnsupportedError:
