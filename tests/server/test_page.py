@@ -271,8 +271,8 @@ def test_a_number_that_is_refused_is_said(page: Page) -> None:
             expect(toast).to_contain_text(f"it stays {before or field.get_attribute('placeholder')}")
             page.evaluate("document.getElementById('toast').replaceChildren()")
     page.fill("#temperature", "9")
-    assert send(page, "w1", tokens=2)["temperature"] == 1
-    expect(toast).to_contain_text("Temperature takes a number from 0 to 2, not 9; it stays 1")  # still after sending
+    assert send(page, "w1", tokens=2)["temperature"] == 0.7
+    expect(toast).to_contain_text("Temperature takes a number from 0 to 2, not 9; it stays 0.7")  # still after sending
 
 
 def test_the_default_is_marked_where_the_thumb_then_stands(page: Page) -> None:
@@ -288,14 +288,14 @@ def test_the_default_is_marked_where_the_thumb_then_stands(page: Page) -> None:
 
 def test_sampling_reaches_the_request(page: Page) -> None:
     requests = watch(page)
-    for name, value in {"temperature": "0.5", "top_p": "0.9", "max_tokens": "3"}.items():
+    for name, value in {"temperature": "0.5", "top_p": "0.8", "max_tokens": "3"}.items():
         page.fill(f"#{name}", value)
     for _ in range(2):
         page.fill("#message", "w1")
         page.press("#message", "Enter")
         finished(page)
     first, second = (request.post_data_json for request in requests)
-    assert (first["temperature"], first["top_p"], first["max_tokens"]) == (0.5, 0.9, 3)
+    assert (first["temperature"], first["top_p"], first["max_tokens"]) == (0.5, 0.8, 3)
     assert first["seed"] != second["seed"]  # the field is empty: each reply has a seed of its own, which it shows
     expect(page.locator(".reply .about").last).to_contain_text(f"seed {second['seed']}")
     page.fill("#max_tokens", "")

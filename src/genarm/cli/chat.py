@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SUMMARY = "talk to a model in the terminal and steer it as you go"
 
 
-_SAMPLING = Sampling(max_new_tokens=256)
+_SAMPLING = Sampling(max_new_tokens=256, temperature=0.7, top_p=0.9)
+"""A conversation is there to be read, and small models ramble where they draw from all of their distribution."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -146,7 +146,7 @@ export function initialSettings(description) {
     weights: { a: noWeights(description), b: defaultWeights(description) },
     wishes: [],
     budgets: { a: null, b: null },
-    sampling: { temperature: 1, top_p: 1, max_tokens: 256, seed: null },
+    sampling: { temperature: 0.7, top_p: 0.9, max_tokens: 256, seed: null }, // at 1 and 1 small models ramble
     control: false,
     system: "",
     heat: false,
