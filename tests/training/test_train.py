@@ -22,6 +22,7 @@ from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraErr
 from genarm.training.arguments import one_gpu_each
 from genarm.training.config import TrainConfig, make_config, to_toml
 from genarm.training.data import evaluation_plan
+from genarm.training.report import pair_text
 from genarm.training.run import train
 from genarm.training.trainer import ArmTrainer, pair_metrics
 
@@ -174,6 +175,13 @@ def test_evaluation_metrics_by_hand() -> None:
     by_length = {g: metrics[f"accuracy_{g}"] for g in ("chosen_longer", "rejected_longer", "equal_length")}
     assert by_length == {"chosen_longer": 0.5, "rejected_longer": 0.0, "equal_length": 1.0}
     assert "accuracy_equal_length" not in pair_metrics(rewards[:3], lengths[:3], beta=1.0)
+
+
+def test_a_reward_of_zero_has_told_no_pair_apart() -> None:
+    lengths = torch.tensor([[3, 2], [2, 1]]).numpy()
+    for rewards, said in ((torch.zeros(2, 2), "no pair is told apart yet"), (-torch.ones(2, 2), "accuracy 0.000")):
+        metrics = pair_metrics(rewards.numpy(), lengths, beta=0.5)
+        assert said in pair_text({f"eval_{name}": value for name, value in metrics.items()})
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:

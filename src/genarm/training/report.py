@@ -106,6 +106,8 @@ def _front_matter(config: TrainConfig, kind: Kind) -> str:
 
 def pair_text(metrics: Mapping[str, float]) -> str:
     """The figures of one evaluation on held-out pairs, in a line."""
+    if metrics.get("eval_chosen_reward") == metrics.get("eval_rejected_reward") == 0:  # a reward that starts at zero
+        return f"loss {metrics['eval_loss']:.4f}  no pair is told apart yet"
     return (
         f"loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_accuracy']:.3f} "
         f"[{metrics['eval_accuracy_low']:.3f}, {metrics['eval_accuracy_high']:.3f}]  "
