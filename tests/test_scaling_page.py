@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from genarm.cli.main import build_parser
+from genarm.training.responses import CHUNK_ENTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -141,12 +142,12 @@ def training_bytes(m: Model, how: str, gpus: int, pairs: int = 4, prompt: int = 
         gpus = 1  # every process holds the 4 bits whole
     # Under FSDP, two layers and both ends are whole at a time; alone, autocast keeps a copy of what is trained.
     held = copy if gpus == 1 else (2 * m.layer() + m.ends()) * BF16
-    sequences = 2 * pairs
-    positions = sequences * (prompt + response)
+    positions = pairs * (prompt + 2 * response)  # a packed row, in which each prompt stands once
     inputs = m.layers * m.hidden * BF16 * positions
     one_layer = (12 * m.hidden + 4 * m.kv_heads * m.head_dim + 8 * m.intermediate) * positions
-    logits = 2 * sequences * (response + 1) * m.vocabulary * BF16  # and their gradient
-    return state / gpus + held + inputs + one_layer + logits
+    # What the output layer reads, and its slopes; of one chunk, logits and slopes as they are and in float32.
+    outputs = 2 * 2 * pairs * (response + 1) * m.hidden * BF16 + 2 * CHUNK_ENTRIES * (BF16 + 4)
+    return state / gpus + held + inputs + one_layer + outputs
 
 
 RUNS = (
@@ -197,8 +198,10 @@ def test_worked_examples() -> None:
     seventy = MODELS["Llama 3 70B"]
     two_nodes = (ROOM - seventy.weights() / 16) / (seventy.kv(8) / 2)  # pipeline stages of 40 layers
     assert f"room for {round(two_nodes / 1e4) * 10:,}k tokens on two nodes of 8, and for 1,230k on one" in PAGE
-    logits = 8 * 513 * eight.vocabulary * 2
-    assert f"8 · 513 · 128,256 · 2 = {logits / GB:.2f} GB" in PAGE
+    chunk = 2 * CHUNK_ENTRIES * (BF16 + 4)
+    assert f"one chunk of 2²⁴ entries, {chunk / 2**20:.0f} MiB" in PAGE
+    table = 8 * 513 * eight.vocabulary * BF16
+    assert f"8 · 513 · 128,256 · 2 = {table / GB:.2f} GB" in PAGE
     assert f"{eight.adapter() / 1e6:.0f} million parameters" in PAGE
     assert f"{eight.parameters() * TRAINED / GB:.0f} GB for 8B" in PAGE
     assert f"{thirteen.kv() * 4096 / GB:.1f} GB for one sequence of 4,096 tokens" in PAGE
