@@ -57,7 +57,7 @@ SIGNATURES = {
     "ignore_eos=False, top_log_probs=0, prompt_log_probs=None, reply=True, continues=False, reading)",
     "Sampling": "(*, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, "
     "presence_penalty=0.0, frequency_penalty=0.0, logit_bias, min_new_tokens=0)",
-    "Token": "(*, id, text, log_prob, base, rewards, top=(), kl=None)",
+    "Token": "(*, id, text, log_prob, base, rewards, top=(), kl=None, offset=0)",
     "TokenRewards": "(*, tokens, token_ids, base, rewards, guided, weights, differences=())",
     "TrainConfig": (
         "(*, model, data='', output, kind='arm', rewards=None, revision=None, trust_remote_code=False, "

@@ -59,7 +59,7 @@ OPTIONS = {
     "bench vllm": {"--base-shape", "--dtype", "--tokens", "--rounds", "--streams", "--eager", "--output", "--seed"},
     "bench serve": {
         *("folder", "--dtype", "--device", "--trust-remote-code", "--concurrency", "--tokens", "--requests"),
-        *("--rounds", "--output", "--seed"),
+        *("--rounds", "--output", "--seed", "--explain"),
         *ENGINE,
     },
     "serve": {
