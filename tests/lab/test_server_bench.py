@@ -78,6 +78,17 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
+def test_what_the_server_refuses_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The prompts are ids, in which a wish has no place."""
+    save_member(tiny_model(), tmp_path / "base")
+    line = ["compose", "--base", str(tmp_path / "base"), "--wish", "a=w1", "--output", str(tmp_path / "guided")]
+    assert main(line) == 0
+    assert main(["bench", "serve", str(tmp_path / "guided"), "--device", "cpu", "--tokens", "4"]) == 2
+    assert "the server could not answer" in (said := capsys.readouterr().err)
+    assert "wish" in said
+
+
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_member(tiny_model(), tmp_path / "base")
     line = ["bench", "serve", str(tmp_path / "base"), "--device", "cpu", "--tokens", "200"]  # of 128 positions

@@ -40,8 +40,9 @@ each contestant first, about a minute each. The results are printed as Markdown;
 _SERVE = """Measure what clients of `genarm serve` see: the time to the first token, the time between tokens, and the
 throughput, at so many replies at once, beside what the engine makes without a server.
 
-The server is started for the measurement, as a process of its own on this machine; the clients are this process. The
-results are printed as Markdown; progress goes to standard error."""
+The server is started for the measurement, as a process of its own on this machine; the clients are this process, which
+also has the other engine, so that there must be memory for the model twice. The results are printed as Markdown;
+progress goes to standard error."""
 
 
 _TRAIN = """Measure the training of an ARM, packed and in padded rows, beside trl's CPO without its likelihood term,

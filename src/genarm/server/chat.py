@@ -42,7 +42,6 @@ from genarm.server.replies import (
     TokenShares,
     as_answer,
     as_event,
-    as_json,
 )
 from genarm.server.schema import ChatRequest
 from genarm.text.prompts import Message
@@ -248,4 +247,4 @@ def error_event(http: HttpRequest, error: Exception) -> bytes:
     http.state.ended_with = answer.status
     if answer.status == 500:
         log_failure(http, error)
-    return b"data: %b\n\n" % as_json(answer.body())
+    return as_event(answer.body())

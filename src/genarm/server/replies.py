@@ -6,6 +6,7 @@ took longer than all else that was done for a token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypeAlias
 
 from pydantic_core import to_json
@@ -19,8 +20,8 @@ def as_json(reply: Any) -> bytes:
     return to_json(reply, inf_nan_mode="null")
 
 
-def as_event(reply: TextCompletion | ChatChunk) -> bytes:
-    """One event of a stream."""
+def as_event(reply: Mapping[str, Any]) -> bytes:
+    """One event of a stream: a piece of an answer, or the error that ends it."""
     return b"data: %b\n\n" % as_json(reply)
 
 

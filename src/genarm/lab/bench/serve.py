@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO
+from typing import IO, Any
 
 import httpx2
 from rich.console import Console
@@ -137,7 +137,6 @@ class _Asking:
 
     def __init__(self, settings: ServeSettings, files: ModelFiles) -> None:
         self.settings = settings
-        self.files = files
         special = set(files.tokenizer.all_special_ids)
         self._ids = [i for i in range(len(files.tokenizer)) if i not in special]
         self.bias = dict.fromkeys(files.end_ids, -100.0)
@@ -222,12 +221,14 @@ class _Clients:
         }
         began, stamps, tokens = time.perf_counter(), [], 0
         async with http.stream("POST", "/v1/completions", json=asked) as stream:
+            if stream.is_error:
+                raise _refused(json.loads(await stream.aread()))
             async for line in stream.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    raise MemberError(f"the server could not answer: {event['error']['message']}")
+                    raise _refused(event)
                 if event["choices"] and event["choices"][0]["text"]:
                     stamps.append(time.perf_counter())
                 tokens = event["usage"]["completion_tokens"] if event["usage"] else tokens
@@ -237,6 +238,10 @@ class _Clients:
             )
         gaps = [later - earlier for earlier, later in pairwise(stamps)]
         return Reply(first=stamps[0] - began, gaps=gaps, tokens=tokens, seconds=stamps[-1] - began)
+
+
+def _refused(answer: Mapping[str, Any]) -> MemberError:
+    return MemberError(f"the server could not answer: {answer['error']['message']}")
 
 
 @contextmanager
