@@ -32,7 +32,7 @@ from builders.engines import (
 from builders.families import tiny_family
 from builders.tiny import DEVICE, FAMILIES, VOCAB_SIZE, save_member, tiny_model, tiny_tokenizer
 from genarm import GuidedForCausalLM
-from genarm.engine import Completion, Engine, Request
+from genarm.engine import Completion, Engine, Request, device
 from genarm.engine.attention import Pass
 from genarm.engine.graphs import DecodeGraphs, Waits
 from genarm.engine.norms import _FusedNorm
@@ -265,8 +265,10 @@ def test_models_that_the_engine_cannot_run_are_refused_and_left_alone(family: st
     assert torch.equal(model(ids).logits, before)
 
 
-def test_half_precision() -> None:
-    """Against float32 models of the same rounded weights; bfloat16 keeps 8 bits."""
+@pytest.mark.parametrize("fast", [True, False], ids=["fast bfloat16", "none"])
+def test_half_precision(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float32 models of the same rounded weights; bfloat16 keeps 8 bits. On either kind of processor."""
+    monkeypatch.setattr(device, "has_bfloat16", lambda: fast)
     base, arm = [tiny_model(seed=seed).bfloat16() for seed in (0, 1)]
     exact_base = copy.deepcopy(base).float()
     exact = GuidedForCausalLM.from_members(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from builders.engines import LENGTH, PROMPTS, TOKENIZER, WEIGHTS, full, greedy, 
 from builders.families import tiny_family
 from builders.tiny import FAMILIES, tiny_model
 from genarm import GuidedForCausalLM
-from genarm.engine import Engine, Request
+from genarm.engine import Engine, Request, device
 from genarm.engine.graphs import DecodeGraphs
 from genarm.model.wishes import Wish
 from genarm.sampling import Sampling
@@ -87,6 +88,24 @@ def test_small_changes_of_a_model_in_half_precision() -> None:
     model = GuidedForCausalLM.from_members(base, {"kind": adapted}, references={"kind": base})
     with Engine(model, TOKENIZER, options()) as engine:
         assert "kind: told from its hidden states" in engine.describe()
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast bfloat16", "none"])
+def test_half_precision_on_either_kind_of_processor(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float32 models of the same rounded weights; bfloat16 keeps 8 bits."""
+    monkeypatch.setattr(device, "has_bfloat16", lambda: fast)
+    base = tiny_model("llama", seed=0).to(torch.bfloat16)
+    exact = copy.deepcopy(base).float()
+    prompt, weights = PROMPTS[3], {"kind": 1.5, "brief": -0.5}
+    with Engine(guided(base), TOKENIZER, options()) as engine:
+        assert f"cpu, {'bfloat16' if fast else 'float32'}" in engine.describe()
+        (reply,) = engine.generate([greedy(prompt, weights)])
+    ids = torch.tensor([[*prompt, *reply.token_ids]])
+    expected_TV = model_with(guided(exact), weights)(ids).logits[0].log_softmax(-1)[len(prompt) - 1 :]
+    found = [token.log_prob for token in reply.tokens]
+    assert found == pytest.approx(
+        [float(row_V[token.id]) for row_V, token in zip(expected_TV, reply.tokens, strict=False)], abs=0.3
+    )
 
 
 def test_they_need_no_rows_and_no_forwards() -> None:

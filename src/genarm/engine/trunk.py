@@ -178,10 +178,14 @@ class Trunk:
             else:
                 with self._adapters.masked(plan.adapters_T):
                     output = self.model(**inputs, use_cache=False, return_dict=True)
-        logits_TV: Tensor = output.logits[0]
+        # [T, V], or [W, V] where the model keeps no others; what the output layer has read goes with them.
+        said: list[Tensor] = [output.logits[0]]
         if self._output is not None:
-            logits_TV = torch.cat([logits_TV, self._output.low().to(logits_TV.dtype)], dim=1)
-        return logits_TV if self._keeps else logits_TV.index_select(0, plan.outputs_W)
+            said.append(self._output.low())
+        if not self._keeps:
+            said = [each.index_select(0, plan.outputs_W) for each in said]
+        # The adapters' part keeps its float32, whatever the model's dtype.
+        return said[0] if self._output is None else torch.cat([said[0].float(), said[1]], dim=1)
 
 
 def _beyond_the_body(model: PreTrainedModel, adapters: Sequence[str]) -> bool:
