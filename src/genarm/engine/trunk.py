@@ -114,17 +114,28 @@ class Trunk:
             For each feed, float32 log-probs [want, V] after its last `want` tokens, and those of its riders.
         """
         said = self._run(feeds)
-        riders = riders or [()] * len(feeds)
-        return [[self._fit(own), *self._ride(own, low, of)] for (own, low), of in zip(said, riders, strict=True)]
+        ridden = self._ride(said, riders or [()] * len(feeds))
+        return [[self._fit(own), *of.values()] for (own, _), of in zip(said, ridden, strict=True)]
 
     def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
         """As `forward`, over the ids of the model's own vocabulary, and without riders."""
         return [own for own, _ in self._run(feeds)]
 
-    def _ride(self, log_probs_WV: Tensor, low_WR: Tensor, riders: Sequence[int]) -> list[Tensor]:
+    def _ride(
+        self, said: Sequence[tuple[Tensor, Tensor]], riders: Sequence[Sequence[int]]
+    ) -> list[dict[int, Tensor]]:
+        """{rider: log-probs} of each feed, in the order that it names them; a rider is asked of all feeds at once."""
+        found: list[dict[int, Tensor]] = [dict.fromkeys(of, torch.empty(0)) for of in riders]
         if self._output is None:
-            return []
-        return [self._output.log_probs(rider, log_probs_WV, low_WR) for rider in riders]
+            return found
+        for rider in {rider for of in riders for rider in of}:
+            feeds = [feed for feed, of in enumerate(riders) if rider in of]
+            parts = [said[feed] for feed in feeds]
+            own_WV, low_WR = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+            ridden_WV = self._output.log_probs(rider, own_WV, low_WR)
+            for feed, piece in zip(feeds, ridden_WV.split([len(own) for own, _ in parts]), strict=True):
+                found[feed][rider] = piece
+        return found
 
     @torch.inference_mode()
     def _run(self, feeds: Sequence[Feed]) -> list[tuple[Tensor, Tensor]]:

@@ -95,6 +95,8 @@ def combine(
     if not streams:
         return base_BTV
     total_BTV = weighted_sum(base_BTV, streams, given, unknown)
+    if given.guided_B.is_cpu and bool(given.guided_B.all()):
+        return torch.log_softmax(total_BTV, dim=-1)
     return torch.where(given.guided_B[:, None, None], torch.log_softmax(total_BTV, dim=-1), base_BTV)
 
 
@@ -112,7 +114,7 @@ def weighted_sum(
     if given.base_B is None:
         total_BTV = base_BTV.clone()
     else:
-        total_BTV = _add(torch.zeros_like(base_BTV), base_BTV, given.base_B[:, None, None])
+        total_BTV = _times(base_BTV, given.base_B[:, None, None])
     for s, stream_BTV in enumerate(streams):
         total_BTV = _add(total_BTV, stream_BTV, given.streams_BS[:, s, None, None])
     for s, mask_V in enumerate(unknown):
@@ -121,10 +123,22 @@ def weighted_sum(
     return total_BTV
 
 
+def _times(stream_BTV: Tensor, factor_B11: Tensor) -> Tensor:
+    """A stream by itself times its coefficient."""
+    if stream_BTV.is_cpu and _finite(stream_BTV):
+        return factor_B11 * stream_BTV
+    return _add(torch.zeros_like(stream_BTV), stream_BTV, factor_B11)
+
+
+def _finite(stream_BTV: Tensor) -> bool:
+    """Whether all numbers are, as nearly always; on a GPU looking would cost a wait."""
+    return bool(stream_BTV.sum().isfinite())
+
+
 def _add(total_BTV: Tensor, stream_BTV: Tensor, factor_B11: Tensor) -> Tensor:
     """`total_BTV` with one more stream, in place."""
-    if stream_BTV.is_cpu and bool(stream_BTV.sum().isfinite()):
-        return total_BTV.addcmul_(factor_B11, stream_BTV)  # nearly always; elsewhere looking would cost a wait
+    if stream_BTV.is_cpu and _finite(stream_BTV):
+        return total_BTV.addcmul_(factor_B11, stream_BTV)
     impossible_BTV = stream_BTV == -torch.inf
     total_BTV.addcmul_(factor_B11, stream_BTV.masked_fill(impossible_BTV | (factor_B11 == 0), 0))
     return total_BTV.masked_fill_(impossible_BTV & (factor_B11 != 0), -torch.inf)
