@@ -104,15 +104,27 @@ def _attention(
     if not isinstance(attention_mask, _PackedMask):
         found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **options)
         return found
-    sizes = [size for prompt, chosen, rejected in attention_mask.lengths for size in (prompt + chosen, rejected)]
-    parts = zip(*(iter(tensor.split(sizes, dim=2)) for tensor in (query, key, value)), strict=True)
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return _attend_to_pairs(attend, module, (query, key, value), attention_mask, options), None
+    # On CPUs attention's backward is ten times slower in bfloat16 than in float32.
+    with torch.autocast("cpu", enabled=False):
+        wide = (query.float(), key.float(), value.float())
+        return _attend_to_pairs(attend, module, wide, attention_mask, options).to(query.dtype), None
+
+
+def _attend_to_pairs(
+    attend: Any, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: _PackedMask, options: dict[str, Any]
+) -> Tensor:
+    """Two calls for each pair, [1, T, H, D]."""
+    sizes = [size for prompt, chosen, rejected in packed.lengths for size in (prompt + chosen, rejected)]
+    parts = zip(*(iter(tensor.split(sizes, dim=2)) for tensor in qkv), strict=True)
     outputs = []
-    for (prompt, _, _), (mask, continued) in zip(attention_mask.lengths, attention_mask.masks, strict=True):
+    for (prompt, _, _), (mask, continued) in zip(packed.lengths, packed.masks, strict=True):
         (whole, keys, values), (rest, *more) = next(parts), next(parts)
         outputs.append(attend(module, whole, keys, values, mask, **options)[0])
         joined = [torch.cat([a[:, :, :prompt], b], dim=2) for a, b in zip((keys, values), more, strict=True)]
         outputs.append(attend(module, rest, *joined, continued, **options)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _no_eager(module: nn.Module, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
