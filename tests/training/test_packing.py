@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from genarm.data.tokens import TokenPair
 from genarm.errors import MemberError
+from genarm.training import packing
 from genarm.training.collator import collate
 from genarm.training.loss import arm_loss
 from genarm.training.reader import ModelReader
@@ -136,6 +137,27 @@ def test_packed_loss_and_gradients(family: str, dtype: torch.dtype) -> None:
     reader = ModelReader(model)
     assert reader.check(model, collate(_pairs(2, seed=1))) == []
     _assert_same(model, reader, pairs)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_half_precision_attends_in_float32_on_a_cpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a float32 model of the same rounded weights; bfloat16 keeps 8 bits."""
+    model, pairs = _model(family, **PACKED[family]).to(torch.bfloat16), _pairs()
+    attend = packing._attend_to_pairs
+    seen: set[torch.dtype] = set()
+
+    def noted(attention: Any, module: nn.Module, qkv: Any, *more: Any) -> Tensor:
+        seen.update(tensor.dtype for tensor in qkv)
+        return attend(attention, module, qkv, *more)
+
+    monkeypatch.setattr(packing, "_attend_to_pairs", noted)
+    reader = ModelReader(model)
+    assert reader.check(model, collate(_pairs(2, seed=1))) == []
+    _, gradient = _gradients(model, _rewards(reader.states(model, collate(pairs))))
+    reader.leave()
+    assert seen == {torch.float32}
+    _, exact = _gradients(model.float(), _rewards_one_by_one(model, pairs))
+    assert float((gradient - exact).norm() / exact.norm()) < 0.15
 
 
 @pytest.mark.parametrize("family", NOT_PACKED)

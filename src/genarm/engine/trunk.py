@@ -121,9 +121,7 @@ class Trunk:
         """As `forward`, over the ids of the model's own vocabulary, and without riders."""
         return [own for own, _ in self._run(feeds)]
 
-    def _ride(
-        self, said: Sequence[tuple[Tensor, Tensor]], riders: Sequence[Sequence[int]]
-    ) -> list[dict[int, Tensor]]:
+    def _ride(self, said: Sequence[tuple[Tensor, Tensor]], riders: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
         """{rider: log-probs} of each feed, in the order that it names them; a rider is asked of all feeds at once."""
         found: list[dict[int, Tensor]] = [dict.fromkeys(of, torch.empty(0)) for of in riders]
         if self._output is None:

@@ -111,10 +111,7 @@ def weighted_sum(
     Where nobody asks for the members' own log-probs, float32 logits will do: what a member's log-softmax takes from
     all ids of a row alike, the last one takes anyway.
     """
-    if given.base_B is None:
-        total_BTV = base_BTV.clone()
-    else:
-        total_BTV = _times(base_BTV, given.base_B[:, None, None])
+    total_BTV = base_BTV.clone() if given.base_B is None else _times(base_BTV, given.base_B[:, None, None])
     for s, stream_BTV in enumerate(streams):
         total_BTV = _add(total_BTV, stream_BTV, given.streams_BS[:, s, None, None])
     for s, mask_V in enumerate(unknown):
