@@ -19,6 +19,7 @@ from genarm.lab.bench.decode import Where
 from genarm.lab.bench.figures import (
     VLLM_CONTESTANTS,
     VLLM_FULL,
+    VLLM_HEAD,
     VLLM_LORA,
     VLLM_MERGED,
     VLLM_PLAIN,
@@ -46,6 +47,7 @@ RATES = {
         VLLM_LORA: [8.0, 18.0, 36.0],
         VLLM_TWO_LORAS: [5.0, 10.0, 20.0],
         VLLM_MERGED: [4.0, 9.0, 12.0],
+        VLLM_HEAD: [9.0, 19.0, 38.0],
     },
     16: {name: [100.0, 100.0, 50.0] for name in VLLM_CONTESTANTS},
 }
@@ -71,7 +73,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert found[over_plain(VLLM_LORA, 1)] == [0.8, 0.9, 0.9]
     assert found[over_plain(VLLM_MERGED, 16)] == [1.0, 1.0, 1.0]
     assert found[shared_over_merged(1)] == [2.0, 2.0, 3.0]
-    assert len(found) == 4 * 2 + 2
+    assert len(found) == 5 * 2 + 2
 
 
 def test_every_target_belongs_to_a_figure() -> None:
@@ -83,6 +85,7 @@ def test_every_target_belongs_to_a_figure() -> None:
         VLLM_MERGED: "≥ 0.45",
     }
     assert str(targets[over_plain(VLLM_FULL, 16)]) == "≥ 0.75"
+    assert str(targets[over_plain(VLLM_HEAD, 16)]) == "≥ 0.95"
     assert vllm_targets("tiny") == {}
 
 
@@ -132,7 +135,7 @@ def test_entries_share_one_base_and_merging_is_right(tmp_path: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(entry.folder, dtype=torch.float32)
             log_probs[name] = model(ids_BT).logits.log_softmax(-1)
     torch.testing.assert_close(log_probs[VLLM_LORA], log_probs[VLLM_MERGED], rtol=0, atol=2e-4)
-    for name in (VLLM_FULL, VLLM_LORA, VLLM_TWO_LORAS):
+    for name in (VLLM_FULL, VLLM_LORA, VLLM_TWO_LORAS, VLLM_HEAD):
         assert (log_probs[name] - log_probs[VLLM_PLAIN]).abs().max() > 0.01
     of = {name: entry.cache_bytes(10, 4) for name, entry in entries.items()}
     own = 10 * 4 * 2 * 64 * 6
@@ -142,6 +145,7 @@ def test_entries_share_one_base_and_merging_is_right(tmp_path: Path) -> None:
         VLLM_LORA: 2 * own,
         VLLM_TWO_LORAS: 3 * own,
         VLLM_MERGED: 2 * own,
+        VLLM_HEAD: own,
     }
 
 

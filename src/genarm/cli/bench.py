@@ -30,7 +30,8 @@ ratios within a round. The results are printed as Markdown; progress goes to sta
 
 
 _VLLM = """Measure guided decoding inside vLLM over plain vLLM: with a full ARM of an eighth of the base's size, with
-one and two LoRA ARMs that share the base's forward, and with a LoRA ARM merged into a model of its own.
+one and two LoRA ARMs that share the base's forward, with a LoRA ARM merged into a model of its own, and with a head
+ARM.
 
 Models have random weights at a chosen shape, so nothing is downloaded. Every contestant has an engine of vLLM in a
 process of its own, and they take turns; all figures are ratios within a round. vLLM chooses the device, and compiles

@@ -155,7 +155,8 @@ VLLM_FULL = "full ARM of 1/8"
 VLLM_LORA = "one LoRA ARM, trunk shared"
 VLLM_TWO_LORAS = "two LoRA ARMs, trunk shared"
 VLLM_MERGED = "one LoRA ARM, merged into a model of its own"
-VLLM_CONTESTANTS = (VLLM_PLAIN, VLLM_FULL, VLLM_LORA, VLLM_TWO_LORAS, VLLM_MERGED)
+VLLM_HEAD = "one head ARM"
+VLLM_CONTESTANTS = (VLLM_PLAIN, VLLM_FULL, VLLM_LORA, VLLM_TWO_LORAS, VLLM_MERGED, VLLM_HEAD)
 
 
 def over_plain(contestant: str, streams: int) -> str:
@@ -180,6 +181,7 @@ def vllm_targets(base_shape: str) -> Targets:
     return {
         over_plain(VLLM_FULL, 1): _least(0.80),
         over_plain(VLLM_FULL, 16): _least(0.75),
+        over_plain(VLLM_HEAD, 16): _least(0.95),
         **{over_plain(name, n): _least(limit) for name, limit in loras.items() for n in (1, 16)},
     }
 

@@ -42,23 +42,30 @@ def write_entries(shapes: ShapePair, *, dtype: torch.dtype, seed: int, root: Pat
     for name, model in models.items():
         _save(model, root / name)
         tokenizer.save_pretrained(root / name)
-    for name, adapter in random_adapters(copy.deepcopy(base), ("one", "two"), seed=seed).items():
+    loras = random_adapters(copy.deepcopy(base), ("one", "two"), seed=seed)
+    heads = random_adapters(copy.deepcopy(base), ("head",), seed=seed, heads=True)
+    for name, adapter in {**loras, **heads}.items():
         adapter.peft_config[name].base_model_name_or_path = str(root / "base")
-        adapter.save_pretrained(str(root), selected_adapters=[name])  # into a folder of the adapter's name
+        # Into a folder of the adapter's name, without the output layer, which peft writes beside an adapter of it.
+        adapter.save_pretrained(str(root), selected_adapters=[name], save_embedding_layers=False)
     _save(_merged(base, seed), root / "merged")
     tokenizer.save_pretrained(root / "merged")
-    guided: Mapping[str, tuple[tuple[str, ...], Shape]] = {
-        figures.VLLM_FULL: (("full",), shapes.arm),
-        figures.VLLM_LORA: (("one",), shapes.base),
-        figures.VLLM_TWO_LORAS: (("one", "two"), shapes.base),
-        figures.VLLM_MERGED: (("merged",), shapes.base),
+    guided: Mapping[str, tuple[tuple[str, ...], tuple[Shape, ...]]] = {
+        figures.VLLM_FULL: (("full",), (shapes.arm,)),
+        figures.VLLM_LORA: (("one",), (shapes.base,)),
+        figures.VLLM_TWO_LORAS: (("one", "two"), (shapes.base, shapes.base)),
+        figures.VLLM_MERGED: (("merged",), (shapes.base,)),
+        figures.VLLM_HEAD: (("head",), ()),
     }
     entries = {figures.VLLM_PLAIN: Entry(folder=root / "base", members=(shapes.base,))}
-    for number, (contestant, (rewards, shape)) in enumerate(guided.items()):
+    for number, (contestant, (rewards, members)) in enumerate(guided.items()):
         folder = root / f"guided-{number}"
         weights = dict.fromkeys(rewards, WEIGHT)
-        compose(root / "base", {reward: root / reward for reward in rewards}, folder, weights=weights)
-        entries[contestant] = Entry(folder=folder, members=(shapes.base, *[shape] * len(rewards)))
+        own = {reward: root / reward for reward in rewards}
+        # A head ARM is a difference to the base, as `genarm train --head` makes it by default.
+        given, tuned = ({}, own) if contestant == figures.VLLM_HEAD else (own, {})
+        compose(root / "base", given, folder, tuned=tuned, weights=weights)
+        entries[contestant] = Entry(folder=folder, members=(shapes.base, *members))
     return entries
 
 
