@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders.tiny import save_member, tiny_model
 from builders.toy_training import toy_preferences
@@ -19,6 +22,7 @@ from genarm.lab.evaluation.recipe_file import load_recipe
 from genarm.lab.evaluation.run import RunOptions, evaluate
 from genarm.lab.methods.models import Models
 from genarm.model.config import THE_BASE
+from genarm.text.prompts import encode_pair
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +100,40 @@ def test_rewards_are_composed_as_they_were_trained(folder: Path, monkeypatch: py
     assert losses == ["arm", "reference", "reference", "product"]
     (behaviour,) = found.behaviours
     assert set(behaviour.gains) == {"plain", "reference", "whole", "product"}
-    assert set(behaviour.taus) == {"reward accuracy"}
+    assert set(behaviour.taus) == {"reward accuracy", "policy accuracy"}
+    policies = {trained.name: trained.policy for trained in found.trained}
+    assert policies["product"] is None  # its training has measured it
+    for name in ("plain", "reference", "whole"):
+        assert policies[name] is not None
+        right = right_pairs(folder, name, difference=name != "plain")
+        assert (policies[name].count, policies[name].n) == (sum(right), len(right))
     report = (folder / "run" / "report.html").read_bytes()
     evaluate(recipe, options, Console(quiet=True))
     assert (folder / "run" / "report.html").read_bytes() == report
+
+
+@torch.no_grad()
+def right_pairs(folder: Path, name: str, *, difference: bool) -> list[bool]:
+    """Which held-out pairs the policy of a reward ranks right at weight 1, by plain forwards."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    where = folder / "run" / "train" / name
+    start = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = (where / "adapter_config.json").exists()
+    arm = PeftModel.from_pretrained(start, where) if adapted else AutoModelForCausalLM.from_pretrained(where)
+
+    def gain(prompt: list[dict[str, str]], response: str) -> float:
+        prompt_ids, ids = encode_pair(tokenizer, prompt, response)
+        whole = torch.tensor([[*prompt_ids, *ids]])
+        base_TV, arm_TV = (model(whole).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1) for model in (base, arm))
+        guided_TV = arm_TV if difference else (base_TV + arm_TV).log_softmax(-1)
+        return float((guided_TV - base_TV).gather(-1, torch.tensor(ids)[:, None]).sum())
+
+    rows = map(json.loads, (folder / "held-out.jsonl").read_text().splitlines())
+    return [
+        gain(row["prompt"], row["chosen"][0]["content"]) > gain(row["prompt"], row["rejected"][0]["content"])
+        for row in rows
+    ]
 
 
 def test_what_a_row_is_composed_of_is_looked_at_again(folder: Path, tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def behaviour(results: Results, judge: str) -> Behaviour | None:
 
 
 def pair_accuracies(trained: Trained) -> tuple[Proportion | None, Proportion | None]:
-    """(of the reward alone, of the policy that it makes) on held-out pairs, as far as the training told them."""
+    """(of the reward alone, of the policy that it makes) on held-out pairs, as far as they are known."""
     main, alone = (accuracies(trained.metrics, name).get("all") for name in ("accuracy", "reward_accuracy"))
-    return (main, None) if alone is None else (alone, main)
+    return (main, trained.policy) if alone is None else (alone, main)
 
 
 def _line(results: Results, judge: str, reward: str) -> Measurements | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genarm.statistics import Outcome, points
+from genarm.statistics import Outcome, Proportion, points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,14 @@ class Trained:
         name, kind: as in the recipe; the kind is one of `genarm train`.
         loss: of an ARM.
         metrics: of its training, as in its metrics.json (eval_accuracy with its interval, train_seconds, …).
+        policy: of held-out pairs, how many the policy that it makes of the base at weight 1 ranks right.
     """
 
     name: str
     kind: str
     metrics: Mapping[str, float]
     loss: str | None = None
+    policy: Proportion | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from genarm.lab.evaluation.answers import Answers, answering, read_answers
 from genarm.lab.evaluation.comparing import announce
 from genarm.lab.evaluation.figures import Figures, figures, record
 from genarm.lab.evaluation.judging import Judged, check_judges, judge_all
+from genarm.lab.evaluation.policies import policy_accuracies
 from genarm.lab.evaluation.prompts import Question, read_questions, reader
 from genarm.lab.evaluation.provenance import answers_record, training_record
 from genarm.lab.evaluation.recipe import Recipe, TrainSpec, slug
@@ -50,6 +51,7 @@ from genarm.model.references import find_device
 from genarm.model.trained import TRAIN_FIGURES
 from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
+from genarm.statistics import Proportion
 from genarm.terminal import Bar
 from genarm.training.config import make_config
 from genarm.training.run import train
@@ -100,10 +102,11 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
         if not (folder / "train" / spec.name / TRAIN_FIGURES).exists():
             console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
             _train(folder, spec, models, recipe.seed, console)
+    policies = policy_accuracies(recipe, models, console)
     answers = _answer(folder, recipe, questions, models, console)
     console.print(Text("Judges", style="bold"))
     judged = judge_all(folder / "judgements", recipe, questions, answers, models, console)
-    results = _results(recipe, options, folder, models, questions, answers, judged)
+    results = _results(recipe, options, models, questions, answers, judged, policies)
     return _write(folder, recipe, results, console)
 
 
@@ -132,11 +135,11 @@ def _train(folder: Path, spec: TrainSpec, models: Models, seed: int, console: Co
     train(make_config({"seed": seed, **given, "output": output}), resume=output.exists(), console=console)
 
 
-def _trained(folder: Path, spec: TrainSpec) -> Trained:
+def _trained(folder: Path, spec: TrainSpec, policy: Proportion | None) -> Trained:
     metrics = json.loads((folder / "train" / spec.name / TRAIN_FIGURES).read_text(encoding="utf-8"))
     kind = str(spec.settings.get("kind", "arm"))
     loss = str(spec.settings.get("loss", "arm")) if kind == "arm" else None
-    return Trained(name=spec.name, kind=kind, metrics=metrics, loss=loss)
+    return Trained(name=spec.name, kind=kind, metrics=metrics, loss=loss, policy=policy)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -214,11 +217,11 @@ def _method(spec: MethodSpec, recipe: Recipe, models: Models, questions: Sequenc
 def _results(
     recipe: Recipe,
     options: RunOptions,
-    folder: Path,
     models: Models,
     questions: Sequence[Question],
     answers: dict[str, Answers],
     judged: Judged,
+    policies: Mapping[str, Proportion],
 ) -> Results:
     measured = tuple(
         Measured(
@@ -232,7 +235,7 @@ def _results(
             kl_bound=METHODS[spec.kind].kl_bound(spec),
             cost=answers[spec.name].cost,
             exponent=_exponent(recipe, spec, models),
-            reward=_only_reward(spec),
+            reward=spec.only_trained,
             steers_another=spec.roles.get("base", recipe.methods[0].base) != recipe.methods[0].base,
         )
         for spec in recipe.methods
@@ -250,7 +253,7 @@ def _results(
         reference=recipe.reference,
         measured=measured,
         verdicts=judged.verdicts,
-        trained=tuple(_trained(folder, spec) for spec in recipe.train),
+        trained=tuple(_trained(models.folder, spec, policies.get(spec.name)) for spec in recipe.train),
         published=recipe.published,
         notes=(*dict.fromkeys(trained), *judged.notes),
     )
@@ -259,12 +262,6 @@ def _results(
 def _exponent(recipe: Recipe, spec: MethodSpec, models: Models) -> float | None:
     total, temperature = METHODS[spec.kind].total(spec, models), recipe.draw(spec).temperature
     return None if total is None else total / temperature if temperature else math.inf
-
-
-def _only_reward(spec: MethodSpec) -> str | None:
-    """The reward trained for the run that guides a row by itself."""
-    used = spec.used if spec.kind == "genarm" else []
-    return used[0].removeprefix("@train/") if len(used) == 1 and used[0].startswith("@train/") else None
 
 
 def _machine(device: str | None) -> str:

@@ -336,9 +336,9 @@ def _trained(figures: Figures) -> Sheet:
         key="trained",
         title="Trained for this",
         note="Of held-out pairs: the share in which the preferred response gets the higher reward, and in which the "
-        "policy that the reward makes raises it more over the base; of other kinds, their own figure. Beside it, what "
-        "an ARM that guides alone adds to the base's score, at the KL that all of them reach."
-        + "".join(_taus(found) for found in figures.behaviours),
+        "policy that the reward makes at weight 1 (or that it was trained for) raises it more over the base; of other "
+        "kinds, their own figure. Beside it, what an ARM that guides alone adds to the base's score, at the KL that "
+        "all of them reach." + "".join(_taus(found) for found in figures.behaviours),
         head=(
             *("model", "kind", "loss, held out", "held-out pairs", "policy accuracy"),
             *(f"{found.judge} over the base, KL {number(found.kl, 2)}" for found in figures.behaviours),

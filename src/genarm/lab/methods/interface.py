@@ -126,6 +126,12 @@ class MethodSpec:
         return [self.named[name] for name, weight in self.weights.items() if weight]
 
     @property
+    def only_trained(self) -> str | None:
+        """The ARM trained for the run that guides by itself, by its name there."""
+        used = self.used if self.kind == "genarm" else []
+        return used[0].removeprefix("@train/") if len(used) == 1 and used[0].startswith("@train/") else None
+
+    @property
     def numbers(self) -> dict[str, Any]:
         """The settings that are none of how replies are drawn."""
         return {name: value for name, value in self.settings.items() if name != "temperature"}
