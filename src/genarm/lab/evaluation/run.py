@@ -53,7 +53,7 @@ from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
 from genarm.statistics import Proportion
 from genarm.terminal import Bar
-from genarm.training.config import make_config
+from genarm.training.config import TrainConfig, make_config
 from genarm.training.run import train
 
 RECIPE = "recipe.json"
@@ -101,8 +101,10 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
         claim(folder / "train" / spec.name, training_record(spec, models))
         if not (folder / "train" / spec.name / TRAIN_FIGURES).exists():
             console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
-            _train(folder, spec, models, recipe.seed, console)
-    policies = policy_accuracies(recipe, models, console)
+            config = _train_config(spec, models, recipe.seed)
+            train(config, resume=config.output.exists(), console=console)
+    configs = {spec.name: _train_config(spec, models, recipe.seed) for spec in recipe.train}
+    policies = policy_accuracies(recipe, configs, models, console)
     answers = _answer(folder, recipe, questions, models, console)
     console.print(Text("Judges", style="bold"))
     judged = judge_all(folder / "judgements", recipe, questions, answers, models, console)
@@ -125,14 +127,13 @@ def _write(folder: Path, recipe: Recipe, results: Results, console: Console) -> 
 # --- training --------------------------------------------------------------------------------------------------
 
 
-def _train(folder: Path, spec: TrainSpec, models: Models, seed: int, console: Console) -> None:
-    """Train one model with the settings of `genarm train`; an unfinished one is gone on with."""
-    output = folder / "train" / spec.name
+def _train_config(spec: TrainSpec, models: Models, seed: int) -> TrainConfig:
+    """The settings of `genarm train` for one model."""
     given = {
         key: models.resolve(value) if isinstance(value, str) and key != "wish" else value  # "@FILE" is a text's file
         for key, value in spec.settings.items()
     }
-    train(make_config({"seed": seed, **given, "output": output}), resume=output.exists(), console=console)
+    return make_config({"seed": seed, **given, "output": models.folder / "train" / spec.name})
 
 
 def _trained(folder: Path, spec: TrainSpec, policy: Proportion | None) -> Trained:
