@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from genarm.data.preferences import load_preferences
 from genarm.files import new_folder
+from genarm.model.references import find_device
 from genarm.text.prompts import encode_pair
 
 HELD_OUT = 32
@@ -40,11 +41,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192, help="of a text, at most (default 192)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, …; by default the first GPU, if any")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
+    device = find_device(given.device)
     whole = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval().requires_grad_(False)
     sibling = keep_layers(whole, AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32), given.layers)
+    whole, sibling = whole.to(device), sibling.to(device)
     texts = read_texts(given.data, tokenizer, given.tokens)
     random.Random(given.seed).shuffle(texts)
     held_out, rest = texts[:HELD_OUT], texts[HELD_OUT:]
@@ -96,7 +100,7 @@ def read_texts(data: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> l
 def divergence(whole: PreTrainedModel, sibling: PreTrainedModel, text: tuple[Sequence[int], int]) -> Tensor:
     """KL(whole ‖ sibling) [T] of the tokens of a response."""
     ids, begin = text
-    row = torch.tensor([ids])
+    row = torch.tensor([ids], device=whole.device)
     with torch.no_grad():
         p = whole(row, use_cache=False).logits[0, begin - 1 : -1].float().log_softmax(-1)
     q = sibling(row, use_cache=False).logits[0, begin - 1 : -1].float().log_softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,41 @@ def test_a_grid_of_weights_is_a_row_each(tmp_path: Path) -> None:
     assert second.weights == {"a": 0.5, "b": 1.0}
 
 
+def read_like(tmp_path: Path, other: dict[str, Any], like: object = "tiny") -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps({"tiny": MINIMAL, "other": {"like": like, **other}, "third": {"like": "other"}}))
+    return load_recipe(path, "other")
+
+
+def test_a_scale_says_what_it_changes_in_another(tmp_path: Path) -> None:
+    mine = {"kind": "sample", "name": "mine", "model": "m3"}
+    methods = [{"name": "guided", "weights": {"a": 2}, "family": "f"}, mine]
+    changed = read_like(tmp_path, {"seed": 5, "prompts": {"count": 9}, "methods": methods, "judges": []})
+    whole = {**MINIMAL, "seed": 5, "prompts": {"data": "prompts.jsonl", "count": 9}, "judges": []}
+    guided = {**MINIMAL["methods"][1], "weights": {"a": 2, "b": 0.5}, "family": "f"}
+    expected = read(tmp_path, **{**whole, "methods": [MINIMAL["methods"][0], guided, mine]})
+    assert replace(changed, scale="tiny", title="T") == expected
+
+
+@pytest.mark.parametrize(
+    ("like", "other", "message"),
+    [
+        ("large", {}, "like is 'large'; it must be a scale that is complete in itself: tiny"),
+        (["tiny"], {}, r"like is \['tiny'\]; it must be"),
+        ("other", {}, "like is 'other'; it must be"),
+        ("third", {}, "like is 'third'; it must be"),  # which is like this one
+        ("tiny", {"methods": [{"name": "guided"}, {"name": "guided"}]}, "has the kind None"),
+        ("tiny", {"methods": [{"name": "guided", "top_k": 3}]}, "'guided' has the unknown key 'top_k'"),
+        ("tiny", {"prompts": 4}, "prompts"),
+    ],
+)
+def test_a_scale_like_another_is_checked_as_a_whole(
+    tmp_path: Path, like: object, other: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_like(tmp_path, other, like)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -94,5 +130,5 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     broken.write_text("title = ")
     with pytest.raises(ConfigError, match="is not valid TOML"):
         load_recipe(broken, "tiny")
-    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, real, paper"):
+    with pytest.raises(ConfigError, match="has no scale 'huge'; it has tiny, real, gpu, paper"):
         load_recipe(next(path for path in RECIPES if path.stem == "hh-rlhf"), "huge")

@@ -1,7 +1,7 @@
 """Recipes from TOML files: read, and checked for everything that does not hold together.
 
-A file has a section per scale (`paper`, `tiny`, …), each complete in itself, beside a `title` and the published
-figures.
+A file has a section per scale (`paper`, `tiny`, …), beside a `title` and the published figures. A scale is complete in
+itself, or says what it changes in another one: `like = "real"`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,50 @@ def load_recipe(path: Path, scale: str, *, seed: int | None = None) -> Recipe:
         ConfigError: the file cannot be read, lacks the scale, or something in it does not hold together.
     """
     content = _read(path)
-    table = content.get(scale)
-    if not isinstance(table, dict):
+    if not isinstance(content.get(scale), dict):
         raise ConfigError(f"{path} has no scale {scale!r}; it has {', '.join(scales(path))}")
     try:
+        table = _complete(content, scale)
         table = table if seed is None else {**table, "seed": seed}
         title = read_table(str, content.get("title", path.stem), "title")
         return _recipe(title, scale, table, content.get("published", []))
     except ConfigError as error:
         raise ConfigError(f"{path}, scale {scale}: {error}") from error
+
+
+def _complete(content: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    """A scale with what it takes from the one that it is `like`, which is complete itself."""
+    own = dict(content[scale])
+    if "like" not in own:
+        return own
+    like = own.pop("like")
+    other = content.get(like) if isinstance(like, str) else None
+    if not isinstance(other, dict) or "like" in other:
+        whole = [name for name, value in content.items() if isinstance(value, dict) and "like" not in value]
+        raise ConfigError(f"like is {like!r}; it must be a scale that is complete in itself: {', '.join(whole)}")
+    merged: dict[str, Any] = _merged(other, own)
+    return merged
+
+
+def _merged(other: Any, own: Any) -> Any:
+    """`own` over `other`: tables key by key, lists of named tables name by name, anything else as a whole."""
+    if isinstance(other, dict) and isinstance(own, dict):
+        return {**other, **{key: _merged(other[key], value) if key in other else value for key, value in own.items()}}
+    if _named(other) and _named(own):
+        merged, taken = [dict(entry) for entry in other], set[str]()
+        for entry in own:  # a second one of the same name stays a second one, which the check finds
+            place = next((i for i, there in enumerate(other) if there["name"] == entry["name"]), None)
+            if place is None or entry["name"] in taken:
+                merged.append(entry)
+            else:
+                merged[place] = _merged(other[place], entry)
+                taken.add(entry["name"])
+        return merged
+    return own
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(row, dict) and "name" in row for row in value)
 
 
 def _read(path: Path) -> dict[str, Any]:
