@@ -132,7 +132,9 @@ def _assert_same(model: nn.Module, reader: ModelReader, pairs: list[TokenPair]) 
         *((family, torch.float64) for family in PACKED if family not in FLOAT32_EXPERTS),
     ],
 )
-def test_packed_loss_and_gradients(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("call", ["pair by pair", "side by side"])  # as on a CPU, and elsewhere
+def test_packed_loss_and_gradients(family: str, dtype: torch.dtype, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_pair_by_pair", lambda device: call == "pair by pair")
     model, pairs = _model(family, **PACKED[family]).to(dtype), _pairs()
     reader = ModelReader(model)
     assert reader.check(model, collate(_pairs(2, seed=1))) == []

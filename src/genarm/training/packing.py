@@ -1,12 +1,13 @@
 """Many pairs in one row without padding, each prompt once: `[prompt | chosen | rejected] [prompt | chosen | …`.
 
-Linear layers read the row as it is. Attention alone looks at where a pair begins: to `prompt | chosen` it is a
-sequence, and to `rejected` the continuation of a sequence that begins with the prompt, as after a KV cache. So each
-pair takes two calls of the attention that the model would have without us, with the masks that transformers makes for
-such calls: windows, chunks, soft caps and sinks are the model's own.
+Linear layers read the row as it is. Attention alone looks at where a pair begins, and it is the attention that the
+model would have without us, with the masks that transformers makes: windows, chunks, soft caps and sinks are the
+model's own. On a CPU each pair takes two calls, so that nothing is computed for padding: `prompt | chosen` is a
+sequence, and `rejected` the continuation of one that begins with the prompt, as after a KV cache. Elsewhere launches
+cost more than padding, and sequences of about one length take one call together.
 
 Shapes: T positions of the row, H query heads, K key/value heads, D features of a head; P, C, R tokens of a prompt, a
-chosen and a rejected response.
+chosen and a rejected response; G sequences of W tokens.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Lengths = Sequence[Sequence[int]]
+from genarm.training.rows import Lengths, SideBySide, side_by_side
 
 _NAME = "genarm_packed_"
-_row: ContextVar[Lengths | None] = ContextVar("genarm_packed_row", default=None)
+_row: ContextVar[Lengths | SideBySide | None] = ContextVar("genarm_packed_row", default=None)
 
 
 class Packing:
@@ -52,38 +53,53 @@ class Packing:
             config._attn_implementation = _NAME + name if on else name
 
     @contextmanager
-    def reading(self, lengths: Lengths) -> Iterator[None]:
-        """The forward inside reads a row of pairs with these [P, C, R]."""
+    def reading(self, lengths: Lengths, device: torch.device) -> Iterator[None]:
+        """The forward inside, on `device`, reads a row of pairs with these [P, C, R]."""
         self.switch(True)
-        token = _row.set(lengths)
+        token = _row.set(lengths if _pair_by_pair(device) else side_by_side(lengths, device))
         try:
             yield
         finally:
             _row.reset(token)
 
 
+def _pair_by_pair(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True)
-class _PackedMask:
+class _Pairs:
     """What attention layers get as their mask: [P, C, R] of the pairs, and for each pair the masks of its two calls."""
 
     lengths: Lengths
     masks: Sequence[tuple[Any, Any]]
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """The same for sequences side by side: the mask of each group's call."""
+
+    rows: SideBySide
+    masks: Sequence[Any]
+
+
 def _mask(ordinary: str, **options: Any) -> Any:
     """In the place of transformers' function for masks."""
-    make, lengths = ALL_MASK_ATTENTION_FUNCTIONS[ordinary], _row.get()
-    if lengths is None:
+    make, row = ALL_MASK_ATTENTION_FUNCTIONS[ordinary], _row.get()
+    if row is None:
         return make(**options)
-    options |= {"batch_size": 1, "kv_offset": 0, "attention_mask": None}
-    return _PackedMask(
-        lengths,
+    options |= {"batch_size": 1, "q_offset": 0, "kv_offset": 0, "attention_mask": None}
+    if isinstance(row, SideBySide):  # what stands after a sequence is behind each of its tokens, where none looks
+        widths = [places_GW.shape[1] for places_GW in row.groups]
+        return _Groups(row, [make(**{**options, "q_length": width, "kv_length": width}) for width in widths])
+    return _Pairs(
+        row,
         [
             (
-                make(**{**options, "q_length": prompt + chosen, "kv_length": prompt + chosen, "q_offset": 0}),
+                make(**{**options, "q_length": prompt + chosen, "kv_length": prompt + chosen}),
                 make(**{**options, "q_length": rejected, "kv_length": prompt + rejected, "q_offset": prompt}),
             )
-            for prompt, chosen, rejected in lengths
+            for prompt, chosen, rejected in row
         ],
     )
 
@@ -101,7 +117,9 @@ def _attention(
     home = sys.modules[type(module).__module__]
     interface = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     attend = interface.get_interface(ordinary, getattr(home, "eager_attention_forward", _no_eager))
-    if not isinstance(attention_mask, _PackedMask):
+    if isinstance(attention_mask, _Groups):
+        return _attend_to_groups(attend, module, (query, key, value), attention_mask, options), None
+    if not isinstance(attention_mask, _Pairs):
         found: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **options)
         return found
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
@@ -113,7 +131,7 @@ def _attention(
 
 
 def _attend_to_pairs(
-    attend: Any, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: _PackedMask, options: dict[str, Any]
+    attend: Any, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: _Pairs, options: dict[str, Any]
 ) -> Tensor:
     """Two calls for each pair, [1, T, H, D]."""
     sizes = [size for prompt, chosen, rejected in packed.lengths for size in (prompt + chosen, rejected)]
@@ -125,6 +143,18 @@ def _attend_to_pairs(
         joined = [torch.cat([a[:, :, :prompt], b], dim=2) for a, b in zip((keys, values), more, strict=True)]
         outputs.append(attend(module, rest, *joined, continued, **options)[0])
     return torch.cat(outputs, dim=1)
+
+
+def _attend_to_groups(
+    attend: Any, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: _Groups, options: dict[str, Any]
+) -> Tensor:
+    """A call for each group, [1, T, H, D]."""
+    outputs = []
+    for places_GW, mask in zip(packed.rows.groups, packed.masks, strict=True):
+        rows = [tensor[0].transpose(0, 1).index_select(0, places_GW.flatten()) for tensor in qkv]
+        parts = [row.unflatten(0, places_GW.shape).transpose(1, 2) for row in rows]  # [G, H or K, W, D]
+        outputs.append(attend(module, *parts, mask, **options)[0].flatten(0, 1))
+    return torch.cat(outputs).index_select(0, packed.rows.back_T)[None]
 
 
 def _no_eager(module: nn.Module, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:

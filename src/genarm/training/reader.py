@@ -4,7 +4,7 @@ The best way is a packed row, and an output layer that is left out of the forwar
 none says whether it can. So the first time that a model is read, the ways are tried in turn on a few sequences, and
 the first one is taken that says what the model says of each sequence alone.
 
-Shapes: as in `collator` and `responses`.
+Shapes: as in `rows` and `responses`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from transformers.utils.generic import ModelOutput
 
 from genarm.data.tokens import TokenPair
 from genarm.errors import MemberError
-from genarm.training.collator import padded
 from genarm.training.packing import Packing
 from genarm.training.responses import ResponseStates, summed, token_log_probs
+from genarm.training.rows import padded
 
 Batch: TypeAlias = Mapping[str, Any]
 Forward: TypeAlias = Callable[..., Any]
@@ -107,7 +107,7 @@ class ModelReader:
         ids_1T, places_1T = batch["input_ids"], batch["position_ids"]
         if way.packed:
             inputs = {"input_ids": ids_1T, "position_ids": places_1T, "attention_mask": torch.ones_like(ids_1T)}
-            with self._packing.reading(batch["lengths"]):
+            with self._packing.reading(batch["lengths"], ids_1T.device):
                 hidden_ND, head = self._run(way, forward, inputs, batch["sources"])
         else:
             rows, device = padded(batch["lengths"]), ids_1T.device
