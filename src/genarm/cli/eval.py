@@ -1,9 +1,10 @@
 """Compare methods on one table, as a recipe says: train what they need, answer, judge, and write a report.
 
-A recipe has several scales. `tiny` runs on two CPU cores without a network; `paper` has the published settings, for a
-GPU machine that reaches the Hugging Face hub. The output folder gets report.html, results.md, results.json and every
-answer and judgement as JSONL; the same command goes on where an interrupted run stopped, and methods or judges that
-are added to the recipe later are added to the same folder. Most recipes need the extra `baselines`.
+A recipe has several scales. `tiny` runs on two CPU cores without a network, `real` there on a real chat model, `gpu`
+the same with more data on a GPU; `paper` has the published settings, for a GPU machine that reaches the Hugging Face
+hub. The output folder gets report.html, results.md, results.json and every answer and judgement as JSONL; the same
+command goes on where an interrupted run stopped, and methods or judges that are added to the recipe later are added to
+the same folder. Most recipes need the extra `baselines`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class EvalOptions(Placement):
     recipe: Path = field(
         metadata={"positional": True, "metavar": "RECIPE", "help": "a TOML file, such as recipes/hh-rlhf.toml"}
     )
-    scale: str = field(default="tiny", metadata={"help": "which part of the recipe: tiny, paper, …"})
+    scale: str = field(default="tiny", metadata={"help": "which part of the recipe: tiny, real, gpu, paper"})
     output: Path | None = field(
         default=None,
         metadata={
