@@ -22,6 +22,7 @@ from genarm.errors import ConfigError, GenarmError, MemberError, MissingExtraErr
 from genarm.training.arguments import one_gpu_each
 from genarm.training.config import TrainConfig, make_config, to_toml
 from genarm.training.data import evaluation_plan
+from genarm.training.loading import load_model
 from genarm.training.report import pair_text
 from genarm.training.run import train
 from genarm.training.trainer import ArmTrainer, pair_metrics
@@ -288,6 +289,32 @@ def test_qlora(tmp_path: Path) -> None:
     adapter = load_file(result.output / "adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in adapter.values())
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # zero until trained
+
+
+def test_qlora_has_the_same_gradients_after_an_evaluation(tmp_path: Path) -> None:
+    """bitsandbytes has another product for evaluation on some CPUs, and that one has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    save_member(tiny_model(hidden=64, intermediate_size=128), tmp_path / "model")
+    settings = {**write_toy(tmp_path, n=4), "model": str(tmp_path / "model"), "lora": True, "load_in_4bit": True}
+    config = TrainConfig(**settings, lora_dropout=0.0)
+    torch.manual_seed(0)
+    model = load_model(config, AutoTokenizer.from_pretrained(tmp_path / "model"))
+    ids = torch.arange(2, 12)[None].to(model.device)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) == sum(p.requires_grad for p in model.parameters())
+    assert sum(float(gradient.norm()) > 0 for gradient in before.values()) > 0
+    torch.testing.assert_close(after, before)
 
 
 def test_adapter_as_a_start_is_refused(tmp_path: Path) -> None:

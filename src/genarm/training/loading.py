@@ -134,6 +134,7 @@ def load_weights(
         )
     if model.can_generate():  # its own `generate`, and that of what is saved, shall end where training ends responses
         model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer) or None
+    _keep_gradients(model)
     return _ready_for_adapter(model, config) if config.load_in_4bit else model
 
 
@@ -165,6 +166,18 @@ def adapter_config(model: PreTrainedModel, config: TrainConfig, task: str) -> An
         revision=config.revision,
         task_type=task,
     )
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """See to it that 4-bit layers let gradients through after a forward without any.
+
+    On CPUs with bfloat16 instructions, bitsandbytes repacks their weights at the first forward in evaluation, for good,
+    and its product with repacked weights has no gradient: all that is trained below such a layer would learn nothing.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _ready_for_adapter(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
