@@ -271,7 +271,7 @@ def test_wrong_inputs(small: tuple[Recipe, Path], tmp_path: Path, capsys: pytest
     assert main(["eval", str(tmp_path / "none.toml")]) == 2
     assert "cannot read the recipe" in capsys.readouterr().err
     assert main(["eval", str(EXPERIMENTS[0]), "--scale", "huge"]) == 2
-    assert "it has tiny, real, paper" in capsys.readouterr().err
+    assert "it has tiny, real, gpu, paper" in capsys.readouterr().err
     too_many = {**SMALL, "prompts": {"data": "@world/prompts.jsonl", "count": 99999}}
     shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml", **too_many)
     shutil.copytree(small[1], tmp_path / "run")
