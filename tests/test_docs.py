@@ -64,7 +64,7 @@ def test_the_site_has_no_dead_link_and_fetches_nothing(tmp_path: Path, monkeypat
     [
         ("vllm.md", "[figures](../benchmarks/RESULTS.md#vllm)", "[figures](results.md#vllm)"),
         ("results.md", "[how](../docs/evaluation.md)", "[how](evaluation.md)"),
-        ("index.md", "![a picture](docs/demo.png)", "![a picture](demo.png)"),
+        ("index.md", "![a picture](docs/server.png)", "![a picture](server.png)"),
         ("index.md", "[it](docs/how-it-works.md) [engine](#engine)", "[it](how-it-works.md) [engine](#engine)"),
         ("vllm.md", "[the front page](../README.md)", "[the front page](index.md)"),
         ("server.md", "[`combine`](../src/genarm/model/combine.py)", "`combine`"),
