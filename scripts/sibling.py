@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from genarm.data.preferences import load_preferences
+from genarm.errors import GenarmError
 from genarm.files import new_folder
 from genarm.model.references import find_device
 from genarm.text.prompts import encode_pair
@@ -45,7 +46,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    device = find_device(given.device)
+    try:
+        device = torch.device(find_device(given.device))
+    except (GenarmError, RuntimeError) as error:
+        parser.error(f"--device: {error}")
     whole = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval().requires_grad_(False)
     sibling = keep_layers(whole, AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32), given.layers)
     whole, sibling = whole.to(device), sibling.to(device)

@@ -59,6 +59,15 @@ def read_like(tmp_path: Path, other: dict[str, Any], like: object = "tiny") -> R
     return load_recipe(path, "other")
 
 
+def test_a_misspelt_training_is_not_one_more(tmp_path: Path) -> None:
+    train = [{"name": "gold", "kind": "trajectory", "model": "m", "data": "d.jsonl"}]
+    path = tmp_path / "recipe.toml"
+    changed = {"like": "tiny", "train": [{"name": "glod", "max_steps": 9}]}
+    path.write_text(tomli_w.dumps({"tiny": {**MINIMAL, "train": train}, "other": changed}))
+    with pytest.raises(ConfigError, match="'glod' is none of 'gold', or changed twice; a new entry needs a kind"):
+        load_recipe(path, "other")
+
+
 def test_a_scale_says_what_it_changes_in_another(tmp_path: Path) -> None:
     mine = {"kind": "sample", "name": "mine", "model": "m3"}
     methods = [{"name": "guided", "weights": {"a": 2}, "family": "f"}, mine]
@@ -76,7 +85,12 @@ def test_a_scale_says_what_it_changes_in_another(tmp_path: Path) -> None:
         (["tiny"], {}, r"like is \['tiny'\]; it must be"),
         ("other", {}, "like is 'other'; it must be"),
         ("third", {}, "like is 'third'; it must be"),  # which is like this one
-        ("tiny", {"methods": [{"name": "guided"}, {"name": "guided"}]}, "has the kind None"),
+        (
+            "tiny",
+            {"methods": [{"name": "guided"}, {"name": "guided"}]},
+            "'guided' is none of 'base', 'guided', or changed",
+        ),
+        ("tiny", {"methods": [{"name": "guide", "weights": {"a": 2}}]}, "'guide' is none of 'base', 'guided'"),
         ("tiny", {"methods": [{"name": "guided", "top_k": 3}]}, "'guided' has the unknown key 'top_k'"),
         ("tiny", {"prompts": 4}, "prompts"),
     ],

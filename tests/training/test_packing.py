@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genarm.data.tokens import TokenPair
 from genarm.errors import MemberError
@@ -139,6 +140,25 @@ def test_packed_loss_and_gradients(family: str, dtype: torch.dtype, call: str, m
     reader = ModelReader(model)
     assert reader.check(model, collate(_pairs(2, seed=1))) == []
     _assert_same(model, reader, pairs)
+
+
+def test_attention_is_told_the_positions_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention cuts a row where its positions begin again, also one that is a sequence by itself."""
+    sdpa, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def attend(module: nn.Module, query: Tensor, *more: Any, position_ids: Tensor, **options: Any) -> Any:
+        seen.append(position_ids.equal(torch.arange(query.shape[2]).expand(query.shape[0], -1)))
+        return sdpa(module, query, *more, **options)
+
+    model, ids = _model("llama"), array("q", range(2, 42))
+    pairs = [TokenPair(prompt_ids=ids[:5], chosen_ids=ids[:1], rejected_ids=ids)]  # two groups of one
+    reader = ModelReader(model)
+    assert reader.check(model, collate(_pairs(2))) == []
+    monkeypatch.setattr(packing, "_pair_by_pair", lambda device: False)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+    _rewards(reader.states(model, collate(pairs)))
+    reader.leave()
+    assert seen == [True] * 4  # two layers, two groups
 
 
 @pytest.mark.parametrize("family", PACKED)

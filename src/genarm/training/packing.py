@@ -153,6 +153,9 @@ def _attend_to_groups(
     for places_GW, mask in zip(packed.rows.groups, packed.masks, strict=True):
         rows = [tensor[0].transpose(0, 1).index_select(0, places_GW.flatten()) for tensor in qkv]
         parts = [row.unflatten(0, places_GW.shape).transpose(1, 2) for row in rows]  # [G, H or K, W, D]
+        if options.get("position_ids") is not None:  # by those of the whole row, flash attention would cut the group
+            positions_W = torch.arange(places_GW.shape[1], device=places_GW.device)
+            options = {**options, "position_ids": positions_W.expand_as(places_GW)}
         outputs.append(attend(module, *parts, mask, **options)[0].flatten(0, 1))
     return torch.cat(outputs).index_select(0, packed.rows.back_T)[None]
 

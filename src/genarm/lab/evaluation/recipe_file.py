@@ -76,14 +76,17 @@ def _merged(other: Any, own: Any) -> Any:
     if isinstance(other, dict) and isinstance(own, dict):
         return {**other, **{key: _merged(other[key], value) if key in other else value for key, value in own.items()}}
     if _named(other) and _named(own):
-        merged, taken = [dict(entry) for entry in other], set[str]()
-        for entry in own:  # a second one of the same name stays a second one, which the check finds
-            place = next((i for i, there in enumerate(other) if there["name"] == entry["name"]), None)
-            if place is None or entry["name"] in taken:
-                merged.append(entry)
-            else:
+        merged, left = list(other), [entry["name"] for entry in other]
+        for entry in own:
+            if entry["name"] in left:
+                left[left.index(entry["name"])] = None
+                place = next(i for i, there in enumerate(other) if there["name"] == entry["name"])
                 merged[place] = _merged(other[place], entry)
-                taken.add(entry["name"])
+            elif "kind" in entry or not all("kind" in there for there in other):
+                merged.append(entry)
+            else:  # a name that is misspelt would train one more model, and leave the one that was meant as it was
+                known = ", ".join(repr(there["name"]) for there in other)
+                raise ConfigError(f"{entry['name']!r} is none of {known}, or changed twice; a new entry needs a kind")
         return merged
     return own
 
