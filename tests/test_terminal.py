@@ -29,6 +29,14 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # --- shown ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_rule_in_a_log_is_its_title() -> None:
+    log, terminal = io.StringIO(), io.StringIO()
+    PlainConsole(file=log, width=10_000).rule("[bold]1/5  A base model", align="left")
+    PlainConsole(file=terminal, width=40, force_terminal=True, color_system=None).rule("1/5", align="left")
+    assert log.getvalue() == "1/5  A base model\n"
+    assert terminal.getvalue().rstrip("\n") == "1/5 " + "─" * 36
+
+
 def test_texts_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Wherever they come from and however they are shown; what the program itself says to the terminal stays."""
     console = PlainConsole(file=io.StringIO(), width=80)

@@ -31,6 +31,13 @@ class PlainConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
+    def rule(self, title: Any = "", **options: Any) -> None:
+        """As rich does; what is no terminal has no edge to draw a line to, and gets the title alone."""
+        if self.is_terminal:
+            super().rule(title, **options)
+        else:
+            self.print(title)
+
 
 class Bar(Progress):
     """A bar on a terminal; elsewhere, in a log, a line a minute."""

@@ -51,7 +51,7 @@ class Stages:
 
 def side_by_side(requests: Sequence[Request], points: Sequence[Measured]) -> Table:
     """The first replies of each of `points` beside each other; sentences are coloured by what they do, once."""
-    table = Table(show_lines=True, expand=True)
+    table = Table(show_lines=True, expand=self.console.is_terminal)
     table.add_column("request", style="bold", ratio=2)
     for point in points:
         table.add_column(point.label.replace(",", "\n"), ratio=3)
