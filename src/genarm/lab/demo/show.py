@@ -51,10 +51,10 @@ class Stages:
 
 def side_by_side(requests: Sequence[Request], points: Sequence[Measured]) -> Table:
     """The first replies of each of `points` beside each other; sentences are coloured by what they do, once."""
-    table = Table(show_lines=True, expand=self.console.is_terminal)
-    table.add_column("request", style="bold", ratio=2)
+    table = Table(show_lines=True)
+    table.add_column("request", style="bold")
     for point in points:
-        table.add_column(point.label.replace(",", "\n"), ratio=3)
+        table.add_column(point.label.replace(",", "\n"))
     for i, request in enumerate(requests):
         cells = [_reply(point.replies[i], *point.scores[i]) for point in points]
         table.add_row(request.text, *cells)
