@@ -22,7 +22,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from builders.tiny import SHARED, TEMPLATE, VOCAB_SIZE, WORDS, save_member, tiny_lora, tiny_model, tiny_tokenizer
 from builders.toy_training import write_toy
@@ -331,6 +331,43 @@ def test_order_of_the_pairs_changes_no_score(root: Path, tmp_path: Path) -> None
         assert one.margin_B.tolist() == pytest.approx(other.margin_B[::-1].tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("family", "packed"), [("llama", True), ("mamba", False)])
+def test_pairs_are_read_as_in_training(
+    family: str,
+    packed: bool,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each prompt once where the family can be read so; else in so many words, padded, and the same scores."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    few = {"num_attention_heads": 4} if packed else {"state_size": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **few, initializer_range=0.3)).eval()
+    save_member(model, tmp_path / family)
+    usual, read = torch.nn.Embedding.forward, list[int]()
+
+    def forward(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        read.append(ids.numel())
+        return usual(self, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Embedding, "forward", forward)
+        found = run(tmp_path, family, data=str(root / "pairs.jsonl"), batch_size=12).measured[0].scores
+    sides = [reference(lambda x, y: log_prob(model, x, y), side) for side in (1, 2)]
+    assert found.chosen_B.tolist() == pytest.approx(sides[0], abs=1e-4)
+    assert found.rejected_B.tolist() == pytest.approx(sides[1], abs=1e-4)
+    pairs = [
+        [encode_pair(tiny_tokenizer(), [{"role": "user", "content": x}], reply) for reply in replies]
+        for x, *replies, _ in ROWS
+    ]
+    once = sum(len(prompt) + len(chosen) + len(rejected) for (prompt, chosen), (_, rejected) in pairs)
+    longest = max(len(prompt) + len(reply) for pair in pairs for prompt, reply in pair)
+    assert read[-1] == (once if packed else 2 * len(ROWS) * longest)
+    assert ("pairs are not packed" in caplog.text) != packed
+
+
 def test_accuracy_is_what_training_reports(tmp_path: Path) -> None:
     settings = write_toy(tmp_path, n=48)
     trained = train(TrainConfig(**{**settings, "lora": True, "learning_rate": 1e-2}), console=Console(quiet=True))
@@ -390,9 +427,9 @@ def test_what_a_guided_model_says_of_its_members_is_not_asked_again(
     tokenizer.save_pretrained(tmp_path / "templated")
     usual, counted = LogProbReward.score, Counter[str]()
 
-    def score(self: LogProbReward, prompts: Any, replies: Any, contexts: Any = ()) -> dict[str, list[float]]:
-        counted[self.name] += len(replies)
-        return usual(self, prompts, replies, contexts)
+    def score(self: LogProbReward, pairs: Any, contexts: Any, batch_size: int) -> Any:
+        counted[self.name] += 2 * len(pairs)
+        return usual(self, pairs, contexts, batch_size)
 
     monkeypatch.setattr(LogProbReward, "score", score)
     base = str(root / "base")
@@ -819,8 +856,13 @@ def test_models_that_cannot_score_are_refused(root: Path, tmp_path: Path) -> Non
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.norm.weight"].fill_(3e38)
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MemberError, match="scores that are no finite numbers"):
+    with pytest.raises(
+        MemberError, match="broken cannot score pairs: log-probs are nan: its weights are broken, or too"
+    ):
         run(tmp_path, "broken", data=data)
+    compose(root / "base", {"broken": tmp_path / "broken"}, tmp_path / "guided")
+    with pytest.raises(MemberError, match="guided:broken gives scores that are no finite numbers"):
+        run(tmp_path, "guided", data=data)
 
     save_member(tiny_model(seed=0, vocab_size=VOCAB_SIZE - 10), tmp_path / "few")
     with pytest.raises(VocabularyError, match="few knows 36 ids only"):
@@ -842,12 +884,15 @@ def test_models_of_the_hub(root: Path, tmp_path: Path) -> None:
             (refs / revision).write_text("0123abc")
     program = """
 import sys
-from genarm.lab.accuracy.models import open_rewards
+from array import array
+from genarm.data.tokens import TokenPair
 from genarm.errors import UnsupportedError
+from genarm.lab.accuracy.models import open_rewards
+pair = TokenPair(prompt_ids=array("l", [6, 7]), chosen_ids=array("l", [8, 1]), rejected_ids=array("l", [9, 1]))
 for reference in sys.argv[1:]:
     try:
         files = open_rewards(reference, trust_remote_code=False)
-        scores = files.load(dtype="float32", device="cpu").score([[6, 7]], [[8, 1]])
+        _, scores = next(files.load(dtype="float32", device="cpu").score([pair], [{}], 2))
         print(files.name, files.context, *scores)
     except UnsupportedError as error:
         print(error)

@@ -248,7 +248,7 @@ def test_a_model_that_mixes_texts_is_refused() -> None:
 
     model = _model("llama")
     model.model.norm = Mixing()
-    with pytest.raises(MemberError, match=r"depends on the texts beside it.* nats off; train a model of another"):
+    with pytest.raises(MemberError, match=r"depends on the texts beside it.* nats off; take a model of another"):
         ModelReader(model).check(model, collate(_pairs(2)))
 
 

@@ -250,7 +250,7 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
     model = tiny_model()
     model.lm_head.weight.data.fill_(3e38)  # finite, and its products are not
     save_member(model, tmp_path / "model")
-    with pytest.raises(GenarmError, match=r"log-probs are nan before the first step: the weights .* are broken"):
+    with pytest.raises(GenarmError, match=r"log-probs are nan: its weights are broken"):
         run(settings)
     assert not (tmp_path / "arm").exists()
     save_member(tiny_model(), tmp_path / "model")

@@ -82,7 +82,7 @@ class ModelReader:
             self._trunk = self._find_trunk(forward, batch)
             expected_N = self._alone(forward, batch)
             if bool(expected_N.isnan().any()):
-                raise MemberError("log-probs are nan before the first step: the weights of the model are broken")
+                raise MemberError("log-probs are nan: its weights are broken, or too large for its dtype")
             for way in self.ways:
                 problem = self._problem(way, forward, batch, expected_N)
                 if problem is None:
@@ -91,7 +91,7 @@ class ModelReader:
                 problems[way] = problem
         raise MemberError(
             "what this model says of a text depends on the texts beside it, or on padding after it: "
-            f"{problems[self.ways[-1]]}; train a model of another family"
+            f"{problems[self.ways[-1]]}; take a model of another family"
         )
 
     def states(self, forward: Forward, batch: Batch) -> ResponseStates:

@@ -9,18 +9,17 @@ Shapes: B sequences, T positions, R rewards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from genarm.data.tokens import TokenPair
 from genarm.errors import MemberError, UnsupportedError, VocabularyError
-from genarm.lab.training.trainers import sequence_log_probs
 from genarm.lab.trajectory import TrajectoryReward, is_classifier
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
@@ -34,9 +33,14 @@ from genarm.model.trained import training_of
 from genarm.model.vocabulary import align, embedding_rows, read_vocabulary
 from genarm.model.weights import resolve_max_kl
 from genarm.text.prompts import end_ids
+from genarm.training.collator import collate
+from genarm.training.reader import Batch, ModelReader, sample
+from genarm.training.responses import summed, token_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Ids: TypeAlias = Sequence[int]
 Kind: TypeAlias = Literal["arm", "tuned", "wish", "implicit", "trajectory", "policy"]
@@ -45,20 +49,27 @@ GUIDED = "guided"
 """The column of a guided model's own log-probs, beside those of its members."""
 _ENTRIES = 1 << 28
 """Log-probs of whole distributions that a guided model holds at once: 1 GiB."""
-_NO_WISHES: Mapping[str, Ids] = MappingProxyType({})
+
+
+Part: TypeAlias = tuple[Sequence[int], Mapping[str, Sequence[float]]]
+"""Numbers of responses, of N pairs first the chosen ones, 0 … N − 1, then the rejected ones; and {column: scores}."""
 
 
 class Reward(Protocol):
     """Scores responses."""
 
     def score(
-        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
-    ) -> dict[str, list[float]]:
-        """{column: the score of each reply to its prompt}, end-of-turn tokens as they are.
+        self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
+    ) -> Iterator[Part]:
+        """The score of every response, end-of-turn tokens as they are, a forward after another.
 
         Args:
-            prompts, replies: token ids.
-            contexts: of each prompt, {wish: its token ids as that wish reads it}; () where there are no wishes.
+            pairs: token ids.
+            contexts: of each pair, {wish: the token ids of its prompt as that wish reads it}.
+            batch_size: responses of one forward; a pair has two.
+
+        Raises:
+            MemberError: the model cannot score pairs at all.
         """
         ...
 
@@ -207,21 +218,35 @@ class GuidedFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class LogProbReward:
-    """A causal LM read as a reward: r(x, y) = Σ_t log π(y_t | x, y_<t), in float32 (GenARM, arXiv 2410.08193)."""
+    """A causal LM read as a reward: r(x, y) = Σ_t log π(y_t | x, y_<t), in float32 (GenARM, arXiv 2410.08193).
+
+    Pairs are read as in training: packed, each prompt once, where the model can be read so.
+    """
 
     name: str
     model: PreTrainedModel
 
-    @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
-    ) -> dict[str, list[float]]:
-        """As `Reward.score`, all in one batch."""
-        ids = [torch.tensor([*prompt, *reply]) for prompt, reply in zip(prompts, replies, strict=True)]
-        replied = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
-        tensors = (ids, [torch.ones_like(row) for row in ids], [mask.long() for mask in replied])
-        padded_BT = (pad_sequence(rows, batch_first=True).to(self.model.device) for rows in tensors)
-        return {self.name: sequence_log_probs(self.model, *padded_BT).tolist()}
+        self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
+    ) -> Iterator[Part]:
+        """As `Reward.score`."""
+        reader = ModelReader(self.model)
+        try:
+            notes = reader.check(self.model, self._batch(sample(pairs)))
+        except MemberError as error:
+            raise MemberError(f"{self.name} cannot score pairs: {error}") from error
+        for note in notes:
+            logger.warning("%s: %s", self.name, note)
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i].width, reverse=True)
+        for part in _parts(order, max(1, batch_size // 2)):
+            with torch.no_grad():
+                states = reader.states(self.model, self._batch([pairs[i] for i in part]))
+                scores_S = summed(token_log_probs(states), states)
+            yield [*part, *(len(pairs) + i for i in part)], {self.name: scores_S.tolist()}
+
+    def _batch(self, pairs: Sequence[TokenPair]) -> Batch:
+        where = self.model.device
+        return {key: part.to(where) if torch.is_tensor(part) else part for key, part in collate(pairs).items()}
 
     def check(self, read: Collection[int], scored: Collection[int]) -> None:
         """As `Reward.check`."""
@@ -236,10 +261,13 @@ class HeadReward:
     model: TrajectoryReward
 
     def score(
-        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
-    ) -> dict[str, list[float]]:
+        self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
+    ) -> Iterator[Part]:
         """As `Reward.score`."""
-        return {self.name: self.model.score(prompts, replies)}
+        prompts, replies = _responses(pairs)
+        for part in _parts(_longest_first(prompts, replies), batch_size):
+            scores = self.model.score([prompts[i] for i in part], [replies[i] for i in part])
+            yield part, {self.name: [*scores]}
 
     def check(self, read: Collection[int], scored: Collection[int]) -> None:
         """As `Reward.check`."""
@@ -258,28 +286,24 @@ class GuidedReward:
     weights: Sequence[float]
     max_kl: float | None
 
-    @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Ids], replies: Sequence[Ids], contexts: Sequence[Mapping[str, Ids]] = ()
-    ) -> dict[str, list[float]]:
+        self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
+    ) -> Iterator[Part]:
         """As `Reward.score`; as many at once as memory for their distributions allows."""
-        contexts = contexts or [_NO_WISHES] * len(prompts)
-        each = (max(map(len, replies)) + 1) * self.model.config.vocab_size * len(self.model.members)  # type: ignore[operator]
-        size = max(1, _ENTRIES // each)
-        found: dict[str, list[float]] = {}
-        for start in range(0, len(replies), size):
-            part = slice(start, start + size)
-            rows = len(replies[part])
-            said = self.model.said_of(
-                prompts[part],
-                replies[part],
-                contexts[part],
-                torch.tensor([self.weights] * rows, dtype=torch.float32).reshape(rows, -1),
-                resolve_max_kl(self.max_kl, rows),
-            )
-            for column, log_probs_BT in said.items():
-                found.setdefault(column, []).extend(log_probs_BT.double().sum(dim=1).tolist())
-        return found
+        prompts, replies = _responses(pairs)
+        for part in _parts(_longest_first(prompts, replies), batch_size):
+            each = (max(len(replies[i]) for i in part) + 1) * self.model.config.vocab_size * len(self.model.members)  # type: ignore[operator]
+            for few in _parts(part, max(1, _ENTRIES // each)):
+                with torch.inference_mode():
+                    said = self.model.said_of(
+                        [prompts[i] for i in few],
+                        [replies[i] for i in few],
+                        [contexts[i % len(pairs)] for i in few],
+                        torch.tensor([self.weights] * len(few), dtype=torch.float32).reshape(len(few), -1),
+                        resolve_max_kl(self.max_kl, len(few)),
+                    )
+                    sums = {column: of_BT.double().sum(dim=1).tolist() for column, of_BT in said.items()}
+                yield few, sums
 
     def check(self, read: Collection[int], scored: Collection[int]) -> None:
         """As `Reward.check`; of a prompt's ids a reward need not know all."""
@@ -290,6 +314,22 @@ class GuidedReward:
                     f"responses of the pairs have the token id {min(strange)}, which the reward {member.name!r} of "
                     f"{self.name} does not know, so that the guided model never produces it; take such responses out"
                 )
+
+
+def _responses(pairs: Sequence[TokenPair]) -> tuple[Sequence[Ids], Sequence[Ids]]:
+    """(prompts, responses), numbered as in a `Part`."""
+    replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    return [pair.prompt_ids for pair in pairs] * 2, replies
+
+
+def _longest_first(prompts: Sequence[Ids], replies: Sequence[Ids]) -> list[int]:
+    """So that sequences of about one length go together, and the first forward needs the most memory."""
+    return sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i]), reverse=True)
+
+
+def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
 
 
 def _check_rows(name: str, rows: int, ids: Collection[int]) -> None:

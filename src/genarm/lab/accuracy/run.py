@@ -318,30 +318,25 @@ def score_pairs(of: Pass, settings: AccuracySettings, advance: Advance) -> dict[
 
 
 def score_with(reward: Reward, of: Pass, batch_size: int, advance: Advance) -> dict[str, Scores]:
-    """As `score_pairs`, of a model that is there; sequences of about one length go together, the longest first.
+    """As `score_pairs`, of a model that is there.
 
     Raises:
         VocabularyError: the pairs have ids that the model does not know.
-        MemberError: scores that are no finite numbers.
+        MemberError: scores that are no finite numbers, or a model that cannot score pairs.
     """
     name, pairs = of.files.name, of.encoded.pairs
-    prompts = [pair.prompt_ids for pair in pairs] * 2
     replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    contexts = [*of.encoded.contexts] * 2
     scored = {i for ids in replies for i in ids}
-    reward.check(scored.union(*prompts), scored)
-    order = sorted(range(len(replies)), key=lambda i: len(prompts[i]) + len(replies[i]), reverse=True)
+    reward.check(scored.union(*(pair.prompt_ids for pair in pairs)), scored)
     found: dict[str, Floats] = {}
-    for first in range(0, len(order), batch_size):
-        part = order[first : first + batch_size]
-        said = reward.score([prompts[i] for i in part], [replies[i] for i in part], [contexts[i] for i in part])
+    for part, said in reward.score(pairs, of.encoded.contexts, batch_size):
         for at, values in said.items():
             if not np.isfinite(values).all():
                 raise MemberError(
                     f"{_column_name(of, at)} gives scores that are no finite numbers: its weights are broken, or too "
                     "large for its dtype (try --dtype float32)"
                 )
-            found.setdefault(at, np.zeros(len(replies)))[part] = values
+            found.setdefault(at, np.zeros(len(replies)))[[*part]] = values
         advance(name, len(part))
     lengths_2B = np.array([len(reply) for reply in replies]).reshape(2, -1)
     return {
