@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from genarm.lab.bench.report import Circumstances
 
-SUMMARY = "measure the speed of decoding and training on this machine"
+SUMMARY = "measure the speed of decoding, serving and training here"
 
 _DECODE = """Measure the decoding engine: guided and unguided, with and without speculation, at one and at many streams,
 beside transformers' generate and a naive loop of two models.
