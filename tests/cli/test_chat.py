@@ -251,6 +251,7 @@ def test_lines_that_are_no_commands(chat: Chat, screen: Memory) -> None:
     assert chat.handle(" /quit")  # a space before the slash: a message
     assert chat.history[0] == user("/quit")
     assert not chat.handle("/quit")
+    assert not chat.handle("/exit")
     assert chat.handle("/help")
     for command in ("/weights", "/compare", "/tokens", "/system", "/reset", "/help", "/quit", "Ctrl-C", "Ctrl-D"):
         assert command in screen.notes[-1]

@@ -37,7 +37,7 @@ HELP = """\
 /system TEXT          set the system message from the next answer on; /system shows it, /system off removes it
 /reset                begin a new conversation; weights, wishes and system message stay
 /help                 this list
-/quit                 leave; so does Ctrl-D
+/quit or /exit        leave; so does Ctrl-D
 Ctrl-C stops an answer. What was shown of it stays in the conversation.
 A text of several lines that is pasted is one message, and no command whatever it begins with; to type one, begin
 and end it with \"\"\". A message may begin with a slash if there is a space before it."""
@@ -156,7 +156,7 @@ class Chat:
         """
         if line.startswith("/") and not message:
             command, rest = (*line.split(maxsplit=1), "")[:2]
-            if command == "/quit":
+            if command in ("/quit", "/exit"):
                 return False
             action = self._commands.get(command)
             if action is None:
