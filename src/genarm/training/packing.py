@@ -149,15 +149,16 @@ def _attend_to_groups(
     attend: Any, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: _Groups, options: dict[str, Any]
 ) -> Tensor:
     """A call for each group, [1, T, H, D]."""
-    outputs = []
+    outputs, device = [], qkv[0].device  # of this layer, where a model is spread over several
     for places_GW, mask in zip(packed.rows.groups, packed.masks, strict=True):
+        places_GW, mask = places_GW.to(device), mask if mask is None else mask.to(device)
         rows = [tensor[0].transpose(0, 1).index_select(0, places_GW.flatten()) for tensor in qkv]
         parts = [row.unflatten(0, places_GW.shape).transpose(1, 2) for row in rows]  # [G, H or K, W, D]
         if options.get("position_ids") is not None:  # by those of the whole row, flash attention would cut the group
             positions_W = torch.arange(places_GW.shape[1], device=places_GW.device)
             options = {**options, "position_ids": positions_W.expand_as(places_GW)}
         outputs.append(attend(module, *parts, mask, **options)[0].flatten(0, 1))
-    return torch.cat(outputs).index_select(0, packed.rows.back_T)[None]
+    return torch.cat(outputs).index_select(0, packed.rows.back_T.to(device))[None]
 
 
 def _no_eager(module: nn.Module, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:

@@ -129,12 +129,13 @@ class ModelReader:
         """What the output layer reads at `sources_N` and the layer, or logits there and nothing more to do."""
         if self._trunk is None:
             logits = forward(**inputs, use_cache=False).logits
-            return logits.flatten(0, 1)[sources_N], nn.Identity()
+            return logits.flatten(0, 1).to(sources_N.device)[sources_N], nn.Identity()
         found: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> Any:
             """Lets the model's own output layer see these positions alone, or a single one."""
-            hidden_ND = output.last_hidden_state.flatten(0, 1)[sources_N]
+            # The last layers of a model that is spread over several devices are elsewhere than its inputs.
+            hidden_ND = output.last_hidden_state.flatten(0, 1).to(sources_N.device)[sources_N]
             found.extend((hidden_ND, type(output)))
             kept = copy.copy(output)
             kept.last_hidden_state = (hidden_ND[:1] if way.split else hidden_ND)[None]
