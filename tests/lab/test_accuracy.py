@@ -40,6 +40,7 @@ from genarm.model.modeling import GuidedForCausalLM
 from genarm.statistics import proportion
 from genarm.text.prompts import encode_pair
 from genarm.training.config import TrainConfig
+from genarm.training.loading import resolve
 from genarm.training.run import train
 
 # (prompt, chosen, rejected, category): chosen longer in rows 0 and 2, rejected in 1 and 3, as long in 4 and 5.
@@ -656,6 +657,33 @@ def test_what_does_not_fit_the_context_is_cut_by_default(root: Path, tmp_path: P
     (measured,) = run(root, "arm", data=data).measured
     assert (measured.limit.prompt, measured.limit.response) == (64, 64)
     assert (measured.report.cut_prompts, measured.report.cut_chosen) == (1, 1)
+
+
+def test_texts_are_not_read_together_with_those_that_would_rescale_them(root: Path, tmp_path: Path) -> None:
+    """Beyond 24 positions a longrope model reads every text of the batch otherwise."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    config = AutoConfig.for_model(
+        "phi3",
+        **{"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 96},
+        **{"original_max_position_embeddings": 24, "rope_parameters": rope, "initializer_range": 0.3},
+        **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save_member(model, tmp_path / "far")
+    data = str(write_pairs(tmp_path / "pairs.jsonl", [*ROWS, ("w1", " ".join(["w2"] * 40), "w3", None)]))
+    found = run(tmp_path, "far", data=data).measured[0].scores.rejected_B  # cut to what fits by itself
+    expected = reference(lambda x, y: log_prob(model, x, y), 2)
+    assert found[: len(ROWS)].tolist() == pytest.approx(expected, abs=1e-4)
+    longer = {"data": data, "max_prompt_tokens": 24, "max_response_tokens": 24}
+    with pytest.raises(ConfigError, match="into the 24 tokens of context that far has for texts read together"):
+        run(tmp_path, "far", **longer)
+    with pytest.raises(ConfigError, match=r"into the 24 tokens of context that .*far has for texts read together"):
+        resolve(TrainConfig(model=str(tmp_path / "far"), output=tmp_path / "arm", **longer))
+    compose(root / "base", {"far": tmp_path / "far"}, tmp_path / "guided")
+    with pytest.raises(ConfigError, match="'far' of guided has 24 positions for texts read together; lower"):
+        run(tmp_path, "guided", data=data)
 
 
 def test_a_short_base_shortens_what_both_read(root: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def fit_lengths(prompt: int | None, response: int | None, context: int | None, *
     if prompt < 1 or response < 1 or prompt + response > context:
         raise ConfigError(
             f"prompts of {prompt} and responses of {response} tokens do not fit into the {context} tokens of context "
-            f"that {model} has; lower --max-prompt-tokens or --max-response-tokens"
+            f"that {model} has for texts read together; lower --max-prompt-tokens or --max-response-tokens"
         )
     return prompt, response
 

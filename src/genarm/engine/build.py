@@ -24,6 +24,7 @@ from genarm.model.config import BASE
 from genarm.model.generation import forward_arguments
 from genarm.model.loading import Member
 from genarm.model.modeling import GuidedForCausalLM
+from genarm.model.references import positions_together
 
 if TYPE_CHECKING:
     from genarm.model.vocabulary import Alignment
@@ -98,7 +99,8 @@ def build(
         members.append(Member(name=DRAFT, model=draft))
         alignments.append(draft_alignment)
         unknown.append(None if draft_alignment is None else draft_alignment.mask())
-    most = min((n for n in map(_positions, members) if n is not None), default=None)
+    found = [positions_together(member.model.config) for member in members]
+    most = min((n for n in found if n is not None), default=None)
     capacity = _capacity(context, most)
     groups: list[_Group] = []
     places: list[tuple[int, int]] = []
@@ -244,16 +246,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _positions(member: Member) -> int | None:
-    """Positions that a model was made for; beyond, some rescale their embeddings by the longest of the batch."""
-    config = member.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    found = [getattr(config, "max_position_embeddings", None)]
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        found.append(rope.get("original_max_position_embeddings"))
-    return min((int(n) for n in found if n is not None and n > 0), default=None)  # XLNet has -1: no limit
 
 
 def _capacity(context: int | None, most: int | None) -> int:

@@ -268,6 +268,25 @@ def find_device(device: str | None) -> str:
     return device
 
 
+def positions_together(config: PreTrainedConfig) -> int | None:
+    """The most tokens of texts that a model reads in one batch, where it says.
+
+    Beyond what they were first trained with, some families scale the positions of all texts of a batch by the longest
+    of them, so that what is said of a short text would depend on what it is read with.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    # Of all layers, or {kind of layer: its own}.
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = [getattr(text, "max_position_embeddings", None)]
+    found += [
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((int(n) for n in found if n is not None and n > 0), default=None)  # XLNet has -1: no limit
+
+
 def check_length(files: ModelFiles, prompt_tokens: int, max_new_tokens: int, *, where: str) -> None:
     """Refuse a prompt that leaves too little room for its response.
 

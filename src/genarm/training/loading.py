@@ -25,6 +25,7 @@ from genarm.errors import ConfigError, MemberError, MissingExtraError
 from genarm.files import refuse_file
 from genarm.model.contract import ADAPTER_FILE, load_whole, refusing
 from genarm.model.loading import HubOptions, load_generation_config
+from genarm.model.references import positions_together
 from genarm.text.prompts import end_ids
 from genarm.training.config import TrainConfig
 from genarm.training.head import add_head
@@ -39,7 +40,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         ConfigError: the lengths do not fit into the model's context.
     """
     kind, model_config = kind_of(config), _model_config(config)
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    context = positions_together(model_config)
     prompt, response = fit_lengths(config.max_prompt_tokens, config.max_response_tokens, context, model=config.model)
     return dataclasses.replace(
         config,

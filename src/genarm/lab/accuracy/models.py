@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 
 from genarm.data.tokens import TokenPair
-from genarm.errors import MemberError, UnsupportedError, VocabularyError
+from genarm.errors import ConfigError, MemberError, UnsupportedError, VocabularyError
 from genarm.lab.trajectory import TrajectoryReward, is_classifier
 from genarm.model.adapter_files import read_adapter_config
 from genarm.model.assembly import local_folder
@@ -28,7 +28,7 @@ from genarm.model.config import THE_BASE, GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer, locate
 from genarm.model.modeling import GuidedForCausalLM
-from genarm.model.references import ModelFiles, find_device, open_files
+from genarm.model.references import ModelFiles, find_device, open_files, positions_together
 from genarm.model.trained import training_of
 from genarm.model.vocabulary import align, embedding_rows, read_vocabulary
 from genarm.model.weights import resolve_max_kl
@@ -118,7 +118,7 @@ class RewardFiles:
     @property
     def context(self) -> int | None:
         """The most tokens that a prompt and its response may have together, where the model says."""
-        return self.files.context
+        return positions_together(self.files.config)
 
     def load(self, *, dtype: str, device: str | None) -> Reward:
         """The reward itself (raises MemberError where it cannot be loaded, ConfigError where there is no device)."""
@@ -264,7 +264,7 @@ class HeadReward:
         self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
     ) -> Iterator[Part]:
         """As `Reward.score`."""
-        prompts, replies = _responses(pairs)
+        prompts, replies = responses(pairs)
         for part in _parts(_longest_first(prompts, replies), batch_size):
             scores = self.model.score([prompts[i] for i in part], [replies[i] for i in part])
             yield part, {self.name: [*scores]}
@@ -290,7 +290,8 @@ class GuidedReward:
         self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]], batch_size: int
     ) -> Iterator[Part]:
         """As `Reward.score`; as many at once as memory for their distributions allows."""
-        prompts, replies = _responses(pairs)
+        prompts, replies = responses(pairs)
+        self._check_lengths(pairs, contexts)
         for part in _parts(_longest_first(prompts, replies), batch_size):
             each = (max(len(replies[i]) for i in part) + 1) * self.model.config.vocab_size * len(self.model.members)  # type: ignore[operator]
             for few in _parts(part, max(1, _ENTRIES // each)):
@@ -315,8 +316,21 @@ class GuidedReward:
                     f"{self.name} does not know, so that the guided model never produces it; take such responses out"
                 )
 
+    def _check_lengths(self, pairs: Sequence[TokenPair], contexts: Sequence[Mapping[str, Ids]]) -> None:
+        wished = [max(map(len, context.values()), default=0) for context in contexts]
+        longest = max(
+            pair.width + max(0, more - len(pair.prompt_ids)) for pair, more in zip(pairs, wished, strict=True)
+        )
+        for member in self.model.members:
+            most = positions_together(member.model.config)
+            if most is not None and longest > most:
+                raise ConfigError(
+                    f"a prompt and its response have up to {longest} tokens, and {member.name!r} of {self.name} has "
+                    f"{most} positions for texts read together; lower --max-prompt-tokens or --max-response-tokens"
+                )
 
-def _responses(pairs: Sequence[TokenPair]) -> tuple[Sequence[Ids], Sequence[Ids]]:
+
+def responses(pairs: Sequence[TokenPair]) -> tuple[Sequence[Ids], Sequence[Ids]]:
     """(prompts, responses), numbered as in a `Part`."""
     replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     return [pair.prompt_ids for pair in pairs] * 2, replies

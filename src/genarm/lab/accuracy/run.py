@@ -28,6 +28,7 @@ from genarm.lab.accuracy.models import (
     check_same_tokens,
     guided_by,
     open_rewards,
+    responses,
 )
 from genarm.lab.accuracy.pairs import EncodedPairs, Limits, PairData, encode, limits, read_pairs
 from genarm.lab.accuracy.settings import AccuracySettings
@@ -325,7 +326,7 @@ def score_with(reward: Reward, of: Pass, batch_size: int, advance: Advance) -> d
         MemberError: scores that are no finite numbers, or a model that cannot score pairs.
     """
     name, pairs = of.files.name, of.encoded.pairs
-    replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    _, replies = responses(pairs)
     scored = {i for ids in replies for i in ids}
     reward.check(scored.union(*(pair.prompt_ids for pair in pairs)), scored)
     found: dict[str, Floats] = {}

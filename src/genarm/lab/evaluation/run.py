@@ -47,7 +47,7 @@ from genarm.lab.methods.kinds import METHODS
 from genarm.lab.methods.models import Models
 from genarm.lab.methods.sample import Sample
 from genarm.model.placement import Placement
-from genarm.model.references import find_device
+from genarm.model.references import find_device, positions_together
 from genarm.model.trained import TRAIN_FIGURES
 from genarm.provenance import claim, data_record
 from genarm.sampling import Sampling
@@ -149,7 +149,7 @@ def _trained(folder: Path, spec: TrainSpec, policy: Proportion | None) -> Traine
 def _questions(recipe: Recipe, models: Models) -> list[Question]:
     base = models.files(recipe.methods[0].base)
     longest = max(recipe.draw(method).max_new_tokens for method in recipe.methods)
-    room = (base.context or 10**9) - longest
+    room = (positions_together(base.config) or 10**9) - longest
     texts = {text for method in recipe.methods for text in method.texts}
     return read_questions(recipe.prompts, models.resolve(recipe.prompts.data), base.tokenizer, room, texts)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from genarm.errors import ConfigError, MemberError, VocabularyError
 from genarm.model.config import GuidedConfig
 from genarm.model.contract import load_whole
-from genarm.model.references import ModelFiles, open_files
+from genarm.model.references import ModelFiles, open_files, positions_together
 from genarm.model.vocabulary import Alignment, align, read_vocabulary
 from genarm.training.losses.product import model_name, weight_range
 
@@ -110,10 +110,11 @@ def base_files(config: TrainConfig) -> ModelFiles | None:
     if isinstance(files.config, GuidedConfig):
         raise MemberError(f"{config.through} is a guided folder; give --through its base, or another plain causal LM")
     wanted = int(config.max_prompt_tokens or 0) + int(config.max_response_tokens or 0)
-    if files.context is not None and wanted > files.context:
+    most = positions_together(files.config)
+    if most is not None and wanted > most:
         raise ConfigError(
-            f"the base {config.through} has {files.context} positions, and prompts and responses may have {wanted} "
-            "tokens; lower --max-prompt-tokens or --max-response-tokens"
+            f"the base {config.through} has {most} positions for texts read together, and prompts and responses may "
+            f"have {wanted} tokens; lower --max-prompt-tokens or --max-response-tokens"
         )
     return files
 
