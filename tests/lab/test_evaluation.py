@@ -177,6 +177,20 @@ def test_killed_and_gone_on_with(small: tuple[Recipe, Path], tmp_path: Path) -> 
     assert [row["scores"] for row in scores[0]] == [row["scores"] for row in scores[1]]
 
 
+@pytest.mark.parametrize(("score", "said"), [("0", True), ("len(response)", False)])
+def test_a_judge_that_tells_nothing_apart_is_named(
+    score: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero for every reply is more often a judge that cannot read them than a fact, and looks like one in a table."""
+    module = f"judge_that_gives_{'zero' if said else 'lengths'}"
+    (tmp_path / f"{module}.py").write_text(f"def judged(prompt, response, row):\n    return {score}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    judges = [{"name": "mine", "kind": "function", "source": f"{module}:judged"}]
+    recipe = shrunk(EXPERIMENTS[0], tmp_path / "recipe.toml", **{**SMALL, "judges": judges})
+    evaluate(recipe, options(tmp_path / "run"), QUIET)
+    assert ("mine gave 0 to all" in (tmp_path / "run" / "results.md").read_text(encoding="utf-8")) == said
+
+
 def test_changed_settings_are_never_mixed(small: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, whole = small
     shutil.copytree(whole, tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import tomllib
 from decimal import Decimal
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_blocks_of_a_reply() -> None:
     assert extract_code("```py\na\n```\n```\nb\n```") == "a\n"
     assert extract_code("```\na\n```\n```\ndef f(): 0\n```", "f") == "def f(): 0\n"
     assert extract_code("say `x` and ```y``` inline") is None
-    assert extract_code("- item:\n  ```python\n  x\n  ```") == "  x\n"
+    assert extract_code("- item:\n  ```python\n  x\n    y\n  ```") == "x\n  y\n"
 
 
 def test_pass_rate_and_a_sandbox_that_cannot_run() -> None:
@@ -224,6 +225,46 @@ def test_problems_from_rows() -> None:
     checked = problem_of("def f(x):\n", "def check(g):\n    assert g(1) == 2\n", "f")
     assert code.score(checked, "    return x + 1\n\ndef rest(") == 1
     assert code.score(checked, "    return x\n") == 0
+
+
+AROUND = {
+    "the code alone": "{}",
+    "a fence": "```python\n{}\n```",
+    "words and a fence": "Complete this function. Reply with it in one block.\n\n```python\n{}\n```",
+    "words, a fence, and words": "Complete it: don't stop.\n\n```\n{}\n```\n\nReply with the code.",
+    "words before and behind": "Task: complete\nSolution\nComplete the function below.\n{}\n\nReply with code alone.",
+    "a list item": "1. Complete this.\n   ```python\n{indented}\n   ```",
+}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+@pytest.mark.parametrize("response", RESPONSES)
+def test_words_around_a_prompt_s_code_stay_out_of_the_program(kind: str, response: str) -> None:
+    indented = "\n".join(f"   {line}" for line in PROMPT.split("\n"))
+    problem = problem_of(AROUND[kind].format(PROMPT, indented=indented), CIRCLE.tests, "area")
+    outcome = run_tests(problem, RESPONSES[response])
+    assert outcome.passed, (outcome.reason, solution_of(problem, RESPONSES[response]))
+    assert not run_tests(problem, RESPONSES[response].replace("math.pi", "math.e")).passed
+
+
+def test_a_decorated_head_is_replaced_whole() -> None:
+    problem = problem_of("import functools\n\n@functools.cache\ndef f(x):\n", "assert f(1) == 2", "f")
+    assert code.score(problem, "    return x + 1\n") == 1
+    assert code.score(problem, "```python\nimport math\ndef f(x):\n    return x + 1\n```") == 1
+
+
+@needs(HUMAN_EVAL)
+def test_solutions_of_human_eval_pass_as_replies_to_a_recipe_s_prompts() -> None:
+    """What decides is the data set's own solution: whatever a recipe puts around its prompts, that one passes."""
+    template = tomllib.loads(Path("recipes/code.toml").read_text(encoding="utf-8"))["real"]["prompts"]["template"]
+    with gzip.open(HUMAN_EVAL, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    for row in random.Random(0).sample(rows, 16):
+        problem = problem_of(template.replace("{}", row["prompt"]), row["test"], row["entry_point"])
+        whole = f"Here it is:\n\n```python\n{row['prompt']}{row['canonical_solution']}```"
+        assert code.score(problem, whole) == 1, row["task_id"]
+        assert code.score(problem, row["canonical_solution"]) == 1, row["task_id"]
+        assert code.score(problem, whole.replace(row["canonical_solution"], "    pass\n")) == 0, row["task_id"]
 
 
 def test_files_that_hold_no_problems(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def judge_all(
                 answers[method.name],
                 method.name,
             )
+        notes += _all_alike(judge.name, [score for of in scores.values() for score in of[judge.name]])
     return Judged(scores=scores, verdicts=tuple(verdicts), notes=tuple(notes))
 
 
@@ -91,6 +92,13 @@ def check_judges(recipe: Recipe, questions: Sequence[Question], models: Models) 
     for judge in recipe.judges:
         if JUDGES[judge.kind].comparer is None:
             JUDGES[judge.kind].scores(judge.source, models).check(rows)
+
+
+def _all_alike(judge: str, scores: Sequence[float]) -> list[str]:
+    """A note of a judge that tells nothing apart: more often it cannot read the replies than they are all alike."""
+    if len(scores) < 2 or len(set(scores)) > 1:
+        return []
+    return [f"{judge} gave {scores[0]:g} to all {len(scores)} replies; see that it can read them before you believe it"]
 
 
 def _row(question: Question) -> dict[str, Any]:

@@ -21,8 +21,13 @@ class UnitTestScorer(Scorer):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The key, and what a program may use."""
-        return {"kind": "tests", "key": self.key, "limits": asdict(self.limits)}
+        """The key, what of prompt and reply becomes the program, and what a program may use."""
+        return {
+            "kind": "tests",
+            "key": self.key,
+            "program": "without the words around a prompt's code",
+            "limits": asdict(self.limits),
+        }
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Every row has tests: code, or a list of lines of code."""

@@ -19,7 +19,7 @@ from genarm.errors import DataError, UnsupportedError
 from genarm.lab.tasks.sandbox import Limits, Outcome, run_code
 from genarm.statistics import Proportion, proportion
 
-_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 _AFTER_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\n```")
 _AFTER_PROGRAM = ("\nassert", '\n"""', "\nprint", "\nif ", "\n```")
@@ -112,8 +112,13 @@ def _mbpp(row: Mapping[str, Any]) -> Problem:
 
 def extract_code(reply: str, entry_point: str = "") -> str | None:
     """The first fenced block of `reply` that defines `entry_point`, or else the first one; None without a block."""
-    blocks: list[str] = _FENCED.findall(reply)
+    blocks = [_outdent(block, indent) for indent, block in _FENCED.findall(reply)]
     return next((block for block in blocks if _defines(block, entry_point)), blocks[0] if blocks else None)
+
+
+def _outdent(block: str, indent: str) -> str:
+    """`block` without the indentation of its fence (of a list item, say), which is none of the code."""
+    return re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) if indent else block
 
 
 def solution_of(problem: Problem, response: str) -> str:
@@ -126,8 +131,7 @@ def solution_of(problem: Problem, response: str) -> str:
     block = extract_code(response, problem.entry_point)
     code = response if block is None else block
     if _defines(code, problem.entry_point) and _defines(problem.prompt, problem.entry_point):
-        before = re.split(rf"^(?:async )?def {problem.entry_point}\b", problem.prompt, maxsplit=1, flags=re.MULTILINE)
-        return before[0] + code
+        return problem.prompt[: _head(problem.prompt, problem.entry_point).start()] + code
     if block is None:
         code = code[: min((i for stop in problem.stops if (i := code.find(stop)) >= 0), default=len(code))]
     return problem.prompt + code
@@ -163,18 +167,57 @@ def pass_rate(problems: Sequence[Problem], responses: Sequence[str]) -> Proporti
 def problem_of(prompt: str, tests: str, entry_point: str = "") -> Problem:
     """A problem from a user's own row: its prompt, its tests, and what they call, if that is known.
 
-    A prompt that has the head of `entry_point` can be continued, as those of HumanEval; `check(entry_point)` is called
-    where the tests define `check` and do not call it themselves.
+    A prompt that has the head of `entry_point` can be continued, as those of HumanEval; of words and a fence around
+    the code, as a template puts them, nothing gets into the program. `check(entry_point)` is called where the tests
+    define `check` and do not call it themselves.
     """
     if entry_point and _defines(tests, "check") and not re.search(r"^check\(", tests, re.MULTILINE):
         tests += f"\n\ncheck({entry_point})\n"
-    begun = _defines(prompt, entry_point)
+    begun = _begun(prompt, entry_point)
     return Problem(
         name="",
-        prompt=prompt if begun else "",
+        prompt=begun,
         instruction=prompt,
         entry_point=entry_point,
         tests=tests,
         solution="",
         stops=_AFTER_FUNCTION if begun else (),
+    )
+
+
+def _head(code: str, entry_point: str) -> re.Match[str]:
+    """Where `code` begins to define `entry_point`, with what decorates it."""
+    found = re.search(rf"^(?:@[^\n]*\n)*(?:async def|def|class) {re.escape(entry_point)}\b", code, re.MULTILINE)
+    assert found is not None
+    return found
+
+
+def _begun(prompt: str, entry_point: str) -> str:
+    """The code of a prompt that begins to define `entry_point`; empty where it does not.
+
+    Of lines before the head as many as are a program, of those from the head on as many as a body can follow.
+    """
+    block = extract_code(prompt, entry_point) or ""
+    code = block if _defines(block, entry_point) else prompt
+    if not _defines(code, entry_point):
+        return ""
+    start = _head(code, entry_point).start()
+    before = code[:start].splitlines(keepends=True)
+    head = code[start:].splitlines(keepends=True)
+    first = next(i for i in range(len(before) + 1) if _is_program("".join(before[i:])))
+    fits = (end for end in range(len(head), 0, -1) if _is_program("".join(head[:end]).rstrip() + "\n    pass"))
+    # Without a body that could follow (a head of several lines that is cut off), the prompt is continued as it is.
+    return "".join(before[first:] + head[: next(fits, len(head))])
+
+
+def _is_program(code: str) -> bool:
+    """Whether `code` is Python, and not words that happen to be (`Solution`, `Task: sort`)."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return False
+    return not any(
+        (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Call))
+        or (isinstance(node, ast.AnnAssign) and node.value is None)
+        for node in body
     )
