@@ -23,6 +23,13 @@ _NO_EDGE = 10_000
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep loading bars and advice meant for programmers off the terminal, unless the environment asks for them."""
+    with warnings.catch_warnings():
+        stay_quiet()
+        yield
+
+
+def stay_quiet() -> None:
+    """The same for as long as the process lives."""
     from transformers.utils import logging as transformers_logging
 
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
@@ -30,9 +37,7 @@ def quiet_libraries() -> Iterator[None]:
             logging.getLogger(name).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    warnings.simplefilter("ignore")
 
 
 def open_console(*, stderr: bool = False) -> Console:

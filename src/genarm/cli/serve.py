@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genarm.cli.arguments import add_options, settings_from
-from genarm.cli.console import quiet_libraries, say
+from genarm.cli.console import quiet_libraries, say, stay_quiet
 from genarm.cli.options import DraftOptions, ModelOptions, ReadingOptions, WishOptions
-from genarm.engine import EngineOptions
+from genarm.engine import Engine, EngineOptions
 from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError, UnsupportedError
 
@@ -188,7 +189,7 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
         MissingExtraError, UnsupportedError: there is no vLLM, or another version of it.
     """
     from genarm.server.admission import Admission
-    from genarm.server.backend import EngineBackend
+    from genarm.server.backend import ProcessBackend
     from genarm.server.vllm_backend import VllmBackend, VllmOptions, need_vllm, read_options
 
     streams = EngineOptions.streams if arguments.streams is None else arguments.streams
@@ -208,7 +209,19 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
     if more is not None:
         raise ConfigError("--vllm-options needs vLLM, and genarm's own engine serves here; give --engine vllm as well")
     own = 0 if arguments.no_request_wishes else MOST_WISHES
-    return lambda: EngineBackend(lambda: session.engine(streams=streams, context=arguments.context, wishes=own))
+    return lambda: ProcessBackend(partial(make_engine, arguments, streams, own))
+
+
+def make_engine(arguments: argparse.Namespace, streams: int, wishes: int) -> Engine:
+    """The engine of a command line, for so many replies at once; called in the process that it is for.
+
+    Raises:
+        What `Engine` raises.
+    """
+    from genarm.cli.session import open_session
+
+    stay_quiet()
+    return open_session(arguments).engine(streams=streams, context=arguments.context, wishes=wishes)
 
 
 def _takes_vllm(arguments: argparse.Namespace, files: ModelFiles) -> bool:

@@ -25,7 +25,7 @@ from genarm.engine.request import Asked, Completion, Request, to_requests
 from genarm.engine.request_state import BASE_MEMBER, RequestState
 from genarm.engine.speculation import DraftLength, exponents
 from genarm.engine.step import Stepper
-from genarm.engine.stream import Bell, Stream
+from genarm.engine.stream import Bell, Event, Stream
 from genarm.errors import ConfigError, DataError, EngineFailure
 from genarm.model.assembly import output_rows
 from genarm.model.combine import coefficients
@@ -49,6 +49,9 @@ class Engine:
 
     The engine takes the model over: its adapters are stacked in place and, on a CPU, half precision may be converted.
     The model still works as before, but not at the same time as the engine.
+
+    Attributes:
+        after_step: called after each step by the thread that made it, if it is set.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Engine:
         self._stepping = threading.Lock()  # held by whoever makes a step
         self._wake = threading.Event()
         self._bell = Bell()
+        self.after_step: Callable[[], None] | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -172,6 +176,21 @@ class Engine:
         return "\n".join([head, *self._built.notes])
 
     # --- asking -------------------------------------------------------------------------------------------------
+
+    def begin(self, request: Request, deliver: Callable[[Event], None]) -> Callable[[], None]:
+        """Begin a request whose tokens and whose end go to `deliver`, in the thread that makes the steps.
+
+        Returns:
+            What cancels it, from any thread.
+
+        Raises:
+            What `stream` raises.
+        """
+        state, _ = self._prepare(request)
+        state.deliver = deliver
+        self._submit([state])
+        self.start()
+        return lambda: self._cancel(state)
 
     def stream(self, request: Request) -> Stream:
         """Begin a request; its tokens come from the stream as they are drawn.
@@ -414,6 +433,9 @@ class Engine:
             self._scheduler.fail(failure)
             if not isinstance(error, Exception):
                 raise
+        finally:
+            if self.after_step is not None:
+                self.after_step()
 
     def _cancel(self, state: RequestState) -> None:
         """End a request: free its rows now, or as soon as the step that is being made is done."""

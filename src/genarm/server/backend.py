@@ -11,6 +11,7 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from genarm.engine import Completion, Engine, Request, ScoredPrompt, Stream, Token
 from genarm.errors import EngineFailure
+from genarm.server.engine_process import EngineProcess
 
 Event: TypeAlias = ScoredPrompt | Token | Completion
 State: TypeAlias = Literal["ok", "starting again", "failed"]
@@ -213,8 +214,16 @@ class RestartingBackend(Generic[Running]):
         new.close()
 
 
+class ProcessBackend(RestartingBackend[EngineProcess]):
+    """`genarm.engine` in a process of its own, which is what `genarm serve` has."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """Make the engine now; `make`, which must be picklable, is called again after a failure."""
+        super().__init__(lambda: EngineProcess(make), explains=True, wishes=True)
+
+
 class EngineBackend(RestartingBackend[Engine]):
-    """`genarm.engine` in a thread of its own."""
+    """`genarm.engine` in a thread of its own, for servers within a program that has the model already."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         """Make the engine now; `make` is called again after a failure."""
