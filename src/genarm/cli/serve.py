@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from genarm.cli.arguments import add_options, settings_from
 from genarm.cli.console import quiet_libraries, say, stay_quiet
 from genarm.cli.options import DraftOptions, ModelOptions, ReadingOptions, WishOptions
-from genarm.engine import Engine, EngineOptions
+from genarm.engine import EngineOptions
 from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError, UnsupportedError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from genarm.cli.session import Session
+    from genarm.engine import Engine
     from genarm.model.references import ModelFiles
     from genarm.server.backend import Backend
     from genarm.server.job import Service

@@ -157,11 +157,12 @@ class EngineProcess:
             if self._failure is not None:
                 raise self._failure
             self._replies[number], self._answers[number] = _Reply(stream), answer
-        self._say(("begin", number, request))
         try:
+            self._say(("begin", number, request))
             answer.result()
         except BaseException:
             self._replies.pop(number, None)
+            self._answers.pop(number, None)
             raise
         return stream
 

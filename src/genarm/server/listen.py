@@ -23,18 +23,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from genarm.errors import ConfigError
+from genarm.server.engine_main import TURN
 from genarm.server.errors import ApiError
 from genarm.server.job import SLOW_READER
 
 _KEEP_ALIVE = 30
 """Seconds that a client has for the head of a request."""
 _TICK = 0.25
-_TURN = 5e-5
-"""Seconds after which a thread lets another one have the interpreter.
-
-An engine gives it up for each operation on tensors and has to have it back for the next; with Python's own 5 ms, every
-one of them may wait so long for the thread that writes events.
-"""
 _PATIENCE = 5.0
 _LAST_SECONDS = 1.0
 _AT_ONCE = 16
@@ -81,7 +76,7 @@ def listen(app: ASGIApp, listener: socket.socket, *, drain: float, announce: Cal
     A second signal ends them at once. `announce` is called when clients can connect.
     """
     _allow_files()
-    sys.setswitchinterval(_TURN)
+    sys.setswitchinterval(TURN)
     # uvicorn raises a signal once more when it has finished; by then there is nothing left to end.
     before = {number: signal.signal(number, _done) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
