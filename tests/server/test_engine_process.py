@@ -223,6 +223,25 @@ def test_killed_and_started_again_once() -> None:
         backend.close()
 
 
+def test_killed_while_it_had_nothing_to_do() -> None:
+    """Nobody has to ask for it first: the state says so, and the next engine answers."""
+    backend = ProcessBackend(functools.partial(make_engine, speculate=0))
+
+    async def read(request: Request) -> list[Any]:
+        return [event async for event in backend.submit(request)]
+
+    try:
+        assert backend._engine is not None
+        backend._engine._process.kill()
+        until = time.monotonic() + 60
+        while (backend.restarts == 0 or backend.state != "ok") and time.monotonic() < until:
+            time.sleep(0.05)
+        assert (backend.restarts, backend.state) == (1, "ok")
+        assert isinstance(asyncio.run(read(REQUESTS["ids"]))[-1], Completion)
+    finally:
+        backend.close()
+
+
 def test_a_step_that_fails() -> None:
     """All that ran ends with its failure, whose words are the engine's."""
     engine = EngineProcess(engines.make_engine_that_fails)

@@ -182,7 +182,7 @@ class RestartingBackend(Generic[Running]):
             engine.close()
 
     def _failed(self, engine: Running, error: EngineFailure) -> None:
-        """Called for every request that a failure ends; the first one has an effect."""
+        """Called for every request that a failure ends, and when an idle engine ends; the first has an effect."""
         with self._guard:
             if self._closed or engine is not self._engine:
                 return
@@ -219,7 +219,7 @@ class ProcessBackend(RestartingBackend[EngineProcess]):
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         """Make the engine now; `make`, which must be picklable, is called again after a failure."""
-        super().__init__(lambda: EngineProcess(make), explains=True, wishes=True)
+        super().__init__(lambda: EngineProcess(make, self._failed), explains=True, wishes=True)
 
 
 class EngineBackend(RestartingBackend[Engine]):

@@ -106,8 +106,10 @@ class EngineProcess:
     SIGTERM, which are the server's to answer.
     """
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, ended: Callable[[EngineProcess, EngineFailure], None] | None = None) -> None:
         """Start the process and have it call `make`, which must be picklable (a function of a module, or a partial).
+
+        `ended` is told where the process ends by itself, whether it had anything to do or not.
 
         Raises:
             Whatever `make` raises.
@@ -142,6 +144,7 @@ class EngineProcess:
         self._bell = Bell()
         self._guard = threading.Lock()  # the three above, whether it has ended, and who writes
         self._failure: EngineFailure | None = None
+        self._ended = ended
         self._listener = threading.Thread(target=self._listen, name="genarm-engine-listener", daemon=True)
         self._listener.start()
 
@@ -201,7 +204,10 @@ class EngineProcess:
         except (EOFError, OSError):
             pass
         finally:
+            unasked = self._failure is None
             self._fail(f"the engine's process ended: {self._how_it_ended()}")
+            if unasked and self._ended is not None and self._failure is not None:
+                self._ended(self, self._failure)
 
     def _take(self, number: int, kind: int, what: Any) -> None:
         if kind == _ANSWER:
