@@ -3,7 +3,7 @@
 Server and engine would share one interpreter otherwise: of a step of 64 replies that a client sees with every number, a
 tenth and more went into JSON and sockets, on a GPU most of it. Here a step sends one message, whatever it has drawn.
 
-Both ends are this program, so that they speak `marshal` (numbers, texts and tuples, for each token) and `pickle`
+Both ends are this program, so that they speak `marshal` (numbers and texts, for each token) and `pickle`
 (requests and errors). Nobody else can reach the pipe.
 """
 
@@ -70,29 +70,11 @@ class _Reply:
         """Hand on what the engine said of it; False where it was the last."""
         event: Event
         if kind == _TOKEN:
-            identifier, text, log_prob, base, rewards, top, kl, offset = said
-            event = Token(
-                id=identifier,
-                text=text,
-                log_prob=log_prob,
-                base=base,
-                rewards=rewards,
-                top=top,
-                kl=kl,
-                offset=offset,
-            )
+            event = Token(**said)
             self.tokens.append(event)
         elif kind == _COMPLETION:
-            ending, prompt_tokens, reused, drafted, accepted = said
-            event = Completion(
-                text="".join(token.text for token in self.tokens),
-                tokens=tuple(self.tokens),
-                ending=ending,
-                prompt_tokens=prompt_tokens,
-                reused_tokens=reused,
-                drafted=drafted,
-                accepted=accepted,
-            )
+            text = "".join(token.text for token in self.tokens)
+            event = Completion(text=text, tokens=tuple(self.tokens), **said)
         else:
             event = pickle.loads(said)
         self.stream.put(event)
@@ -274,11 +256,10 @@ class _Outbox:
     def put(self, number: int, event: Event) -> None:
         """Called by the thread that makes the steps."""
         if isinstance(event, Token):
-            numbers = (event.log_prob, event.base, dict(event.rewards), event.top, event.kl)
-            self._add(number, _TOKEN, (event.id, event.text, *numbers, event.offset))
-        elif isinstance(event, Completion):
-            counts = (event.prompt_tokens, event.reused_tokens, event.drafted, event.accepted)
-            self._add(number, _COMPLETION, (event.ending, *counts))
+            self._add(number, _TOKEN, {**vars(event), "rewards": dict(event.rewards)})
+        elif isinstance(event, Completion):  # whose tokens were sent one by one
+            said = {name: value for name, value in vars(event).items() if name not in ("text", "tokens")}
+            self._add(number, _COMPLETION, said)
         else:
             self._add(number, _OTHER, _pickled(event))
 
