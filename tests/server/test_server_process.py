@@ -200,3 +200,17 @@ def test_a_port_that_is_taken(folder: Path, capfd: pytest.CaptureFixture[str]) -
         port = str(taken.getsockname()[1])
         assert main(["serve", str(folder), "--port", port, "--device", "cpu"]) == 2
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capfd.readouterr().err
+
+
+def test_a_wish_s_file_is_read_once(folder: Path, tmp_path: Path) -> None:
+    """A pipe has its text for one reader; the engine's process has the wish as clients are told of it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("w3 w4\n", encoding="utf-8"), daemon=True)
+    writer.start()
+    with serving(folder, "--wish", f"warm=@{pipe}") as (_, url, _):
+        told = httpx2.get(f"{url}/v1/rewards").json()["data"][-1]
+        assert (told["id"], told["wish"]) == ("warm", "w3 w4")
+        body = {"model": "guided", "prompt": "w1 w2", "max_tokens": 3, "return_rewards": True}
+        choice = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+        assert "warm" in choice["rewards"][0]["rewards"]

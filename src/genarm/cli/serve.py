@@ -7,7 +7,7 @@ variable GENARM_API_KEYS; without any, everybody who can connect may ask. SIGTER
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from genarm.engine.options import MOST_WISHES
 from genarm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from genarm.cli.session import Session
     from genarm.engine import Engine
@@ -210,11 +210,18 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
     if more is not None:
         raise ConfigError("--vllm-options needs vLLM, and genarm's own engine serves here; give --engine vllm as well")
     own = 0 if arguments.no_request_wishes else MOST_WISHES
-    return lambda: ProcessBackend(partial(make_engine, arguments, streams, own))
+    return lambda: ProcessBackend(partial(make_engine, arguments, session.files.added_wishes, streams, own))
 
 
-def make_engine(arguments: argparse.Namespace, streams: int, wishes: int) -> Engine:
+def make_engine(arguments: argparse.Namespace, added: Mapping[str, str], streams: int, own: int) -> Engine:
     """The engine of a command line, for so many replies at once; called in the process that it is for.
+
+    Args:
+        arguments: as they were given.
+        added: {name: text} of their wishes, whose files are read once: a pipe has nothing more for a second reader, and
+            another text than clients were told of would be another reward.
+        streams: replies at once.
+        own: wishes that a request may have.
 
     Raises:
         What `Engine` raises.
@@ -222,7 +229,9 @@ def make_engine(arguments: argparse.Namespace, streams: int, wishes: int) -> Eng
     from genarm.cli.session import open_session
 
     stay_quiet()
-    return open_session(arguments).engine(streams=streams, context=arguments.context, wishes=wishes)
+    session = open_session(argparse.Namespace(**{**vars(arguments), "wish": None}))
+    session = replace(session, files=session.files.with_wishes(added))
+    return session.engine(streams=streams, context=arguments.context, wishes=own)
 
 
 def _takes_vllm(arguments: argparse.Namespace, files: ModelFiles) -> bool:
