@@ -247,6 +247,23 @@ def test_words_around_a_prompt_s_code_stay_out_of_the_program(kind: str, respons
     assert not run_tests(problem, RESPONSES[response].replace("math.pi", "math.e")).passed
 
 
+@pytest.mark.parametrize(
+    ("prompt", "reply"),
+    [
+        ("def f(x):\n    y = ", "x + 1\n    return y\n"),
+        ("def f(x):\n    return (\n        x", " + 1)\n"),
+        ("def f(\n    x", "):\n    return x + 1\n"),
+        ("def f(x):\n    if x:\n", "        return x + 1\n"),
+        ("Solve.\ndef f(x):\n  'Two spaces.'\n", "  return x + 1\n"),
+        ("(" * 3000 + "\ndef f(x):\n", "    return x + 1\n"),
+    ],
+)
+def test_code_that_is_cut_off_is_continued_where_it_ends(prompt: str, reply: str) -> None:
+    problem = problem_of(prompt, "assert f(1) == 2", "f")
+    assert code.score(problem, reply) == 1, solution_of(problem, reply)
+    assert code.score(problem, reply.replace("x + 1", "x + 2").replace(" + 1)", " + 2)")) == 0
+
+
 def test_a_decorated_head_is_replaced_whole() -> None:
     problem = problem_of("import functools\n\n@functools.cache\ndef f(x):\n", "assert f(1) == 2", "f")
     assert code.score(problem, "    return x + 1\n") == 1

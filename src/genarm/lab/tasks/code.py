@@ -205,8 +205,9 @@ def _begun(prompt: str, entry_point: str) -> str:
     before = code[:start].splitlines(keepends=True)
     head = code[start:].splitlines(keepends=True)
     first = next(i for i in range(len(before) + 1) if _is_program("".join(before[i:])))
-    fits = (end for end in range(len(head), 0, -1) if _is_program("".join(head[:end]).rstrip() + "\n    pass"))
-    # Without a body that could follow (a head of several lines that is cut off), the prompt is continued as it is.
+    # Words behind begin at the margin. Code that is cut off, within a line or a head, is continued as it is.
+    ends = (end for end in range(len(head), 0, -1) if end == len(head) or not head[end][0].isspace())
+    fits = (end for end in ends if _is_program("".join(head[:end]).rstrip() + "\n    pass"))
     return "".join(before[first:] + head[: next(fits, len(head))])
 
 
@@ -214,7 +215,7 @@ def _is_program(code: str) -> bool:
     """Whether `code` is Python, and not words that happen to be (`Solution`, `Task: sort`)."""
     try:
         body = ast.parse(code).body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of brackets within brackets
         return False
     return not any(
         (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Call))
