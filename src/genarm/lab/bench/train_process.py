@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
 import os
 import sys
@@ -213,6 +211,7 @@ def _rounds(pipe: Connection, settings: TrainSettings, device: Any) -> Any:
     from transformers import TrainerCallback
 
     from genarm.lab.bench.timing import clock
+    from genarm.lab.machine import give_back
 
     class Rounds(TrainerCallback):
         before, began = 0, 0.0
@@ -226,7 +225,7 @@ def _rounds(pipe: Connection, settings: TrainSettings, device: Any) -> Any:
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             seconds = (clock(device) - self.began) / settings.steps
             answer = {"seconds": seconds, "before": self.before, "peak": _memory(device, peak=True)}
-            _give_back(device)
+            give_back()  # the other contestants wait with theirs
             pipe.send((None, answer))
 
     return Rounds()
@@ -248,19 +247,6 @@ def _forget_peak(device: Any) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-
-
-def _give_back(device: Any) -> None:
-    """Free memory goes back to the machine: the other contestants wait with theirs."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed in pieces
-    if trim is not None:
-        trim(0)
 
 
 def _ours(setup: Setup) -> Trainer:

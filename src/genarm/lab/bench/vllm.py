@@ -7,7 +7,6 @@ streams, while the others rest.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from genarm.lab.bench.shapes import SHAPES
 from genarm.lab.bench.timing import Contestant, take_turns
 from genarm.lab.bench.vllm_engine import EngineFacts, EngineSettings, RemoteEngine, Steps, remote_engine
 from genarm.lab.bench.vllm_models import Entry, write_entries
+from genarm.lab.machine import give_back
 from genarm.vllm import check_version, vllm_version
 
 _PAGE = 128
@@ -86,7 +86,7 @@ def _time(
     shapes = SHAPES[settings.base_shape]
     console.print("making the models")
     entries = write_entries(shapes, dtype=where.torch_dtype, seed=settings.seed, root=root)
-    gc.collect()  # models refer to themselves; vLLM may need their memory
+    give_back()  # vLLM may need it
     streams = sorted(set(settings.streams))
     task = make_task(
         prompts=(settings.rounds + 1) * max(streams),

@@ -41,7 +41,7 @@ from genarm.lab.evaluation.results import Measured, Results, Trained
 from genarm.lab.evaluation.table import markdown, table
 from genarm.lab.evaluation.tasks import held_out_file, make_pairs
 from genarm.lab.evaluation.world import WorldSettings, make_world
-from genarm.lab.machine import code_version, one_thread, this_machine
+from genarm.lab.machine import code_version, give_back, one_thread, this_machine
 from genarm.lab.methods.interface import Method, MethodSpec, Parts
 from genarm.lab.methods.kinds import METHODS
 from genarm.lab.methods.models import Models
@@ -103,6 +103,7 @@ def _evaluate(recipe: Recipe, options: RunOptions, folder: Path, console: Consol
             console.print(Text(f"Training {spec.name} ({number} of {len(recipe.train)})", style="bold"))
             config = _train_config(spec, models, recipe.seed)
             train(config, resume=config.output.exists(), console=console)
+            give_back()
     configs = {spec.name: _train_config(spec, models, recipe.seed) for spec in recipe.train}
     policies = policy_accuracies(recipe, configs, models, console)
     answers = _answer(folder, recipe, questions, models, console)
