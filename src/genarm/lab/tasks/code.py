@@ -7,6 +7,7 @@ put together with the tests and run in the sandbox.
 from __future__ import annotations
 
 import ast
+import codeop
 import gzip
 import json
 import re
@@ -20,6 +21,9 @@ from genarm.lab.tasks.sandbox import Limits, Outcome, run_code
 from genarm.statistics import Proportion, proportion
 
 _FENCED = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+_NO_PYTHON = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
+"""What a compiler raises; the last two of brackets within brackets."""
 
 _AFTER_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\n```")
 _AFTER_PROGRAM = ("\nassert", '\n"""', "\nprint", "\nif ", "\n```")
@@ -205,17 +209,30 @@ def _begun(prompt: str, entry_point: str) -> str:
     before = code[:start].splitlines(keepends=True)
     head = code[start:].splitlines(keepends=True)
     first = next(i for i in range(len(before) + 1) if _is_program("".join(before[i:])))
-    # Words behind begin at the margin. Code that is cut off, within a line or a head, is continued as it is.
-    ends = (end for end in range(len(head), 0, -1) if end == len(head) or not head[end][0].isspace())
-    fits = (end for end in ends if _is_program("".join(head[:end]).rstrip() + "\n    pass"))
+    # Of a last line without an end nobody knows whether it is words or code that is cut off; words begin at the margin.
+    whole = code.endswith("\n")
+    ends = (end for end in range(len(head), 0, -1) if whole or end == len(head) or not head[end][0].isspace())
+    fits = (end for end in ends if _goes_on("".join(head[:end])))
     return "".join(before[first:] + head[: next(fits, len(head))])
+
+
+def _goes_on(code: str) -> bool:
+    """Whether a line of a body can follow `code`, or the rest of a statement that it begins."""
+    lines = code.rstrip().splitlines()
+    indent = lines[-1][: -len(lines[-1].lstrip())] or "    "
+    if _is_program("\n".join([*lines, f"{indent}pass"])):
+        return True
+    try:
+        return codeop.compile_command(code, symbol="exec") is None
+    except _NO_PYTHON:
+        return False
 
 
 def _is_program(code: str) -> bool:
     """Whether `code` is Python, and not words that happen to be (`Solution`, `Task: sort`)."""
     try:
         body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of brackets within brackets
+    except _NO_PYTHON:
         return False
     return not any(
         (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Call))
