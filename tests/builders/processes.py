@@ -52,3 +52,17 @@ def read(lines: Iterator[str]) -> str:
         elif line == "data: [DONE]":
             return "".join(pieces)
     raise AssertionError(f"the stream ended after {len(pieces)} events")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that have the engine, of the program `pid`."""
+    found = []
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            try:
+                parent = int((each / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+                if parent == pid and "spawn_main" in (each / "cmdline").read_text(encoding="utf-8"):
+                    found.append(int(each.name))
+            except OSError:
+                continue
+    return found

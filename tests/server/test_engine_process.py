@@ -18,6 +18,7 @@ import pytest
 
 from builders import engines_elsewhere as engines
 from builders.engines_elsewhere import BAD_WORD, make_engine
+from builders.processes import children
 from builders.serving import CHAT, CONTEXT
 from genarm import errors
 from genarm.engine import Completion, Engine, Request, Token
@@ -95,20 +96,6 @@ def gone(pid: int, seconds: float = 20.0) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def children(pid: int) -> list[int]:
-    """Processes that have the engine, of the program `pid`."""
-    found = []
-    for each in Path("/proc").iterdir():
-        if each.name.isdigit():
-            try:
-                parent = int((each / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
-                if parent == pid and "spawn_main" in (each / "cmdline").read_text(encoding="utf-8"):
-                    found.append(int(each.name))
-            except OSError:
-                continue
-    return found
 
 
 @pytest.mark.parametrize("kind", REQUESTS)

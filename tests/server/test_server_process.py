@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from builders.processes import command, read, serving
+from builders.processes import children, command, read, serving
 from builders.tiny import save_member, tiny_lora, tiny_model
 from genarm import compose
 
@@ -110,6 +110,37 @@ def test_killed_in_mid_stream_and_started_again(folder: Path) -> None:
         assert answer.json()["choices"][0]["text"].startswith(begun)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_engine_is_started_again_with_the_same_model_or_not_at_all(changed: bool, tmp_path: Path) -> None:
+    """Written anew while the server runs, a reward is another one under the name that clients know."""
+    base = tiny_model(seed=0)
+    save_member(base, tmp_path / "base")
+    tiny_lora(base, tmp_path / "lora", seed=3, base_path=str(tmp_path / "base"))
+    compose(tmp_path / "base", {"helpful": tmp_path / "lora"}, tmp_path / "guided")
+    asked = {"model": "guided", "prompt": "w1", "max_tokens": 20, "seed": 1}
+    with serving(tmp_path / "guided") as (process, url, _), httpx2.Client(base_url=url, timeout=60) as client:
+        before = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+        tiny_lora(tiny_model(seed=0), tmp_path / "lora", seed=4 if changed else 3, base_path=str(tmp_path / "base"))
+        (engine,) = children(process.pid)
+        os.kill(engine, signal.SIGKILL)
+        said = "the engine could not be started again" if changed else "the engine was started again"
+        until = time.monotonic() + 60
+        while said not in (tmp_path / "log").read_text() and time.monotonic() < until:
+            time.sleep(0.1)
+        ready, after = client.get("/ready"), client.post("/v1/completions", json=asked)
+        if changed:
+            assert (ready.status_code, after.status_code) == (503, 503)
+            changes = (
+                f"adapter_model.safetensors of reward helpful ({tmp_path / 'lora'}) has changed; restart the server"
+            )
+            log = (tmp_path / "log").read_text()
+            assert changes in log
+            assert "Traceback" not in log
+        else:
+            assert ready.status_code == 200
+            assert after.json()["choices"][0]["text"] == before
 
 
 def test_few_files_a_log_that_nobody_reads_and_a_second_signal(folder: Path) -> None:

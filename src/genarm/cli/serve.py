@@ -210,7 +210,8 @@ def _backend(arguments: argparse.Namespace, session: Session) -> Callable[[], Ba
     if more is not None:
         raise ConfigError("--vllm-options needs vLLM, and genarm's own engine serves here; give --engine vllm as well")
     own = 0 if arguments.no_request_wishes else MOST_WISHES
-    return lambda: ProcessBackend(partial(make_engine, arguments, session.files.added_wishes, streams, own))
+    make = partial(make_engine, arguments, session.files.added_wishes, streams, own)
+    return lambda: ProcessBackend(make, content=session.content)
 
 
 def make_engine(arguments: argparse.Namespace, added: Mapping[str, str], streams: int, own: int) -> Engine:

@@ -18,7 +18,7 @@ from genarm.engine import Engine, EngineOptions
 from genarm.errors import ConfigError
 from genarm.model.references import ModelFiles, find_device, open_files
 from genarm.model.weights import check_max_kl, parse_weights
-from genarm.provenance import model_record
+from genarm.provenance import Record, model_record
 from genarm.text.prompts import Reading, read_template_args
 
 
@@ -49,6 +49,11 @@ class Session:
     def load(self, *, dtype: str | None = None) -> PreTrainedModel:
         """The model itself, in `dtype` where one is given (raises what `ModelFiles.load` raises)."""
         return self.files.load(dtype=dtype or self.dtype, device=self.device)
+
+    def content(self) -> Record:
+        """The models by their content, as their files are now (raises DataError, as `model_record`)."""
+        drafting = {} if self.draft is None else {"draft": model_record(self.draft.reference, self.draft.revision)}
+        return {"model": model_record(self.files.reference, self.files.revision), **drafting}
 
     def engine(self, *, streams: int, context: int | None, wishes: int = 0) -> Engine:
         """Load the models and make the engine, for requests with so many wishes of their own.

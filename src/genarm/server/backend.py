@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from genarm.engine import Completion, Engine, Request, ScoredPrompt, Stream, Token
-from genarm.errors import EngineFailure
+from genarm.errors import EngineFailure, GenarmError, MemberError
+from genarm.provenance import Record, difference
 from genarm.server.engine_process import EngineProcess
 
 Event: TypeAlias = ScoredPrompt | Token | Completion
@@ -123,25 +124,38 @@ class RestartingBackend(Generic[Running]):
     A step that fails may leave anything behind, so everything is made anew, from the files on.
     """
 
-    def __init__(self, make: Callable[[], Running], *, explains: bool, wishes: bool) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Running],
+        *,
+        explains: bool,
+        wishes: bool,
+        content: Callable[[], Record] | None = None,
+    ) -> None:
         """Make the engine now; raises what `make` raises.
 
         Args:
             make: loads the model and makes the engine; called again after a failure.
             explains, wishes: see `Backend`.
+            content: the model by its content (`genarm.provenance`), where it comes from files.
+
+        Raises:
+            MemberError: the model's files change while they are loaded.
         """
         self._make = make
+        self._content = content
+        self._served = None if content is None else content()
         self.explains = explains
         self.wishes = wishes
-        engine = make()
-        self.streams = engine.streams
-        self.context = engine.context
-        self._engine: Running | None = engine
+        self._engine: Running | None = None
         self._state: State = "ok"
         self._why = ""
         self._restarts = 0
         self._closed = False
         self._guard = threading.Lock()
+        self._engine = engine = self._made()
+        self.streams = engine.streams
+        self.context = engine.context
 
     @property
     def state(self) -> State:
@@ -181,6 +195,15 @@ class RestartingBackend(Generic[Running]):
         if engine is not None:
             engine.close()
 
+    def _made(self) -> Running:
+        """An engine for the model that clients were told of; its files may be others by now, or become so meanwhile."""
+        engine = self._make()
+        changed = None if self._content is None else difference(self._served, self._content())
+        if changed is not None:
+            engine.close()
+            raise MemberError(f"the model's files are not those that the server began with: {changed}")
+        return engine
+
     def _failed(self, engine: Running, error: EngineFailure) -> None:
         """Called for every request that a failure ends, and when an idle engine ends; the first has an effect."""
         with self._guard:
@@ -201,10 +224,10 @@ class RestartingBackend(Generic[Running]):
             _log.error("the engine failed a second time and stays down; restart the server")
             return
         try:
-            new = self._make()
+            new = self._made()
         except Exception as error:
             self._state, self._why = "failed", f"the engine could not be started again: {error}"
-            _log.exception("the engine could not be started again; restart the server")
+            _log.error("%s; restart the server", self._why, exc_info=not isinstance(error, GenarmError))
             return
         with self._guard:
             if not self._closed:
@@ -217,9 +240,9 @@ class RestartingBackend(Generic[Running]):
 class ProcessBackend(RestartingBackend[EngineProcess]):
     """`genarm.engine` in a process of its own, which is what `genarm serve` has."""
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], *, content: Callable[[], Record] | None = None) -> None:
         """Make the engine now; `make`, which must be picklable, is called again after a failure."""
-        super().__init__(lambda: EngineProcess(make, self._failed), explains=True, wishes=True)
+        super().__init__(lambda: EngineProcess(make, self._failed), explains=True, wishes=True, content=content)
 
 
 class EngineBackend(RestartingBackend[Engine]):

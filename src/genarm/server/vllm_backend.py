@@ -33,6 +33,7 @@ from genarm.engine.reply import GrowingReply
 from genarm.engine.reply_text import TextStream
 from genarm.engine.request import Ending
 from genarm.errors import ConfigError, DataError, EngineFailure, GenarmError, MissingExtraError, UnsupportedError
+from genarm.provenance import model_record
 from genarm.server.backend import Load, RestartingBackend, State
 from genarm.text.prompts import check_prompt_ids, encode_prompt
 from genarm.vllm import check_version, vllm_version
@@ -136,7 +137,12 @@ class VllmBackend(RestartingBackend["VllmEngine"]):
 
     def __init__(self, files: ModelFiles, options: VllmOptions) -> None:
         """Start it now (raises what `VllmEngine` raises)."""
-        super().__init__(lambda: VllmEngine(files, options), explains=not files.guided, wishes=False)
+        super().__init__(
+            lambda: VllmEngine(files, options),
+            explains=not files.guided,
+            wishes=False,
+            content=lambda: model_record(files.reference, files.revision),
+        )
 
     @property
     def state(self) -> State:
