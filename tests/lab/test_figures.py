@@ -130,11 +130,52 @@ def test_gaps_of_a_judge_that_only_compares_are_of_win_rates():
     of, _ = one_preference()
     found = recovered(of, Gap(bottom="base", top="DPO", methods=("GenARM",), judge="GPT-4"))
     assert found is not None
-    base, guided = (win_rate(of.outcomes("GPT-4", name, "DPO") or ()).rate for name in ("base", "GenARM"))
-    assert found.gap.value == pytest.approx(0.5 - base)
+    assert found.gap.value == pytest.approx(0.5 - win_rate(of.outcomes("GPT-4", "base", "DPO") or ()).rate)
+    base, guided = (np.array(of.quality("GPT-4", name)) for name in ("base", "GenARM"))
+    both = ~np.isnan(base + guided)
+    assert 0 < both.sum() < np.sum(~np.isnan(guided))
     share = found.shares["GenARM"]
     assert share is not None
-    assert share.value == pytest.approx((guided - base) / (0.5 - base))
+    assert share.n == both.sum()
+    assert share.value == pytest.approx((guided[both].mean() - base[both].mean()) / (0.5 - base[both].mean()))
+
+
+def silent_about_the_hard(n: int = 100) -> Results:
+    """Families A and B that are as good as each other; one of two judges has no verdict on B's hard half."""
+    rng, hard = np.random.default_rng(0), np.arange(n) % 2 == 0
+    good = np.where(rng.random(n) < np.where(hard, 0.5, 0.9), "win", "lose").tolist()
+    half = tuple(None if h else outcome for h, outcome in zip(hard, good, strict=True))
+    verdicts = tuple(
+        Verdicts(judge=judge, first=name, second="base", outcomes=outcomes)
+        for judge in ("helpful", "harmless")
+        for name, outcomes in (("A", tuple(good)), ("B", half))
+    )
+    return results(*(measured(name, {}, n) for name in ("base", "A", "B")), verdicts=verdicts)
+
+
+def test_verdicts_that_cannot_be_read_favour_nobody():
+    of = silent_about_the_hard()
+    found = recovered(of, Gap(bottom="base", top="A", methods=("B",), judge="helpful"))
+    assert found is not None
+    share = found.shares["B"]
+    assert share is not None
+    assert (share.value, share.n) == (pytest.approx(1), 50)
+    lead = hypervolume_lead(of, ("helpful", "harmless"), "B", "A")
+    assert lead is not None
+    assert (lead.difference.value, lead.difference.n) == (pytest.approx(0), 50)
+
+
+def test_a_claim_means_one_gap(tmp_path: Path):
+    claim = {"what": "gap", "first": "a", "second": "top", "judge": "truth", "share": 0.5}
+    gaps = [{"bottom": bottom, "top": "top", "methods": ["a"], "judge": "truth"} for bottom in ("base", "prompted")]
+    methods = [{"kind": "sample", "name": name, "model": "m"} for name in ("base", "prompted", "a", "top")]
+    table = {
+        **{"seed": 1, "reference": "base", "prompts": {"data": "p.jsonl", "count": 4}, "methods": methods},
+        **{"judges": [{"name": "truth", "kind": "function", "source": "m:f"}], "gaps": gaps, "claims": [claim]},
+    }
+    (tmp_path / "r.toml").write_text(tomli_w.dumps({"tiny": table}))
+    with pytest.raises(ConfigError, match=r"needs one entry of gaps .* begin at 'base' and 'prompted'"):
+        load_recipe(tmp_path / "r.toml", "tiny")
 
 
 # --- fronts ----------------------------------------------------------------------------------------------------
@@ -419,7 +460,7 @@ def test_claims_are_read(tmp_path: Path):
         ({"what": "above", "judge": "truth", "margin": 0.1}, "has a margin; it does not go with it"),
         ({"what": "cheaper", "share": 0.1}, "has a share; it does not go with it"),
         ({"what": "gap", "judge": "truth"}, "needs a share above 0"),
-        ({"what": "gap", "judge": "truth", "share": 0.7, "first": "other"}, "needs an entry of gaps"),
+        ({"what": "gap", "judge": "truth", "share": 0.7, "first": "other"}, "needs one entry of gaps"),
         ({"what": "front"}, "needs fronts"),
         ({"what": "above", "judge": "truth", "first": "nobody"}, "there is no method 'nobody'"),
     ],

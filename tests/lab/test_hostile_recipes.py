@@ -28,7 +28,6 @@ RECIPE: dict[str, Any] = {
         "split": "train",
         "column": "q",
         "template": "{}",
-        "objective": "better",
     },
     "sampling": {"max_new_tokens": 8, "temperature": 0.5, "batch_size": 2, "interleave": True},
     "training": {"model": "m", "data": "d.jsonl", "lora": True, "learning_rate": 1e-3, "max_steps": 3},

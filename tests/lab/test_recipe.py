@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import tomli_w
 from genarm.errors import ConfigError
 from genarm.lab.evaluation.recipe import Recipe
 from genarm.lab.evaluation.recipe_file import load_recipe, scales
+from genarm.lab.evaluation.run import kl_bound
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
 
@@ -135,6 +138,44 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=message) as caught:
         read(tmp_path, **changes)
     assert str(caught.value).startswith(f"{tmp_path / 'recipe.toml'}, scale tiny: ")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"template": "Say: {}"}, "a template, which goes with a column"),
+        ({"template": "Say:", "column": "prompt"}, "it needs a {} for the prompt"),
+        ({"column": "prompt", "objective": "better"}, "a column and an objective"),
+    ],
+)
+def test_what_would_do_nothing_with_prompts_is_refused(prompts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(tmp_path, prompts={**MINIMAL["prompts"], **prompts})
+
+
+@pytest.mark.parametrize("kind", ["args", "transfer-q"])
+def test_a_temperature_is_given_where_it_counts(kind: str, tmp_path: Path) -> None:
+    roles = {"base": "m", **({"policy": "p"} if kind == "transfer-q" else {})}
+    method = {"kind": kind, "name": "x", **roles, "rewards": {"a": "r"}}
+
+    def drawn(**more: Any) -> float:
+        recipe = read(tmp_path, methods=[*MINIMAL["methods"], {**method, **more}])
+        return recipe.draw(recipe.method("x")).temperature
+
+    assert (drawn(), drawn(temperature=0.01)) == (0.7, 0.01)
+    with pytest.raises(ConfigError, match=r"give it as temperature = 0\.01 beside the kind"):
+        drawn(sampling={"temperature": 0.01})
+    with pytest.raises(ConfigError, match="interleave, which is for all methods"):
+        drawn(sampling={"interleave": True})
+
+
+def test_a_bound_is_from_the_base_only_where_the_base_is_sampled(tmp_path: Path) -> None:
+    """Best-of-1 at another temperature is that temperature, however far from the base that is."""
+    best = {"kind": "best-of-n", "base": "m", "rewards": {"a": "r"}, "n": 4}
+    cooled = {**best, "name": "cooled", "sampling": {"temperature": 0.5}}
+    recipe = read(tmp_path, methods=[*MINIMAL["methods"], {**best, "name": "plain"}, cooled])
+    found = [kl_bound(recipe, recipe.method(name)) for name in ("plain", "cooled", "base")]
+    assert found == [pytest.approx(math.log(4) - 3 / 4), None, None]
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:

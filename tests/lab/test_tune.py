@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from genarm.data.presets import read_presets
 from genarm.errors import DataError
 from genarm.lab.tune import regression
 from genarm.lab.tune.regression import fit_pairs, maximise
+from genarm.lab.tune.sweep import _measured
 from genarm.model.compose import compose
 from genarm.model.config import GuidedConfig
 from genarm.server.names import Names, rewards_of
@@ -347,6 +349,20 @@ def test_a_sweep_is_what_its_replies_say(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert all(line in out for line in said["verdict"])
     assert Path("out/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scorer_that_is_silent_about_the_hard_prompts_of_a_point_does_not_make_it_the_best() -> None:
+    """Scale 1 is worse by a half on every prompt, and has scores for the easy ones alone."""
+    hard = np.arange(40) % 2 == 0
+    base = np.where(hard, 2.0, 8.0) + np.random.default_rng(0).normal(size=40)
+    scored = {0.0: base.tolist(), 1.0: np.where(hard, np.nan, base - 0.5).tolist()}
+    drawn: Any = {scale: [{"tokens": 10, "kl": scale, "finish_reason": "stop"}] * 40 for scale in scored}
+    jobs: Any = {scale: [SimpleNamespace(weights={"r": scale})] for scale in scored}
+    settings, scorer = (cast(Any, SimpleNamespace(record={}, max_kl=None)) for _ in range(2))
+    found = _measured(jobs, drawn, scored, 40, settings, scorer, None)
+    assert found.best == 0
+    assert (found.points[1].gain.value, found.points[1].gain.n) == (pytest.approx(-0.5), 20)
+    assert (found.points[1].score.n, found.points[1].kl.n) == (20, 40)
 
 
 def test_the_best_point_is_within_the_budget() -> None:

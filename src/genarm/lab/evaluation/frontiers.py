@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genarm.lab.evaluation.results import Measured, Results
-from genarm.statistics import Estimate, bootstrap
+from genarm.statistics import Estimate, bootstrap, complete
 
 DISTANCES = 3
 """At how many distances a difference is told beside its mean."""
@@ -88,18 +88,22 @@ def ahead(results: Results, judge: str, first: str, second: str) -> Ahead | None
     mine, theirs = (line_of(results, judge, family) for family in (first, second))
     if mine is None or theirs is None:
         return None
-    low, high = _common(mine.now, theirs.now)
+    width = mine.rows_NK.shape[1]
+    rows_NK = complete(np.hstack([mine.rows_NK, theirs.rows_NK]))
+    if not len(rows_NK):
+        return None
+    now_1K = rows_NK.mean(axis=0, keepdims=True)
+    low, high = _common(Curve.of(now_1K[:, :width]), Curve.of(now_1K[:, width:]))
     if not max(low[0], 0.0) < high[0]:
         return None
     distances = _round_distances(float(low[0]), float(high[0]))
-    width = mine.rows_NK.shape[1]
 
     def differences(means_SK: NDArray[Any]) -> NDArray[Any]:
         one, other = Curve.of(means_SK[:, :width]), Curve.of(means_SK[:, width:])
         at_SQ = np.broadcast_to(np.array(distances), (len(means_SK), len(distances)))
         return np.hstack([_mean_difference(one, other)[:, None], one.read(at_SQ) - other.read(at_SQ)])
 
-    mean, *at = bootstrap(differences, np.hstack([mine.rows_NK, theirs.rows_NK]))
+    mean, *at = bootstrap(differences, rows_NK)
     return Ahead(
         first=first,
         second=second,

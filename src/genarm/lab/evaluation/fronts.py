@@ -211,7 +211,7 @@ def _front(results: Results, objectives: tuple[str, ...], scale: Scale) -> Front
     return Front(
         scale=scale,
         objectives=objectives,
-        reference={o: float(np.mean(np.array(_values(results, o, scale, base.name)))) for o in objectives},
+        reference={o: float(np.nanmean(np.array(_values(results, o, scale, base.name)))) for o in objectives},
         curves=tuple(family.curve() for family in families.values()),
         leads=tuple(_lead(families[first], families[second]) for first, second in combinations(several, 2)),
     )

@@ -37,8 +37,9 @@ def recovered(results: Results, gap: Gap) -> Recovered | None:
     known = [quality for quality in qualities if quality is not None]
     if len(known) < len(qualities):
         return None
-    width = mean_difference(known[1], known[0])
-    shares = bootstrap(_shares, np.array(known).T)
+    bottom, top, *methods = known
+    width = mean_difference(top, bottom)
+    shares = [bootstrap(_share, np.array([bottom, top, method]).T)[0] for method in methods]
     defined = width.low > 0
     return Recovered(
         judge=gap.judge,
@@ -49,7 +50,8 @@ def recovered(results: Results, gap: Gap) -> Recovered | None:
     )
 
 
-def _shares(means_SK: NDArray[Any]) -> NDArray[Any]:
-    """K: bottom, top, methods."""
-    over_bottom: NDArray[Any] = means_SK[:, 1:] - means_SK[:, :1]
-    return over_bottom[:, 1:] / over_bottom[:, :1]
+def _share(means_S3: NDArray[Any]) -> NDArray[Any]:
+    """Of bottom, top and a method: [S, 1]."""
+    over_bottom_S2 = means_S3[:, 1:] - means_S3[:, :1]
+    share_S1: NDArray[Any] = over_bottom_S2[:, 1:] / over_bottom_S2[:, :1]
+    return share_S1

@@ -29,7 +29,7 @@ from genarm.lab.evaluation.recipe import (
     slug,
 )
 from genarm.lab.judges.kinds import JUDGES, JudgeSpec
-from genarm.lab.methods.interface import MethodSpec
+from genarm.lab.methods.interface import Kind, MethodSpec
 from genarm.lab.methods.kinds import METHODS
 from genarm.training.config import make_config
 
@@ -178,6 +178,7 @@ def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
     grid = given if isinstance(given, tuple) else (given,)
     sampling = read_table(Mapping[str, Any], entry.get("sampling", {}), f"{where}: sampling")
     read_table(SamplingSpec, sampling, f"{where}: sampling")
+    _check_sampling(sampling, kind, where)
     rows = []
     for weights in grid:
         full = {key: float(weights.get(key, 1.0)) for key in (named if kind.named else weights)}
@@ -205,6 +206,17 @@ def _methods(entry: Mapping[str, Any], where: str) -> list[MethodSpec]:
     return rows
 
 
+def _check_sampling(sampling: Mapping[str, Any], kind: Kind, where: str) -> None:
+    """What replaces the recipe's sampling must do something, and say it once."""
+    if "interleave" in sampling:
+        raise ConfigError(f"{where}: sampling has interleave, which is for all methods of a scale or none")
+    if "temperature" in sampling and "temperature" in kind.settings:
+        raise ConfigError(
+            f"{where}: sampling has a temperature, and a method of kind {kind.name} has one of its own; give it as "
+            f"temperature = {sampling['temperature']} beside the kind"
+        )
+
+
 def _texts(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, str]:
     found: Mapping[str, str] = read_table(Mapping[str, _Text], entry.get(key, {}), f"{where}: {key}")
     return found
@@ -223,7 +235,18 @@ def _number(value: object, key: str, usual: float | None, where: str) -> float:
     return found
 
 
+def _check_prompts(prompts: PromptSpec) -> None:
+    """What is said of them must do something."""
+    if prompts.column is None and prompts.template != "{}":
+        raise ConfigError('prompts has a template, which goes with a column; give the column as well, as in "prompt"')
+    if "{}" not in prompts.template:
+        raise ConfigError(f"the template of prompts is {prompts.template!r:.80}; it needs a {{}} for the prompt")
+    if prompts.column is not None and prompts.objective is not None:
+        raise ConfigError("prompts has a column and an objective; data that is labelled twice is read without a column")
+
+
 def _check(recipe: Recipe) -> None:
+    _check_prompts(recipe.prompts)
     names = [method.name for method in recipe.methods]
     judges = [judge.name for judge in recipe.judges]
     for what, values in (("method", names), ("judge", judges), ("trained model", [t.name for t in recipe.train])):
@@ -260,10 +283,15 @@ def _check_claim(claim: Claim, recipe: Recipe) -> None:
         _check_frontier(about, claim, recipe)
     if claim.what == "front" and not recipe.fronts:
         raise ConfigError(f"{about} needs fronts: the judges of the objectives")
-    if claim.what == "gap" and not any(
-        claim.first in gap.methods and (claim.second, claim.judge) == (gap.top, gap.judge) for gap in recipe.gaps
-    ):
-        raise ConfigError(f"{about} needs an entry of gaps with that method, top and judge")
+    if claim.what == "gap":
+        meant = [
+            gap.bottom
+            for gap in recipe.gaps
+            if claim.first in gap.methods and (claim.second, claim.judge) == (gap.top, gap.judge)
+        ]
+        if len(meant) != 1:
+            found = f"; these begin at {' and '.join(map(repr, meant))}" if meant else ""
+            raise ConfigError(f"{about} needs one entry of gaps with that method, top and judge{found}")
 
 
 def _check_frontier(about: str, claim: Claim, recipe: Recipe) -> None:

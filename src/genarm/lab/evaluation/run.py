@@ -234,7 +234,7 @@ def _results(
             tokens=tuple(len(ids) for ids in answers[spec.name].token_ids),
             scores=judged.scores[spec.name],
             kl=answers[spec.name].kl,
-            kl_bound=METHODS[spec.kind].kl_bound(spec),
+            kl_bound=kl_bound(recipe, spec),
             cost=answers[spec.name].cost,
             exponent=_exponent(recipe, spec, models),
             reward=spec.only_trained,
@@ -259,6 +259,11 @@ def _results(
         published=recipe.published,
         notes=(*dict.fromkeys(trained), *judged.notes),
     )
+
+
+def kl_bound(recipe: Recipe, spec: MethodSpec) -> float | None:
+    """What theory says of the distance from what it samples, where that is the base as distances are measured from."""
+    return METHODS[spec.kind].kl_bound(spec) if recipe.draw(spec).temperature == 1 else None
 
 
 def _exponent(recipe: Recipe, spec: MethodSpec, models: Models) -> float | None:

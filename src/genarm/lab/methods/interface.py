@@ -183,7 +183,8 @@ class Kind:
             ("wishes"), or None. A tuned model may have a reference in the table "references".
         system: whether it must be given a system text.
         settings: its own numbers, and what they are where the recipe leaves them out; None where there is none then.
-        kl_bound: what the divergence from the base is at most where theory says so, in nats per reply.
+        kl_bound: what the divergence from the base, or from the base at the temperature that it draws with, is at most
+            where theory says so, in nats per reply.
         total: what the coefficients of the log-probs, or logits, that it adds up for a token come to; None where it is
             no such sum. Over the temperature, it is the power of the base that is left where nothing was learnt.
     """

@@ -22,7 +22,6 @@ Shapes: N pairs, K rewards, S resamples, G prompts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genarm.errors import DataError
-from genarm.statistics import Proportion, proportion
+from genarm.statistics import Proportion, proportion, tail
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -95,8 +94,7 @@ def fit_pairs(margins_NK: Floats, prompts: Sequence[Any], names: Sequence[str], 
     generator = np.random.default_rng(seed)
     whole_1K = maximise(units_NK, np.ones((1, len(units_NK))), np.zeros((1, units_NK.shape[1])))
     drawn_SK = np.concatenate([*_resampled(units_NK, group_N, whole_1K, generator)])
-    tail = _tail(len(keys))
-    low_K, high_K = np.quantile(drawn_SK, (tail, 1 - tail), axis=0)
+    low_K, high_K = np.quantile(drawn_SK, (tail(len(keys)), 1 - tail(len(keys))), axis=0)
     coefficients = (
         Coefficient(value=float(value / scale), low=float(low / scale), high=float(high / scale), scale=float(scale))
         for value, low, high, scale in zip(whole_1K[0], low_K, high_K, scale_K, strict=True)
@@ -149,14 +147,6 @@ def maximise(units_NK: Floats, counts_SN: Floats, centres_SK: Floats, start_1K: 
         if np.abs(step_SK).max() < 1e-10:
             break
     return a_SK
-
-
-def _tail(groups: int) -> float:
-    """What an expanded percentile interval leaves out on each side, with so many prompts."""
-    from scipy.stats import norm, t  # scipy takes half a second to import
-
-    n = max(groups, 2)
-    return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1)))
 
 
 def _resampled(

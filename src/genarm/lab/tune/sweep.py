@@ -185,7 +185,10 @@ def _measured(
         raise DataError("none of the replies has a score; look at the files of replies, and at what scores them")
     columns = {scale: _columns(drawn[scale], scored[scale], prompts) for scale in drawn}
     figures = {
-        scale: bootstrap(lambda m_SK: np.stack([m_SK[:, 0], m_SK[:, 1] / m_SK[:, 2]], axis=1), columns_N3)
+        scale: (
+            *bootstrap(lambda score_S1: score_S1, columns_N3[:, :1]),
+            *bootstrap(lambda sums_S2: sums_S2[:, :1] / sums_S2[:, 1:], columns_N3[:, 1:]),
+        )
         for scale, columns_N3 in columns.items()
     }
     scales = [*drawn]
@@ -196,8 +199,11 @@ def _measured(
             f"--budget is {budget:g} nats a token, and the nearest of these weights are {least:.3g} away; try smaller "
             "--scales"
         )
-    best = max(within, key=lambda scale: -math.inf if math.isnan(figures[scale][0].value) else figures[scale][0].value)
-    base, top = columns[scales[0]][:, 0], columns[best][:, 0]
+    base = columns[scales[0]][:, 0]
+    # Not by the scores themselves: where a scorer is silent about the hard prompts of one point, its mean is of others.
+    gains = {scale: mean_difference(columns[scale][:, 0], base) for scale in scales}
+    best = max(within, key=lambda scale: -math.inf if math.isnan(gains[scale].value) else gains[scale].value)
+    top = columns[best][:, 0]
     points = [
         Point(
             scale=scale,
@@ -205,7 +211,7 @@ def _measured(
             score=figures[scale][0],
             kl=figures[scale][1],
             tokens=sum(row["tokens"] for row in drawn[scale]) / len(drawn[scale]),
-            gain=mean_difference(columns[scale][:, 0], base),
+            gain=gains[scale],
             behind=mean_difference(top, columns[scale][:, 0]),
             unscored=sum(map(math.isnan, scored[scale])),
             cut=sum(row["finish_reason"] == "length" for row in drawn[scale]),
