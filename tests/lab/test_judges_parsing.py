@@ -74,7 +74,9 @@ def test_a_verdict_is_one_kind_of_tag(pieces: list[str]) -> None:
 
 def test_what_is_thought_aloud_is_no_verdict() -> None:
     assert VerdictTag()("<think>[[A]]? No, [[C]].</think> [[B]]") == -1
-    assert VerdictTag()("<think>[[A]] it is") == 1  # the thought never ends: all there is is the reply
+    cut_off = "Let me see.\n<think>\nAt first sight [[A]] is better, but\n8 7"
+    assert [parse(cut_off) for parse in (VerdictTag(), TwoScores(line="last"))] == [None, None]
+    assert SingleScore()("<think>\nScore: 3") is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 import tomllib
 from decimal import Decimal
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from builders.tiny import SHARED
 from genarm.data.preferences import to_preferences
 from genarm.errors import DataError, UnsupportedError
+from genarm.lab.judges.interface import Item
+from genarm.lab.judges.last_number import NumberScorer
 from genarm.lab.tasks import broken, code, mathematics
 from genarm.lab.tasks.code import Problem, extract_code, problem_of, run_tests, solution_of
 from genarm.lab.tasks.mathematics import gold_number, last_number
@@ -95,6 +98,25 @@ def test_the_gold_number_follows_the_mark() -> None:
     assert gold_number("A: 18") == 18
     with pytest.raises(DataError, match="has no number"):
         gold_number("7 apples\n#### none")
+    for part in ("1/2", "#### 3 / 4", "6.02e23", "2e-5", "10^6"):
+        with pytest.raises(DataError, match="a part of a number"):
+            gold_number(part)
+    assert gold_number("half of it/ 5") == 5
+
+
+@pytest.mark.parametrize("gold", [0.00001, 1e16, 7, -3, 2.5, 10**20])
+def test_a_number_of_the_data_is_that_number(gold: float) -> None:
+    scorer = NumberScorer(key="answer")
+    row = {"prompt": "q", "answer": gold}
+    scorer.check([row])
+    written = f"{Decimal(str(gold)):f}"
+    assert scorer.score([Item(prompt="q", response=text, row=row) for text in (written, f"{written}1")]) == [1, 0]
+
+
+@pytest.mark.parametrize("gold", [math.nan, math.inf, True, None])
+def test_what_is_no_number_is_refused(gold: object) -> None:
+    with pytest.raises(DataError, match="has no number"):
+        NumberScorer(key="answer").check([{"prompt": "q", "answer": gold}])
 
 
 def test_problems_are_scored_exactly(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -27,7 +28,10 @@ class NumberScorer(Scorer):
         check_rows(rows, self._gold)
 
     def _gold(self, row: Mapping[str, Any]) -> Decimal:
-        return gold_number(str(value_of(row, self.key)))
+        value = value_of(row, self.key)
+        if isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value):
+            return Decimal(str(value))  # in digits, 0.00001 would be 1e-05, whose last number is 5
+        return gold_number(str(value))
 
     def score(self, items: Sequence[Item]) -> list[float | None]:
         """Exact equality, as decimal numbers."""

@@ -1,6 +1,7 @@
 """How a judge's reply is read. Whatever is not exactly what the protocol asks for is None, never a tie.
 
-What a reasoning model thinks aloud, up to `</think>`, is no part of its reply; emphasis (`**8 7**`) is overlooked.
+What a reasoning model thinks aloud, up to `</think>` or to where it was cut off, is no part of its reply; emphasis
+(`**8 7**`) is overlooked.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _check_range(low: float, high: float) -> None:
 
 
 def _spoken(reply: str) -> str:
-    return reply.rpartition("</think>")[2]
+    """Nothing where it ends within a thought: what is weighed there is no verdict."""
+    return reply.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _line(reply: str, which: int) -> str:

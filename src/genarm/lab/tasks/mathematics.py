@@ -27,6 +27,9 @@ _NUMBER = re.compile(
     r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
 
+_BEFORE_A_PART = re.compile(r"[0-9.]\s*(?:[/^]|[eE][-+]?)\s*$")
+"""Before a denominator or an exponent, which would be the last number of 1/2 or 6e23."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -57,9 +60,12 @@ def gold_number(answer: str) -> Decimal:
     Raises:
         DataError: there is none.
     """
-    number = last_number(answer.rpartition("####")[2])
+    text = answer.rpartition("####")[2]
+    number = last_number(text)
     if number is None:
         raise DataError(f"the answer {answer[-60:]!r} has no number; expected one that ends with '#### N'")
+    if _BEFORE_A_PART.search(text[: [*_NUMBER.finditer(text)][-1].start()]):
+        raise DataError(f"the answer {answer[-60:]!r} ends with a part of a number; write it in digits, such as 0.5")
     return number
 
 
