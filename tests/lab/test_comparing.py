@@ -130,7 +130,11 @@ def test_alpaca_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     count = 12
-    questions = [Question(prompt=f"question {i}", text=f"question {i}", ids=(i,)) for i in range(count)]
+    rows = [{"instruction": f"question {i}", "dataset": "koala"} for i in range(count)]
+    questions = [
+        Question(prompt=row["instruction"], text=row["instruction"], ids=(i,), row=row, number=i)
+        for i, row in enumerate(rows)
+    ]
     lengths = {"base": [8] * count, "wordy": [9 + i for i in range(count)], "terse": [8 + i % 2 for i in range(count)]}
     answers = {
         name: Answers(replies=tuple("m" * n for n in own), token_ids=tuple((1,) for _ in own), cost=COST, kl=None)

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from builders.alpaca import sigmoid, weigh
 from builders.judge_server import Act, JudgeServer, Seen
 from genarm.errors import ConfigError, DataError
 from genarm.lab.judges.alpaca_eval import (
+    AlpacaEval,
     Annotation,
     Output,
     annotate,
@@ -27,6 +28,8 @@ from genarm.lab.judges.alpaca_eval import (
     win_rates,
     write_outputs,
 )
+from genarm.lab.judges.kinds import JudgeSpec
+from genarm.lab.judges.llm import Pair
 from genarm.lab.judges.settings import ClientSettings
 
 pytestmark = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="needs the extra alpaca")
@@ -127,6 +130,42 @@ def test_instructions_go_by_their_numbers() -> None:
     assert win_rates(some).controlled == pytest.approx(win_rates(some[::-1]).controlled, abs=0.5)
     renumbered = [Annotation(**{**vars(a), "index": a.index - 400}) for a in some]
     assert win_rates(renumbered).controlled != win_rates(some).controlled
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_comparison_knows_each_instruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its place in AlpacaEval's data, some of which may be left out; of other prompts nothing is known."""
+    given = annotations(lambda t: float(t < 0.1))
+    preferences = {f"instruction {a.index}": a.preference for a in given}
+
+    def verdicts(outputs: Sequence[Output], *_: object) -> list[Annotation]:
+        return [
+            Annotation(index=o.index, output=o.output, reference=o.reference, preference=preferences[o.instruction])
+            for o in outputs
+        ]
+
+    monkeypatch.setattr("genarm.lab.judges.alpaca_eval.annotate", verdicts)
+    judge = JudgeSpec(name="AlpacaEval 2", kind="alpaca-eval", source="j", settings={"base_url": "http://localhost:1"})
+
+    def note(kept: Sequence[Annotation], **row: str) -> str | None:
+        pairs = [
+            Pair(
+                prompt=f"instruction {a.index}",
+                first=a.output,
+                second=a.reference,
+                row={"instruction": f"instruction {a.index}", **row},
+                number=a.index,
+            )
+            for a in kept
+        ]
+        return AlpacaEval().compare(judge, pairs, tmp_path, "name", lambda: None).note
+
+    kept = [*given[3:90], *given[200:]]
+    rates = win_rates(kept)
+    assert f"length-controlled {rates.controlled:.1f}% ({rates.controlled_error:.1f})" in (
+        note(kept, dataset="koala") or ""
+    )
+    assert "these prompts are others" in (note(kept) or "")
 
 
 def test_without_the_data_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

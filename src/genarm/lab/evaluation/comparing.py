@@ -39,7 +39,7 @@ def compare_all(
     for first, second in pairs_of(recipe):
         about, name = f"{judge.name}, {first} against {second}", f"{slug(first)}--{slug(second)}"
         pairs = [
-            Pair(prompt=question.prompt, first=one, second=other)
+            Pair(prompt=question.prompt, first=one, second=other, row=question.row, number=question.number)
             for question, one, other in zip(questions, answers[first].replies, answers[second].replies, strict=True)
         ]
         with Bar(console=console) as progress:

@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt as it is shown and judged, and its ids as the base reads it; `row` is the row it comes from."""
+    """A prompt as it is shown and judged, and its ids as the base reads it.
+
+    Attributes:
+        row: what it comes from, and `number` its place in the data, from 0; where that has a row for each prompt.
+    """
 
     prompt: Prompt
     text: str
     ids: tuple[int, ...]
     row: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
 
 def read_questions(
@@ -44,7 +49,7 @@ def read_questions(
     found: dict[str, Question] = {}
     wishes = {text: text for text in texts}
     too_long = 0
-    for prompt, row in _prompts(spec, source, chat):
+    for number, (prompt, row) in enumerate(_prompts(spec, source, chat)):
         text = as_text(prompt)
         if text in found:
             continue
@@ -53,7 +58,7 @@ def read_questions(
         if longest > room:
             too_long += 1
             continue
-        found[text] = Question(prompt=prompt, text=text, ids=tuple(ids), row=row)
+        found[text] = Question(prompt=prompt, text=text, ids=tuple(ids), row=row, number=number if row else None)
         if len(found) == spec.count:
             return list(found.values())
     raise DataError(
@@ -79,5 +84,7 @@ def _prompts(spec: PromptSpec, source: str, chat: bool) -> Iterator[tuple[Prompt
         value = row.get(spec.column)
         if value is None or not is_prompt(value):
             raise DataError(f"{source}, row {number}: {spec.column!r} is {value!r}; expected text or messages")
+        if spec.template != "{}" and not isinstance(value, str):
+            raise DataError(f"{source}, row {number}: {spec.column!r} has messages, and the template is for text")
         prompt: Prompt = spec.template.replace("{}", value) if isinstance(value, str) else value
         yield (as_conversation(prompt) if isinstance(prompt, str) and chat else prompt), row

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 
 _HUB_DATA = "tatsu-lab/alpaca_eval"
+_INSTRUCTIONS = 805
+_NOT_ITS_OWN = (
+    f"it knows how hard each of AlpacaEval's {_INSTRUCTIONS} instructions is, and these prompts are others (they are "
+    f'read as {_HUB_DATA} has them, with column = "instruction")'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +263,11 @@ class AlpacaEval(Comparer):
         self, judge: JudgeSpec, pairs: Sequence[Pair], where: Path, name: str, on_reply: Callable[[], None]
     ) -> Compared:
         """Annotations are kept in a folder of these pairs."""
+        numbers = [_number(pair) for pair in pairs]
+        known = None not in numbers
         outputs = [
-            Output(index=i, instruction=as_text(pair.prompt), output=pair.first, reference=pair.second)
-            for i, pair in enumerate(pairs)
+            Output(index=number, instruction=as_text(pair.prompt), output=pair.first, reference=pair.second)
+            for pair, number in zip(pairs, (i if n is None else n for i, n in enumerate(numbers)), strict=True)
         ]
         annotations = annotate(outputs, where / name, self.endpoint(judge)[0])
         outcomes = [_outcome(annotation.preference) for annotation in annotations]
@@ -269,11 +276,17 @@ class AlpacaEval(Comparer):
         return Compared(
             outcomes=outcomes,
             rows=[
-                {"index": a.index, "outcome": outcome, "preference": a.preference}
-                for a, outcome in zip(annotations, outcomes, strict=True)
+                {"index": i, "outcome": outcome, "preference": annotation.preference}
+                for i, (annotation, outcome) in enumerate(zip(annotations, outcomes, strict=True))
             ],
-            note=_rates(annotations),
+            note=_rates(annotations) if known else f"no length control: {_NOT_ITS_OWN}",
         )
+
+
+def _number(pair: Pair) -> int | None:
+    """Which of AlpacaEval's instructions it is, by its place in their data; None where the row is none of theirs."""
+    its_own = {"instruction", "dataset"} <= pair.row.keys() and pair.number is not None and pair.number < _INSTRUCTIONS
+    return pair.number if its_own else None
 
 
 def _outcome(preference: float | None) -> Outcome | None:

@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 from genarm.errors import ConfigError
@@ -33,11 +33,18 @@ _OUTCOMES: dict[int, Outcome] = {1: "win", 0: "tie", -1: "lose"}
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one prompt; outcomes are those of `first`."""
+    """Two answers to one prompt; outcomes are those of `first`.
+
+    Attributes:
+        prompt, first, second: of them.
+        row, number: what the prompt comes from and its place there, from 0, where that is known.
+    """
 
     prompt: Prompt
     first: str
     second: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
