@@ -304,6 +304,8 @@ def test_resumed_training_knows_its_inputs(tmp_path: Path) -> None:
         ({"a": {AT: "x", "f": "content 1"}}, {"a": {AT: "y", "f": "content 1"}}, None),
         ({"a": {"b": 0.7}}, {"a": {"b": 1.0}}, "b of a was 0.7 and is 1.0"),
         ({"a": {AT: "x", "f": "content 1"}}, {"a": {AT: "y", "f": "content 2"}}, "f of a (y) has changed"),
+        ({"weights": {AT: 1.0}}, {"weights": {AT: 9.0}}, "at of weights was 1.0 and is 9.0"),  # a reward of that name
+        ({"wishes": {AT: "x", "b": "z"}}, {"wishes": {AT: "y", "b": "z"}}, "at of wishes was 'x' and is 'y'"),
         (
             {"m": {"a": {AT: "x", "f": "content 1"}}},
             {"m": {"a": {AT: "x", "f": "content 2"}}},

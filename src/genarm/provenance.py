@@ -66,7 +66,7 @@ def difference(before: Any, now: Any) -> str | None:
 
 def _compared(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _compared(item) for key, item in value.items() if key != AT}
+        return {key: _compared(item) for key, item in value.items() if key != AT or not _has_place(value)}
     return [_compared(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -78,9 +78,9 @@ def _difference(before: Any, now: Any, place: list[str]) -> str | None:
             return f"{_words(place)} has changed"
         return f"{_words(place)} was {_short(before)} and is {_short(now)}"
     for key in dict.fromkeys((*now, *before)):
-        if key == AT:
+        if key == AT and _has_place(now if AT in now else before):
             continue
-        name = f"{key} ({now[key][AT]})" if isinstance(now.get(key), Mapping) and AT in now[key] else key
+        name = f"{key} ({now[key][AT]})" if isinstance(now.get(key), Mapping) and _has_place(now[key]) else key
         if key not in now:
             return f"{_words([*place, name])} is there no more"
         if key not in before:
@@ -94,6 +94,13 @@ def _words(place: Sequence[str]) -> str:
     """The innermost first, up to a thing that says where it is: "temperature of sampling"."""
     named = [number for number, name in enumerate(place) if name.endswith(")")]
     return " of ".join(reversed(place[named[-1] if named else 0 :]))
+
+
+def _has_place(record: Mapping[str, Any]) -> bool:
+    """Whether its `AT` is where its contents were found, not a reward of that name and its weight or words."""
+    return isinstance(record.get(AT), str) and any(
+        _is_content(value) or isinstance(value, Mapping) for value in record.values()
+    )
 
 
 def _is_content(value: Any) -> bool:
