@@ -136,9 +136,14 @@ def test_dataclasses_and_pickles_find_their_module() -> None:
         class Point:
             x: 'int'
         assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
-        assert __name__ == '__main__'
     """
     assert run(code).passed
+
+
+def test_what_a_reply_would_do_as_a_script_is_not_done() -> None:
+    assert run(
+        "def double(x): return 2 * x\nif __name__ == '__main__':\n    print(input())\nassert double(2) == 4"
+    ).passed
 
 
 def test_sets_of_text_have_the_same_order_every_time() -> None:
