@@ -211,6 +211,36 @@ def test_a_budget_against_enumeration(seed: int, budget: float) -> None:
         torch.testing.assert_close(found[row, position].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("power", "budget"), itertools.product(range(9), (1e-3, 0.03, 0.3, 3.0)))
+def test_a_budget_is_used_up_whatever_the_weight(power: int, budget: float) -> None:
+    """The weight that is left, by bisection of its logarithm on the formula itself in float64."""
+    weight = 10.0**power
+    base, other = random_logs(2, 64, power), random_logs(2, 64, power + 100)
+    guided = combine(base, [other], coefficients(torch.full((2, 1), weight)))
+    found = within_budget(base, guided, torch.full((2,), budget))
+    for row, position in itertools.product(range(2), range(2)):
+        b, r = base[row, position].double(), other[row, position].double()
+
+        def at(exponent: float, b: torch.Tensor = b, r: torch.Tensor = r) -> torch.Tensor:
+            return (b + 10.0**exponent * r).log_softmax(-1)
+
+        def distance(exponent: float, b: torch.Tensor = b) -> float:
+            p = at(exponent)
+            return float((p.exp() * (p - b)).sum())
+
+        low, high = -12.0, float(power)
+        if distance(high) <= budget:
+            low = high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if distance(middle) <= budget else (low, middle)
+        expected = at(low)
+        kl = float((found[row, position].double().exp() * (found[row, position].double() - b)).sum())
+        assert kl == pytest.approx(distance(low), rel=2e-3)
+        assert kl <= budget * (1 + 2e-3)
+        torch.testing.assert_close(found[row, position].double().exp(), expected.exp(), atol=1e-4, rtol=1e-4)
+
+
 def test_a_budget_of_nothing_is_the_base_and_none_is_none() -> None:
     base, other = random_logs(2, 9, 0), random_logs(2, 9, 1)
     other[:, :, 3] = -torch.inf  # leaving it out costs more than the budget
