@@ -295,8 +295,11 @@ def model_record(reference: str, revision: str | None = None) -> Record:
         for reward in rewards if isinstance(rewards, list) else ():
             if isinstance(reward, dict):
                 record[f"reward {reward.get('name')}"] = _member(reward, folder)
-    elif isinstance(host := _json_file(folder / "adapter_config.json").get("base_model_name_or_path"), str):
-        record["model"] = _files(host, None, None)
+        return record
+    adapter = _json_file(folder / "adapter_config.json")
+    host, of_host = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if isinstance(host, str):
+        record["model"] = _files(host, of_host if isinstance(of_host, str) and of_host else None, None)
     return record
 
 

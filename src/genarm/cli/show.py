@@ -170,11 +170,12 @@ def _plain(text: str) -> Any:
 def _row(member: MemberFacts) -> Iterator[str]:
     yield member.name
     yield "" if member.weight is None else f"{member.weight:g}"
+    revision = "" if member.revision is None else f"@{member.revision}"
     yield {
         "wish": "a wish, read by " + (member.model or "the base"),
-        "adapter": f"a LoRA adapter {member.adapter} on {member.model or 'the base'}",
-        "model": f"a model {member.model}",
-    }[member.kind] + ("" if member.revision is None else f"@{member.revision}")
+        "adapter": f"a LoRA adapter {member.adapter}{revision} on {member.model or 'the base'}",
+        "model": f"a model {member.model}{revision}",
+    }[member.kind]
     held = member.weights
     if held is None:
         yield from ["", "", "", ""] if member.kind == "wish" else ["not here", "", "", ""]

@@ -59,7 +59,7 @@ class AdapterFiles:
 
 
 def read_adapter_config(where: str, options: Mapping[str, Any], *, name: str) -> LoraConfig:
-    """The settings of a LoRA adapter.
+    """The settings of a LoRA adapter; of "main", which is where a hub id leads anyway, there is no revision.
 
     Args:
         where: its folder or hub id.
@@ -78,8 +78,27 @@ def read_adapter_config(where: str, options: Mapping[str, Any], *, name: str) ->
         host = record.get("base_model_name_or_path")
         if not isinstance(host, str | None):
             raise MemberError(f"{ADAPTER_FILE} of {label} names the model {host!r:.50}; it must be a path or a hub id")
+        revision = record.get("revision")
+        if not isinstance(revision, str | None):
+            raise MemberError(
+                f"{ADAPTER_FILE} of {label} has the revision {revision!r:.50} of its model; it must be a text or null"
+            )
         known = {key: value for key, value in record.items() if key in _HANDLED}
-        return LoraConfig(**known, base_model_name_or_path=host, inference_mode=True)
+        return LoraConfig(
+            **known,
+            base_model_name_or_path=host,
+            revision=None if revision in ("", "main") else revision,
+            inference_mode=True,
+        )
+
+
+def host_of(settings: LoraConfig) -> str | None:
+    """The model that an adapter was trained on, as a user writes it: a folder, or a hub id with its @revision."""
+    host: str | None = settings.base_model_name_or_path
+    if host is None or settings.revision is None or "@" in host:
+        return host
+    path = Path(host).expanduser()
+    return host if path.is_absolute() or path.is_dir() else f"{host}@{settings.revision}"
 
 
 def check_settings(record: Mapping[str, Any], *, label: str) -> None:
@@ -174,7 +193,7 @@ def put_on(model: PreTrainedModel, peft: PeftModel | None, files: AdapterFiles, 
     if wrong:
         raise MemberError(
             f"{files.label} does not fit its model: {' and '.join(wrong)}; it was trained on "
-            f"{files.settings.base_model_name_or_path!r}"
+            f"{host_of(files.settings)!r}"
         )
     return peft
 

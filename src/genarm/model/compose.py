@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 
 from genarm.errors import ConfigError, GenarmError, MemberError
 from genarm.files import check_new_folder, new_folder, no_folder, refuse_file
-from genarm.model.adapter_files import read_adapter_config
+from genarm.model.adapter_files import host_of, read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec, host_folder, reference_name
 from genarm.model.contract import ADAPTER_FILE
@@ -189,6 +189,7 @@ def compose(
     for spec in specs:
         notes += _reads_otherwise(spec, base_described, described.get(spec.name, base_described), hub)
         notes += _unlike_its_reference(spec)
+        notes += _on_another_revision(spec, base_spec)
     config = GuidedConfig.of(base_spec, specs, [d.config for d in (base_described, *described.values())])
     with new_folder(Path(output)) as folder:
         if bundle:
@@ -256,7 +257,7 @@ def _reward_spec(name: str, reference: str, base: MemberSpec, adapter_model: str
             raise ConfigError(f"reward {name!r} at {reference!r} is a full model, so it goes on no other model")
         return found
     options = {**hub.common(), "revision": found.revision}
-    trained_on = read_adapter_config(where, options, name=name).base_model_name_or_path
+    trained_on = host_of(read_adapter_config(where, options, name=name))
     model = adapter_model or trained_on
     if model is None:
         raise MemberError(
@@ -303,9 +304,22 @@ def _unlike_its_reference(reward: RewardSpec) -> list[str]:
     member = reward.member
     if reward.reference != THE_BASE or member.model is None or member.adapter is None:
         return []
+    host = member.model_reference
     return [
-        f"{reward.name} is an adapter on {member.model} and is compared with the base, so at weight 1 that tuned model "
-        f"replies by itself; to carry over what tuning has changed, give --reference {reward.name}={member.model}"
+        f"{reward.name} is an adapter on {host} and is compared with the base, so at weight 1 that tuned model "
+        f"replies by itself; to carry over what tuning has changed, give --reference {reward.name}={host}"
+    ]
+
+
+def _on_another_revision(reward: RewardSpec, base: MemberSpec) -> list[str]:
+    """Whether an adapter shares no model with the base for the sake of a revision, which costs a model's memory."""
+    member = reward.member
+    if member.adapter is None or member.model != base.model or member.revision == base.revision:
+        return []
+    own = base.model_reference
+    return [
+        f"{reward.name} is an adapter on {member.model_reference} and the base is {own}, so that model is loaded "
+        f"beside the base; where both are the same, give --adapter-model {reward.name}={own}"
     ]
 
 

@@ -84,6 +84,11 @@ class MemberSpec:
                 "the base's: set them there"
             )
 
+    @property
+    def model_reference(self) -> str | None:
+        """The model as a user writes it: a folder, or a hub id with its @revision; None for the base's."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set."""
         return {key: value for key, value in asdict(self).items() if value is not None}

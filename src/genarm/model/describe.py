@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from safetensors import safe_open
 
 from genarm.errors import GenarmError, MemberError
-from genarm.model.adapter_files import ADAPTER_WEIGHTS, read_adapter_config
+from genarm.model.adapter_files import ADAPTER_WEIGHTS, host_of, read_adapter_config
 from genarm.model.assembly import local_folder, output_rows
 from genarm.model.compose import is_adapter, spec_of
 from genarm.model.config import BASE, THE_BASE, GuidedConfig, MemberSpec, RewardSpec
@@ -54,7 +54,7 @@ class MemberFacts:
     Attributes:
         name: the member's.
         kind: "model", "adapter" or "wish".
-        model: where the model is that it is or goes on; None for the base's.
+        model: where the model is that it is or goes on (as ID@REVISION in the latter case); None for the base's.
         adapter: where its adapter is.
         revision: of the adapter if it is one, or else of the model, on the hub.
         weight: its default weight; None for what is no reward.
@@ -122,7 +122,7 @@ def describe(reference: str, *, trust_remote_code: bool = False) -> Description:
     assert spec.model is not None
     if is_adapter(spec.model, spec.revision, hub):
         host = read_adapter_config(spec.model, {**hub.common(), "revision": spec.revision}, name=reference)
-        adapter = MemberSpec(model=host.base_model_name_or_path, adapter=spec.model, adapter_revision=spec.revision)
+        adapter = MemberSpec(model=host_of(host), adapter=spec.model, adapter_revision=spec.revision)
         return Description(reference=reference, kind="adapter", members=(_facts(reference, adapter, None, hub),))
     place = Path(spec.model)
     if (place / TRAIN_SETTINGS).exists() and not (place / "config.json").exists():
@@ -182,7 +182,14 @@ def _reference_of(reward: RewardSpec, config: GuidedConfig) -> str | None:
 def _facts(name: str, spec: MemberSpec, folder: Path | None, hub: HubOptions) -> MemberFacts:
     kind = "wish" if spec.wish is not None else "adapter" if spec.adapter is not None else "model"
     revision = files_of(spec)[1]
-    facts = MemberFacts(name=name, kind=kind, model=spec.model, adapter=spec.adapter, revision=revision, wish=spec.wish)
+    facts = MemberFacts(
+        name=name,
+        kind=kind,
+        model=spec.model if kind == "model" else spec.model_reference,
+        adapter=spec.adapter,
+        revision=revision,
+        wish=spec.wish,
+    )
     where = files_of(spec)[0]
     if where is None:  # a wish of the base
         return facts

@@ -21,7 +21,7 @@ import torch
 from genarm.data.tokens import TokenPair
 from genarm.errors import ConfigError, MemberError, UnsupportedError, VocabularyError
 from genarm.lab.trajectory import TrajectoryReward, is_classifier
-from genarm.model.adapter_files import read_adapter_config
+from genarm.model.adapter_files import host_of, read_adapter_config
 from genarm.model.assembly import local_folder
 from genarm.model.compose import start_spec
 from genarm.model.config import THE_BASE, GuidedConfig, MemberSpec, RewardSpec
@@ -416,7 +416,7 @@ def check_same_tokens(base: RewardFiles, policy: RewardFiles | GuidedFiles) -> N
 def _open_adapter(reference: str, hub: HubOptions) -> RewardFiles:
     where = str(Path(reference).expanduser().resolve())
     name = _name(reference)
-    host = read_adapter_config(where, hub.common(), name=name).base_model_name_or_path
+    host = host_of(read_adapter_config(where, hub.common(), name=name))
     if host is None:
         raise MemberError(f"the adapter {reference} does not say which model it goes on; write it into {ADAPTER_FILE}")
     try:
@@ -424,7 +424,7 @@ def _open_adapter(reference: str, hub: HubOptions) -> RewardFiles:
     except MemberError as error:
         raise MemberError(
             f"the adapter {reference} goes on {host}, which cannot be opened: {error}; correct "
-            f"base_model_name_or_path in its {ADAPTER_FILE}"
+            f"base_model_name_or_path and revision in its {ADAPTER_FILE}"
         ) from error
     spec = MemberSpec(model=files.reference, revision=files.revision, adapter=where)
     # The adapter's own files come first: they have the chat template that it was trained with.
@@ -441,8 +441,8 @@ def _as_trained(arm: RewardFiles) -> RewardFiles:
     if trained.get("start") != "zero":
         return arm
     spec = start_spec(arm.name, arm.spec, trained, MemberSpec(), hub)
-    assert spec.model is not None
-    where = spec.model if spec.revision is None else f"{spec.model}@{spec.revision}"
+    where = spec.model_reference
+    assert where is not None
     files = open_files(where, trust_remote_code=hub.trust_remote_code)
     start = RewardFiles(
         name=f"the start of {arm.name}", kind="arm", reference=where, spec=spec, files=files, tokenizer=arm.tokenizer

@@ -18,13 +18,13 @@ from genarm.errors import MemberError
 from genarm.lab.methods.arm_reward import ArmReward
 from genarm.lab.methods.interface import MethodSpec
 from genarm.lab.trajectory import TrajectoryReward, is_classifier
-from genarm.model.adapter_files import read_adapter_config
-from genarm.model.compose import compose, start_spec
+from genarm.model.adapter_files import host_of, read_adapter_config
+from genarm.model.compose import compose, spec_of, start_spec
 from genarm.model.config import GuidedConfig, MemberSpec, RewardSpec
 from genarm.model.contract import ADAPTER_FILE
 from genarm.model.loading import HubOptions, add_adapters, load_model, load_tokenizer
 from genarm.model.references import ModelFiles, find_device, open_files
-from genarm.model.trained import said_of_start, trained_through, training_of
+from genarm.model.trained import files_of, said_of_start, trained_through, training_of
 from genarm.provenance import Record, digest, model_record
 
 _OWN = re.compile(r"(^|[=,])@")
@@ -84,12 +84,12 @@ class Models:
         if isinstance(config, GuidedConfig):
             raise MemberError(f"{reference} is a guided folder, which is no reward of replies; name one of its rewards")
         hub = HubOptions()
-        host = read_adapter_config(where, hub.common(), name=reference).base_model_name_or_path if adapter else where
-        spec = MemberSpec(model=host, adapter=where if adapter else None)
-        tokenizer = load_tokenizer(where, None, hub) or open_files(str(host)).tokenizer
+        spec = _on_its_model(where, reference) if adapter else spec_of(where)
+        at, revision = files_of(spec)
+        tokenizer = load_tokenizer(str(at), None, hub, revision) or open_files(str(spec.model_reference)).tokenizer
         trained = training_of(spec, hub)
         zero = trained.get("start") == "zero"
-        start = start_spec(reference, spec, trained, MemberSpec(), hub).model if zero else None
+        start = start_spec(reference, spec, trained, MemberSpec(), hub).model_reference if zero else None
         return ArmReward(
             self.policy(reference),
             tokenizer,
@@ -170,10 +170,7 @@ class Models:
         if not (Path(where) / ADAPTER_FILE).exists():
             return open_files(where).load(dtype=self.dtype, device=self.device)
         hub, name = HubOptions(), "policy"
-        host = read_adapter_config(where, hub.common(), name=name).base_model_name_or_path
-        if host is None:
-            raise MemberError(f"the policy {where} is an adapter that does not say which model it goes on")
-        spec = MemberSpec(model=host, adapter=where)
+        spec = _on_its_model(where, name)
         options = {"dtype": self.dtype, "device_map": find_device(self.device)}
         model = load_model(spec, None, hub, options, name=name)
         merged: PreTrainedModel = add_adapters(model, {name: spec}, None, hub).merge_and_unload()
@@ -183,3 +180,12 @@ class Models:
         if (what, where) not in self._loaded:
             self._loaded[what, where] = load()
         return self._loaded[what, where]
+
+
+def _on_its_model(where: str, name: str) -> MemberSpec:
+    """An adapter on the model that it was trained on (raises MemberError: it does not say, or that is gone)."""
+    host = host_of(read_adapter_config(where, HubOptions().common(), name=name))
+    if host is None:
+        raise MemberError(f"{name} at {where} is an adapter that does not say which model it goes on")
+    on = spec_of(host)
+    return MemberSpec(model=on.model, revision=on.revision, adapter=where)
