@@ -14,6 +14,11 @@ from typing import Any
 
 from genarm.errors import DataError, MemberError
 
+try:
+    import fcntl
+except ImportError:  # not a Unix: nothing keeps two runs apart there
+    fcntl = None  # type: ignore[assignment]
+
 
 def check_output(path: Path, *, option: str = "--output", folder: bool = False) -> None:
     """Find out, before any work is done, whether an output can be written at `path`; nothing is left behind.
@@ -92,7 +97,7 @@ def _write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep colleagues out
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -124,6 +129,97 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+# --- one run at a time --------------------------------------------------------------------------------------------
+
+_HELD: dict[Path, int] = {}
+"""Files whose locks this process has, open."""
+_TRIES = 10
+
+
+@contextmanager
+def only_run(path: Path, noted: Path) -> Iterator[None]:
+    """Keep other processes from the output `path` in the meantime, by a lock on `noted`, the file of its settings.
+
+    The lock ends with the process, however that ends. Within one process it may be taken again. Where the file system
+    has no locks, or `noted` cannot be opened, there is none. A `noted` that is still empty in the end is removed.
+
+    Raises:
+        DataError: another process has it.
+    """
+    key = noted.absolute()
+    handle = None if key in _HELD else _locked(key, path)
+    if handle is None:
+        yield
+        return
+    _HELD[key] = handle
+    try:
+        yield
+    finally:
+        handle = _HELD.pop(key)
+        with suppress(OSError):
+            if os.fstat(handle).st_size == 0:
+                key.unlink()
+        os.close(handle)
+
+
+def _locked(noted: Path, path: Path) -> int | None:
+    """`noted`, made if need be, opened and locked; None where that cannot be (raises DataError: another has it)."""
+    for _ in range(_TRIES):
+        try:
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(noted, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:  # whoever writes there says it better
+            return None
+        if not _lock(handle):
+            os.close(handle)
+            raise DataError(f"another run is writing {path}; wait until it has ended, or choose another --output")
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(noted)):
+                return handle
+        os.close(handle)  # another run has put a new file there, or taken it away, between opening and locking
+    return None
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file; False where another process has it locked, True where there are no locks."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # some network file systems have none
+            pass
+    return True
+
+
+def _replace(temporary: str, path: Path) -> None:
+    """`os.replace`; where this process has the lock of `path`, the new file is locked before it is there."""
+    key = path.absolute()
+    if key not in _HELD:
+        os.replace(temporary, path)
+        return
+    handle = os.open(temporary, os.O_RDWR)
+    _lock(handle)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(_HELD[key])
+    _HELD[key] = handle
+
+
+def _let_go() -> None:
+    """Close what a forked child has of its parent's, lest a lock outlive the parent."""
+    for handle in _HELD.values():
+        os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 # --- rows: appended whole, and a torn last line is cut off ---------------------------------------------------------

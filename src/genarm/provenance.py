@@ -18,13 +18,14 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from genarm.errors import DataError
-from genarm.files import write_text
+from genarm.files import only_run, write_text
 
 Record: TypeAlias = dict[str, Any]
 
@@ -120,6 +121,18 @@ def settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
+def alone(path: Path, *, noted: Path | None = None) -> AbstractContextManager[None]:
+    """Keep other runs from the output `path` from before it is claimed until it is written.
+
+    Args:
+        path, noted: as for `claim`.
+
+    Raises:
+        DataError: another run is writing it.
+    """
+    return only_run(path, noted or settings_file(path))
+
+
 def claim(path: Path, record: Mapping[str, Any], *, noted: Path | None = None, parts: Sequence[Path] = ()) -> str:
     """Take the output `path`, a file or a folder, for what `record` says, or go on with one that says the same.
 
@@ -136,10 +149,10 @@ def claim(path: Path, record: Mapping[str, Any], *, noted: Path | None = None, p
         DataError: the output was made with another record (the first difference is named), or is not one of ours.
     """
     noted = noted or settings_file(path)
-    if not any(map(_has_content, (path, *parts))):
+    if not any(_has_content(part, noted) for part in (path, *parts)):
         # A record without content is that of a run that died at once, or whose output was removed to begin anew.
         note(noted, record)
-    elif not noted.exists():
+    elif not _has_content(noted, noted):
         raise DataError(
             f"{path} already has content and no {noted.name} {'in' if noted.parent == path else 'beside'} it, so it is "
             "no unfinished output of this command; choose another --output"
@@ -170,9 +183,10 @@ def note(noted: Path, record: Mapping[str, Any], **more: Any) -> None:
     write_text(noted, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
 
 
-def _has_content(path: Path) -> bool:
+def _has_content(path: Path, noted: Path) -> bool:
+    """Whether there is anything; `alone` makes an empty `noted`, which is nothing yet."""
     if path.is_dir():
-        return any(path.iterdir())
+        return any(inside != noted or inside.stat().st_size > 0 for inside in path.iterdir())
     return path.exists() and path.stat().st_size > 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,18 @@ def run(arguments: argparse.Namespace) -> int:
     if output is not None:
         check_output(output)
     requests = requests_of(arguments.prompt) if arguments.prompt else read_requests(arguments.input)
-    with quiet_libraries():
+    with quiet_libraries(), ExitStack() as stack:
         from genarm.batch.output import begin
         from genarm.batch.run import context_of, decode
         from genarm.cli.session import open_session
+        from genarm.provenance import alone
 
         plan = settings_from(arguments, Plan, sampling=settings_from(arguments, Sampling))
         session = open_session(arguments)
         jobs = session.jobs(requests, plan)
         settings = session.settings(requests, plan)
+        if output:
+            stack.enter_context(alone(output))
         done = len(begin(output, settings)) if output else 0
         if done == len(jobs):
             say(f"{output} is complete: {done} of {done} rows", stderr=True)

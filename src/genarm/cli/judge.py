@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from genarm.lab.judges.cache import ReplyCache
     from genarm.lab.judges.llm import estimate, judge_pairs
     from genarm.lab.judges.protocol import load_protocol
-    from genarm.provenance import claim
+    from genarm.provenance import alone, claim
 
     check_output(arguments.output)
     protocol = load_protocol(arguments.protocol)
@@ -74,13 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     say(_forecast(expected, len(pairs)))
     if arguments.estimate:
         return 0
-    digest = claim(arguments.output, _record(arguments, matched, protocol, settings.model))
-    resume_rows(arguments.output, digest)
-    total, asked = 2 * len(pairs), itertools.count(1)
-    with goes_on(arguments.output), progress() as advance:
-        advance("replies", 0, total)
-        verdicts = judge_pairs(pairs, protocol, settings, cache, lambda: advance("replies", next(asked), total))
-    _write(arguments.output, matched, verdicts, digest)
+    with alone(arguments.output):
+        digest = claim(arguments.output, _record(arguments, matched, protocol, settings.model))
+        resume_rows(arguments.output, digest)
+        total, asked = 2 * len(pairs), itertools.count(1)
+        with goes_on(arguments.output), progress() as advance:
+            advance("replies", 0, total)
+            verdicts = judge_pairs(pairs, protocol, settings, cache, lambda: advance("replies", next(asked), total))
+        _write(arguments.output, matched, verdicts, digest)
     _report(arguments, protocol, settings, verdicts)
     return 0
 

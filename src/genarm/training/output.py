@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from genarm.errors import ConfigError, DataError
 from genarm.files import write_text
 from genarm.model.trained import TRAIN_FIGURES, TRAIN_INPUTS, TRAIN_SETTINGS
-from genarm.provenance import Record, check, note
+from genarm.provenance import Record, alone, check, note
 from genarm.training.config import TrainConfig, make_config, to_toml, training_differences
 
 CHECKPOINTS = "checkpoints"
@@ -90,6 +91,10 @@ class RunFolder:
                     f"wrote none); choose another --output, or remove {self.path}"
                 )
             check(self.path / TRAIN_INPUTS, record, self.path)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs from this folder while this one writes (raises DataError: another does)."""
+        return alone(self.path, noted=self.path / TRAIN_SETTINGS)
 
     def begin(self, config: TrainConfig, record: Record) -> None:
         """Mark the folder as that of a run with these settings, made from what `record` says."""

@@ -7,7 +7,7 @@ evaluate, write the result. Nothing is written before everything that can be ref
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,29 +122,30 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             raise
 
     process.wait_for_everyone()  # nobody looks at the folder any more
-    if process.is_main_process:
-        folder.begin(config, inputs)
-        kind.keep(config, data)
-    seconds = _train(trainer, checkpoint)
-    metrics = _final_metrics(trainer.state, seconds, best=config.early_stopping is not None)
-    report = RunReport(
-        config=config,
-        formats=data.formats,
-        data=data.reports,
-        metrics=metrics,
-        log=trainer.state.log_history,
-    )
-    _write_result(trainer, kind, tokenizer, folder, report)
-    for line in kind.summary(metrics):
-        console.print(line, highlight=False, markup=False)
-    for line in [f"wrote {folder.path}", *kind.closing(config)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return TrainResult(
-        output=folder.path,
-        metrics=metrics,
-        steps=int(metrics["steps"]),
-        resumed_from=checkpoint.step if checkpoint else None,
-    )
+    with folder.alone() if process.is_main_process else nullcontext():
+        if process.is_main_process:
+            folder.begin(config, inputs)
+            kind.keep(config, data)
+        seconds = _train(trainer, checkpoint)
+        metrics = _final_metrics(trainer.state, seconds, best=config.early_stopping is not None)
+        report = RunReport(
+            config=config,
+            formats=data.formats,
+            data=data.reports,
+            metrics=metrics,
+            log=trainer.state.log_history,
+        )
+        _write_result(trainer, kind, tokenizer, folder, report)
+        for line in kind.summary(metrics):
+            console.print(line, highlight=False, markup=False)
+        for line in [f"wrote {folder.path}", *kind.closing(config)]:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return TrainResult(
+            output=folder.path,
+            metrics=metrics,
+            steps=int(metrics["steps"]),
+            resumed_from=checkpoint.step if checkpoint else None,
+        )
 
 
 def _inputs(config: TrainConfig, kind: Kind, data: TrainData[Any]) -> Record:

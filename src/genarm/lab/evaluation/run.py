@@ -49,7 +49,7 @@ from genarm.lab.methods.sample import Sample
 from genarm.model.placement import Placement
 from genarm.model.references import find_device, positions_together
 from genarm.model.trained import TRAIN_FIGURES
-from genarm.provenance import claim, data_record
+from genarm.provenance import alone, claim, data_record
 from genarm.sampling import Sampling
 from genarm.statistics import Proportion
 from genarm.terminal import Bar
@@ -79,8 +79,8 @@ def evaluate(recipe: Recipe, options: RunOptions, console: Console) -> Figures:
     if recipe.world:
         WorldSettings.from_table(recipe.world, recipe.seed)
     circumstances = {"dtype": options.dtype, "device": find_device(options.device)}
-    claim(folder, {**recipe.foundation, **circumstances}, noted=folder / RECIPE)
-    with one_thread() if recipe.world else nullcontext():
+    with alone(folder, noted=folder / RECIPE), one_thread() if recipe.world else nullcontext():
+        claim(folder, {**recipe.foundation, **circumstances}, noted=folder / RECIPE)
         return _evaluate(recipe, options, folder, console)
 
 

@@ -28,7 +28,7 @@ from genarm.errors import DataError
 from genarm.files import append_rows, keep_rows, resume_rows, write_text
 from genarm.lab.judges.interface import Item, Scorer
 from genarm.lab.pairs.select import Scored, Selected, Selection, select
-from genarm.provenance import Record, claim, note, plain, settings_file
+from genarm.provenance import Record, alone, claim, note, plain, settings_file
 from genarm.text.prompts import Message, Prompt
 
 Row = dict[str, Any]
@@ -114,8 +114,23 @@ def make_pairs(
         advance: told of every step.
 
     Raises:
-        DataError: files of other settings or of another origin (the setting is named), or no pair at all.
+        DataError: files of other settings or of another origin (the setting is named), files that another run is
+            writing, or no pair at all.
     """
+    with alone(output):
+        return _make_pairs(output, jobs, conversations, plan, settings, scorer, open_engine, advance)
+
+
+def _make_pairs(
+    output: Path,
+    jobs: Sequence[BatchJob],
+    conversations: Sequence[Prompt],
+    plan: Plan,
+    settings: PairSettings,
+    scorer: Scorer,
+    open_engine: Callable[[int, int], Engine],
+    advance: Advance,
+) -> Counts:
     sampled, scored = _beside(output, "samples"), _beside(output, "scores")
     digest = claim(output, settings.record, parts=(sampled, scored))
     samples = _sample(sampled, jobs, plan, settings.sampling, open_engine, advance)

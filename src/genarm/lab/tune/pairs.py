@@ -19,7 +19,7 @@ from genarm.lab.accuracy.pairs import PairData
 from genarm.lab.accuracy.run import Pass, prepare, score_with
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.lab.tune.regression import Coefficient, Fit, Floats, fit_pairs
-from genarm.provenance import AT, Record, claim, content_of, model_record, plain
+from genarm.provenance import AT, Record, alone, claim, content_of, model_record, plain
 from genarm.statistics import Proportion, proportion
 
 CHUNK = 16
@@ -104,7 +104,9 @@ def tune_on_pairs(
     guided = pairs.files
     assert isinstance(guided, GuidedFiles)
     rewards = {column: less for _, column, _, less in guided.rewards}
-    rows = _margins(output / "margins.jsonl", pairs, rewards, record, settings, advance)
+    margins = output / "margins.jsonl"
+    with alone(margins):
+        rows = _margins(margins, pairs, rewards, record, settings, advance)
     margins_NK = np.array([[row["margins"][name] for name in rewards] for row in rows])
     longer_N = np.array([row["chosen_tokens"] - row["rejected_tokens"] for row in rows], dtype=np.float64)
     prompts = [tuple(pair.prompt_ids) for pair in pairs.encoded.pairs]

@@ -31,7 +31,7 @@ from genarm.errors import ConfigError, DataError, WeightsError
 from genarm.files import append_rows
 from genarm.lab.judges.interface import Scorer
 from genarm.lab.pairs.run import Advance, Row, score_samples
-from genarm.provenance import claim, plain
+from genarm.provenance import alone, claim, plain
 from genarm.statistics import Estimate, bootstrap, mean_difference
 from genarm.text.prompts import Prompt
 
@@ -139,13 +139,16 @@ def sweep(
 
         for scale, own in jobs.items():
             given = replace(settings, weights=own[0].weights)
-            drawn[scale] = _draw(output / f"replies-{scale:g}.jsonl", scale, own, plan, given, engine, advance)
+            path = output / f"replies-{scale:g}.jsonl"
+            with alone(path):
+                drawn[scale] = _draw(path, scale, own, plan, given, engine, advance)
     for scale, rows in drawn.items():
         path = output / f"scores-{scale:g}.jsonl"
         given = replace(settings, weights=jobs[scale][0].weights)
-        digest = claim(path, plain({**given.record, "score": dict(scorer.record)}))
         stage = f"scores at {scale:g}"
-        scores = score_samples(path, rows, conversations, scorer, digest, lambda _, *n, at=stage: advance(at, *n))
+        with alone(path):
+            digest = claim(path, plain({**given.record, "score": dict(scorer.record)}))
+            scores = score_samples(path, rows, conversations, scorer, digest, lambda _, *n, at=stage: advance(at, *n))
         found = [scores[row["index"], row["response"]] for row in rows]
         scored[scale] = [math.nan if score is None else score for score in found]
     return _measured(jobs, drawn, scored, len(conversations), settings, scorer, budget)
