@@ -250,6 +250,11 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
     [
         ({"prompt": "Why?", "question": "How?", "chosen": "x", "rejected": "y"}, "'prompt' and 'question' could both"),
         ({"instruction": "Add", "input": "1, 2", "chosen": "x", "rejected": "y"}, "'instruction' and 'input' could"),
+        *(
+            ({"instruction": "Is this a noun?", "input": given, "chosen": "x", "rejected": "y"}, "'input' could both")
+            for given in (7, 0.5, True, [3, 1, 2], {"a": 3}, "a", "this", "noun", [user("a")], [["a"]])
+        ),
+        ({"prompt": [user("Is this a noun?")], "input": "user", **REPLIES}, "'prompt' and 'input' could both"),
         ({"system": "a", "system_prompt": "b", "prompt": "Why?", "chosen": "x", "rejected": "y"}, "two of them"),
         ({"system": "Sing.", "prompt": [SYSTEM, user("Why?")], **REPLIES}, "contradict each other"),
         ({"prompt": "Who?", **turns(user("Why?"))}, "contradict each other"),
@@ -258,6 +263,16 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         ({"prompt": "Why?", "images": ["a.png"], "chosen": "x", "rejected": "y"}, "the row has 'images'"),
         ({"prompt": [user("Why?")], "chosen": [CALL], "rejected": [assistant("y")]}, "'chosen' has 'tool_calls'"),
         ({"prompt": [user("Why?"), {**CALL, "content": None}], **REPLIES}, "'prompt' has 'tool_calls'"),
+        *(
+            ({"prompt": [user("Why?")], **REPLIES, name: [{**assistant("x"), key: value}]}, f"a message .* has '{key}'")
+            for name in ("prompt", "chosen", "rejected")
+            for key, value in (
+                ("name", "Al"),
+                ("reasoning_content", "二加二等于四。"),
+                ("思考", "想"),
+                ("prefix", True),
+            )
+        ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image", "text": "a"}]}], **REPLIES},
             "a message of 'prompt': the content has a part of the type 'image'",
@@ -279,12 +294,42 @@ def test_what_cannot_be_read_is_refused_by_name(row: dict[str, Any], reason: str
         to_preferences([row], source="rows")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("question", " Why? "), ("input", "Why?\n"), ("query", "Be brief.\nWhy?"), ("instruction", "Human: Be brief.")],
+)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_prompt_that_is_told_twice_is_read_once(name: str, value: str, ends: str) -> None:
+    prompt = "Human: Be brief.\nWhy?\n\nAssistant:" if name == "instruction" else "Question: Be brief.\nWhy? [/INST]"
+    row = {"prompt": prompt.replace("\n", ends), name: value.replace("\n", ends), "chosen": "x", "rejected": "y"}
+    assert to_preferences([row], source="rows", chat=False).pairs[0].prompt == row["prompt"]
+    said = [SYSTEM, user("Why?")]
+    for again in (said, said[1:], "Why?"):
+        row = {"prompt": said, name: again, **REPLIES}
+        assert to_preferences([row], source="rows").pairs[0].prompt == said
+
+
+def test_what_is_said_about_a_message_is_no_part_of_it() -> None:
+    """As WildChat, OpenAI's files and score models have it."""
+    about = {"score": 0.5, "id": "a1", "timestamp": "2023-04-01 12:00:00", "language": "English", "turn_identifier": 7}
+    about |= {
+        "hashed_ip": "f0",
+        "header": {"user-agent": "A browser of 2023"},
+        "toxic": True,
+        "weight": 0,
+        "train": True,
+    }
+    about |= {"model": "m-1", "createdAt": 3, "name": None, "prefix": False, "tool_calls": [], "refusal": ""}
+    row = {"prompt": [{**user("Why?"), **about}], "chosen": [assistant("x") | about], "rejected": [assistant("y")]}
+    assert to_preferences([row], source="rows").pairs == [Preference(prompt=[user("Why?")], chosen="x", rejected="y")]
+
+
 def test_columns_that_are_not_read_are_named() -> None:
     row = {"prompt": "Why?", "chosen": "x", "rejected": "y", "id": 3, "chosen-model": "a b", "score_chosen": 0.5}
     found = to_preferences([row, {**row, "extra": 1}], source="rows")
     assert list(found.unread) == ["id", "chosen-model", "score_chosen", "extra"]
     assert "columns not read: id, chosen-model" in found.description
-    for text in ("In the year 1900 …", ["a b"], [{"role": "user", "content": "a b"}]):
+    for text in ("In the year 1900 …", "小明有3个苹果", ["a b"], [{"role": "user", "content": "a b"}]):
         with pytest.raises(
             DataError, match=r"rows: the column 'persona' holds text that nothing would read; .*take it"
         ):

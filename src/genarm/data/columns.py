@@ -23,7 +23,6 @@ HISTORY = "history"
 
 # What would have to go through a chat template or an encoder, and does not: a row that has it is set aside.
 _UNREAD = frozenset({"tools", "functions", "documents", "images", "image", "videos", "video", "audios", "audio"})
-_UNREAD_KEYS = frozenset({"tool_calls", "tool_call_id", "function_call", *_UNREAD})
 
 _KNOWN = frozenset({*PROMPTS, *SYSTEMS, HISTORY, *_UNREAD})
 
@@ -43,6 +42,24 @@ _ABOUT = frozenset(
     )
 )
 
+# Of a message, a key of nothing but these words says something about it. Any other may be what a template would show
+# (a name, what was thought), however short it is.
+_ABOUT_MESSAGES = frozenset(
+    re.findall(
+        r"\S+",
+        """
+    id ids identifier idx index uuid hash hashed number turn message parent source model version type category tags
+    domain lang language score scores rating ratings rank reward label labels weight loss mask train trained state
+    status header country ip redacted toxic toxicity moderation openai detoxify harm severity safe
+    annotator annotators author date time timestamp created updated at
+    token tokens length count logprob logprobs finish reason stop cache control meta metadata info
+    """,
+    )
+)
+
+# Of scripts that write sentences without spaces (Thai to Khmer, kana, Han), more letters than names tend to have.
+_LETTERS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_WORDS = re.compile(rf"\S\s+\S|(?:{_LETTERS}[^{_LETTERS[1:]}*){{6}}")
 
 # Of JSON, and of Python's and numpy's way to write lists.
 _WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"]""")
@@ -63,9 +80,8 @@ def prompt_of(row: Row) -> Any:
     if not given:
         return None
     first, *others = given
-    asked = _all_text(given[first])
     for other in others:
-        if _all_text(given[other]).strip() not in asked:
+        if not _repeats(given[other], given[first]):
             raise MalformedError(f"'{first}' and '{other}' could both be the prompt; join them in one column 'prompt'")
     return given[first]
 
@@ -142,9 +158,12 @@ def _history(value: Any) -> list[Message]:
 def _message(message: Mapping[str, Any], column: str) -> Message:
     role, content = message.get("role"), message.get("content")
     for key, value in message.items():
-        told = key in ("role", "content") or _is_empty(value)
-        if not told and (key in _UNREAD_KEYS or (not _is_about(key) and _holds_text(value))):
-            raise MalformedError(f"a message of '{column}' has '{key}', which training does not read")
+        told = key in ("role", "content") or _is_empty(value) or value is False
+        if not told and not _ABOUT_MESSAGES.issuperset(_words(key) or [key]):
+            raise MalformedError(
+                f"a message of '{column}' has '{key}', which training does not read; take the key away, or make it "
+                "part of the content"
+            )
     if not isinstance(role, str):
         raise MalformedError(f"a message of '{column}' has a role that is {kind_at(message, 'role')}, expected a text")
     try:
@@ -157,14 +176,34 @@ def _is_empty(value: object) -> bool:
     return value is None or value in ([], {}, "[]", "{}") or (isinstance(value, str) and not value.strip())
 
 
+def _repeats(other: Any, asked: Any) -> bool:
+    """Whether `asked` says all of `other`: as it is, in messages or lines of it, or behind or before a mark.
+
+    Anywhere else a short text would be found by chance: an "a" to be looked at is in nearly every instruction.
+    """
+    if other == asked:
+        return True
+    if is_messages(other):
+        places = range(len(asked) - len(other) + 1) if is_messages(asked) else ()
+        return any(asked[i : i + len(other)] == other for i in places)
+    if not isinstance(other, str):
+        return False
+    texts = [_all_text(message.get("content")) for message in asked] if is_messages(asked) else [_all_text(asked)]
+    place = re.compile(rf"(?:^|[:>\]])[ \t]*{re.escape(other.strip())}[ \t\r]*(?:$|[<\[])", re.MULTILINE)
+    return any(map(place.search, texts))
+
+
 def _is_about(name: str) -> bool:
-    words = re.findall(r"[a-z]+\d*|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    return not _ABOUT.isdisjoint(words)
+    return not _ABOUT.isdisjoint(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+\d*|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def _holds_text(value: object) -> bool:
     """Whether `value` has words in it, and not just a name or a number."""
-    return any(character.isspace() for character in _all_text(value).strip())
+    return bool(_WORDS.search(_all_text(value).strip()))
 
 
 def _all_text(value: object) -> str:
