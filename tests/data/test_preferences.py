@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,69 @@ def test_transcripts_stay_text_without_a_chat_template() -> None:
     assert pair.chosen == " None today."
     assert pair.prompt + pair.chosen == HH["chosen"]
     assert pair.prompt + pair.rejected == HH["rejected"]
+
+
+# What comes before a dialogue's last reply in HH data, as prompt, and as how the responses begin.
+DIALOGUE = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: Any news?\n\nAssistant:"
+PLACES = [
+    (None, DIALOGUE),
+    (DIALOGUE, ""),
+    (DIALOGUE, DIALOGUE),
+    (DIALOGUE.strip() + " ", DIALOGUE.lstrip()),
+    (DIALOGUE.removesuffix("\n\nAssistant:"), DIALOGUE),
+    (DIALOGUE.removesuffix("\n\nAssistant:"), "\n\nAssistant:"),
+    (DIALOGUE, "Assistant:"),
+    ("\n\nHuman: Hi there\n\nAssistant: Hello.", "\n\nHuman: Any news?\n\nAssistant:"),
+    ("\n\nHuman: Hi there\n\nAssistant:", DIALOGUE),
+    ("Any news?", DIALOGUE),
+]
+
+
+@pytest.mark.parametrize(("prompt", "begin"), PLACES, ids=map(str, range(len(PLACES))))
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_dialogue_is_the_same_wherever_its_row_has_it(prompt: str | None, begin: str, chat: bool) -> None:
+    row = {"prompt": prompt, "chosen": f"{begin} None today.", "rejected": f"{begin} Go away.\nNow."}
+    (pair,) = to_preferences([*[HH] * 100, row], source="rows", chat=chat).pairs[100:]
+    (expected,) = to_preferences([HH], source="rows", chat=chat).pairs
+    assert pair.prompt_key.strip() == expected.prompt_key.strip()
+    assert [pair.chosen, pair.rejected] == [expected.chosen, expected.rejected]
+    alone = {name: value for name, value in row.items() if value is not None}
+    if all(DIALOGUE.strip() in said for said in (begin, prompt or begin)):
+        assert to_preferences([alone], source="rows", chat=chat).pairs == [pair]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "reason"),
+    [
+        ("What is 1+1?", "two", "is no transcript"),
+        (None, "two", "is no transcript"),
+        (None, "\n\nAssistant: two", "is no transcript|there is no prompt"),
+        ([user("What is 1+1?")], "\n\nHuman: What is 1+1?\n\nAssistant: two", "'prompt' is a list, expected a text"),
+        ("\n\nHuman: What is 1+1?\n\nAssistant:", "\n\nHuman: Is it?\n\nAssistant: two", "contradict each other"),
+        ("What is 1+1?", "\n\nHuman: Is it?\n\nAssistant: two", "contradict each other"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: What is 1+1?", " two", "does not end with an assistant message"),
+    ],
+)
+def test_a_row_that_is_no_transcript_is_set_aside_among_those(
+    prompt: Any, chosen: str, reason: str, chat: bool
+) -> None:
+    row = {"prompt": prompt, "chosen": chosen, "rejected": chosen.replace("two", "three")}
+    found = to_preferences([*[HH] * 100, row], source="rows", chat=chat)
+    assert len(found.pairs) == 100
+    assert re.search(reason, *found.malformed)
+
+
+def test_text_before_the_first_turn_of_a_transcript_is_not_lost() -> None:
+    """It stays in plain text; what role it has in a conversation, only a column says."""
+    french = "Answer in French."
+    whole = {name: french + said for name, said in HH.items()}
+    parted = {"prompt": french + DIALOGUE, "chosen": " None today.", "rejected": " Go away.\nNow."}
+    for row in (whole, parted):
+        (pair,) = to_preferences([*[HH] * 100, row], source="rows", chat=False).pairs[100:]
+        assert pair.prompt == french + DIALOGUE
+        (reason,) = to_preferences([*[HH] * 100, row], source="rows").malformed
+        assert "text before the first turn of a transcript; put it into a column 'system'" in reason
 
 
 @pytest.mark.parametrize(("objective", "chosen"), [("better", "Drink."), ("safer", "Lie down.")])
