@@ -306,6 +306,44 @@ def test_nothing_before_the_response_is_lost(row: dict[str, Any], prompt: list[d
         assert [p.prompt for p in to_prompts([alone], source="rows").pairs] == [prompt]
 
 
+IMPLICIT = turns(user("Q"))
+LATER: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
+    ({"prompt": [SYSTEM], **IMPLICIT}, [SYSTEM, user("Q")]),
+    (
+        {"prompt": [SYSTEM, user("P")], **turns(assistant("A"), user("Q"))},
+        [SYSTEM, user("P"), assistant("A"), user("Q")],
+    ),
+    ({"prompt": "Q", **REPLIES}, [user("Q")]),
+    ({"prompt": "Q", **IMPLICIT}, [user("Q")]),
+    ({"question": "P", "system": "Be brief.", **REPLIES}, [SYSTEM, user("P")]),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), LATER, ids=map(str, range(len(LATER))))
+def test_a_prompt_of_a_later_row_is_read_though_the_first_have_none(
+    row: dict[str, Any], prompt: list[dict[str, str]]
+) -> None:
+    for first in ([IMPLICIT] * 100, [{**IMPLICIT, "prompt": None}] * 100):
+        found = to_preferences([*first, row], source="rows")
+        assert found.format is formats.IMPLICIT_CONVERSATIONAL
+        assert found.pairs[100:] == [Preference(prompt=prompt, chosen="x", rejected="y")]
+
+
+def test_later_rows_in_another_form_are_set_aside() -> None:
+    text = {"chosen": "Q: Why?\nA: x", "rejected": "Q: Why?\nA: y"}
+    answers = {"prompt": "Why?", "chosen": "x", "rejected": "y"}
+    for first, row, reason in (
+        (text, {"prompt": "Be brief.", **text}, "the row has a prompt"),
+        (text, {"instruction": 3, **text}, "the row has a prompt"),
+        (answers, {"prompt": DIALOGUE, **HH}, "whole transcripts"),
+        (IMPLICIT, {"prompt": [user("R")], **IMPLICIT}, "contradict each other"),
+        (IMPLICIT, {"prompt": 3, **IMPLICIT}, "'prompt' is a number"),
+    ):
+        found = to_preferences([*[first] * 100, row], source="rows")
+        assert len(found.pairs) == 100
+        assert re.search(reason, *found.malformed)
+
+
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 

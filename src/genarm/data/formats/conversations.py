@@ -20,7 +20,8 @@ def _read(row: Row, said: Said) -> Preference:
 
 
 def _read_implicit(row: Row, said: Said) -> Preference:
-    return _answered(row, said, said.context)
+    # The first rows have no prompt of their own; a later one may.
+    return _answered(row, said, said.context if said.prompt is None else said.asked())
 
 
 def _answered(row: Row, said: Said, given: str | list[Message]) -> Preference:

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from genarm.data.columns import PROMPTS, MalformedError, Row
 from genarm.data.formats.base import Format, Preference, Said, Seen, text_in
-from genarm.data.formats.transcripts import holds_transcripts
+from genarm.data.formats.transcripts import holds_transcripts, is_transcript
 
 
 def _is_text(seen: Seen) -> bool:
@@ -20,10 +20,15 @@ def _has_prompt(seen: Seen) -> bool:
 
 def _read(row: Row, said: Said) -> Preference:
     asked = said.asked()
-    return Preference(prompt=asked, chosen=text_in(row, "chosen"), rejected=text_in(row, "rejected"))
+    chosen, rejected = (text_in(row, name) for name in ("chosen", "rejected"))
+    if is_transcript(chosen) and is_transcript(rejected):
+        raise MalformedError("chosen and rejected are whole transcripts, and other rows are a prompt's answers")
+    return Preference(prompt=asked, chosen=chosen, rejected=rejected)
 
 
 def _read_implicit(row: Row, said: Said) -> Preference:
+    if said.prompt is not None:
+        raise MalformedError("the row has a prompt, and the first rows have none; give all rows a column 'prompt'")
     if said.context:
         raise MalformedError("a system message or a history needs a column 'prompt'")
     return _from_common_text(text_in(row, "chosen"), text_in(row, "rejected"))

@@ -19,11 +19,12 @@ _NO_TRANSCRIPT = "chosen or rejected, after the prompt, is no transcript: '\\n\\
 def holds_transcripts(seen: Seen) -> bool:
     """Whether all prompts or all responses begin with a human's turn and have one of the assistant."""
     responses = [row[name] for row in seen.answered for name in ("chosen", "rejected")]
-    found = any(said and all(map(_is_transcript, said)) for said in (seen.prompts, responses))
+    found = any(said and all(map(is_transcript, said)) for said in (seen.prompts, responses))
     return seen.has("chosen", "rejected") and not seen.messages and found
 
 
-def _is_transcript(value: object) -> bool:
+def is_transcript(value: object) -> bool:
+    """Whether `value` is text that begins with a human's turn and has one of the assistant."""
     return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and "\n\nAssistant:" in value
 
 
