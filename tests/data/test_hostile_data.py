@@ -127,14 +127,51 @@ def test_what_is_broken_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("names", "left"),
-    [(["train.jsonl", "extra.jsonl"], "extra.jsonl"), (["a.jsonl", "b.jsonl", "c.csv"], "c.csv")],
+    [
+        (["train.jsonl", "extra.jsonl"], "extra.jsonl"),
+        (["a.jsonl", "b.jsonl", "c.csv"], "c.csv"),
+        (["train.json", "more.json"], "more.json"),
+        (["train.jsonl", "sub/more.json"], "more.json"),
+        (["train.csv", "more.json.gz"], "more.json.gz"),
+        (["train.jsonl", "extra.ndjson"], "extra.ndjson"),
+        (["train.jsonl", "extra.JSONL.xz"], "extra.JSONL.xz"),
+    ],
 )
-def test_a_file_of_a_folder_that_is_in_no_split_is_named(names: list[str], left: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("card", [None, "# Pairs\n", "---\nlicense: mit\n---\n", "---\nconfigs: []\n---\n"])
+def test_a_file_of_a_folder_that_is_in_no_split_is_named(
+    names: list[str], left: str, card: str | None, tmp_path: Path
+) -> None:
     for name in names:
-        (tmp_path / name).write_text(LINE if name.endswith("jsonl") else TABLE)
-    (tmp_path / "info.json").write_text("{}")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(TABLE if name.endswith("csv") else LINE)
+    if "train.json" not in names:
+        (tmp_path / "info.json").write_text("{}")
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
     with pytest.raises(DataError, match=f"{left} belongs to no split"):
         load_rows(str(tmp_path), split="train")
+
+
+@pytest.mark.parametrize("text", [f"[{LINE}]", f"[\n {LINE},\n {LINE}]", LINE, f"{LINE}\n{LINE}\n", f"[{LINE}"])
+def test_rows_in_json_are_told_from_notes(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(LINE)
+    for number, notes in enumerate(
+        ("{}", "[]", '["train", "test"]', '{\n "default": {"splits": {"train": {}}}\n}', "3")
+    ):
+        (tmp_path / f"notes-{number}.json").write_text(notes)
+    assert load_rows(str(tmp_path), split="train") == ROWS[:1]
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=r"rows\.json belongs to no split"):
+        load_rows(str(tmp_path), split="train")
+
+
+@pytest.mark.parametrize("said", ["data_files: train.jsonl", "data_dir: sub"])
+def test_a_card_may_say_which_files_are_read(said: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("train.jsonl", "extra.jsonl", "sub/train.jsonl"):
+        (tmp_path / name).write_text(LINE)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {said}\n---\n# Pairs\n")
+    assert load_rows(str(tmp_path), split="train") == ROWS[:1]
 
 
 def test_values_between_tabs_are_what_they_say(tmp_path: Path) -> None:

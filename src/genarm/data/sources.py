@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from genarm.data.columns import PROMPTS
 from genarm.errors import DataError, kind_of
 
 Rows = Sequence[Mapping[str, Any]]
@@ -240,7 +241,7 @@ def _from_folder(folder: Path, split: str) -> Rows:
     except (DatasetsError, ValueError, OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"cannot read the folder {folder}: {error}; expected {_FOLDER}") from error
     splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
-    if not (folder / "README.md").exists():  # which may say which files there are
+    if not _card_says_files(folder / "README.md"):
         _check_complete(folder, splits)
     if any(_ending(path) not in TEXTS for files in splits.values() for path in files):
         if builder.__module__.rpartition(".")[2] not in (
@@ -256,16 +257,39 @@ def _from_folder(folder: Path, split: str) -> Rows:
     return _slice(rows, split, f"the folder {folder} has the splits {', '.join(splits)}")
 
 
+# Also where only the `datasets` library reads them.
+_OF_ROWS = re.compile(r"\.(json|jsonl|ndjson|csv|tsv|parquet|arrow)(\.(gz|xz|bz2|zst|lz4|zip))?$", re.IGNORECASE)
+
+
+def _card_says_files(card: Path) -> bool:
+    """Whether a folder's README says in its metadata which files belong to the data, so that others do not."""
+    from huggingface_hub import metadata_load
+
+    configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
+    return any("data_files" in config or "data_dir" in config for config in configs or ())
+
+
 def _check_complete(folder: Path, splits: Mapping[str, Sequence[Path]]) -> None:
     """Refuse a folder with data in files that belong to no split: nobody would learn that they are not read."""
     taken = {path.resolve() for files in splits.values() for path in files}
     for path in sorted(folder.rglob("*")):
-        data = _ending(path) is not None and ".json" not in (path.suffix, _ending(path))  # .json: notes on the data
-        if data and path.resolve() not in taken:
+        data = path.is_file() and bool(_OF_ROWS.search(path.name)) and path.resolve() not in taken
+        if data and (_ending(path) != ".json" or _holds_rows(path)):
             raise DataError(
                 f"{path} belongs to no split of the folder {folder}, which has {', '.join(splits)}; move it away, or "
                 "name it after its split, such as train-2.jsonl, all files in one format"
             )
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file of JSON has rows, and not notes on the data, as dataset_infos.json does."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError):  # an object on each line, or broken: then it is not known to be notes
+        return True
+    if isinstance(value, list):
+        return any(isinstance(row, dict) for row in value)
+    return isinstance(value, dict) and not value.keys().isdisjoint((*PROMPTS, "chosen", "rejected"))
 
 
 def _from_library(source: str, split: str) -> Rows:
