@@ -10,15 +10,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from builders.tiny import save_member, tiny_model
+from genarm.batch.requests import read_requests
 from genarm.cli.main import main
 from genarm.data.tokens import EXAMPLE_WIDTH, TokenPair, example_lines
 from genarm.lab.accuracy.models import open_rewards
 from genarm.lab.accuracy.pairs import encode, limits, read_pairs
 from genarm.lab.accuracy.settings import AccuracySettings
 from genarm.model.references import open_files
+from genarm.text.prompts import Prompt
 from genarm.training.config import TrainConfig
 from genarm.training.data import load_pairs
-from genarm.training.prompts import load_prompts
+from genarm.training.prompts import load_prompts, load_readings
 
 ROWS = [{"prompt": f"w{i} w9", "chosen": f"w{i} w3", "rejected": "w4"} for i in range(6)]
 
@@ -53,6 +55,30 @@ def test_text_is_read_as_generate_reads_it(folder: Path, raw: bool) -> None:
     reward = open_rewards(files.reference, trust_remote_code=False)
     encoded = encode(reward.tokenizer, read_pairs(settings), limits(settings, 128, model="m"), reward.ends)
     assert [_ids(pair) for pair in encoded.pairs] == expected
+
+
+def test_lines_of_prompts_are_those_that_generate_reads(folder: Path, tmp_path: Path) -> None:
+    marks = ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\r", " \t"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\r\n".join(["", *(f" w1{mark}w2" for mark in marks), "", " ", "w3\nw4"]).encode())
+    config = TrainConfig(
+        model=str(folder / "model"),
+        data=str(file),
+        output=tmp_path / "arm",
+        raw=True,
+        eval_fraction=0,
+        max_prompt_tokens=9,
+        max_response_tokens=9,
+    )
+    read: list[Prompt] = []
+
+    def encode(prompt: Prompt) -> list[list[int]]:
+        read.append(prompt)
+        return [[6]]
+
+    load_readings(config, AutoTokenizer.from_pretrained(folder / "model"), encode, cut=True)
+    assert read == [request.prompt for request in read_requests(file)]
+    assert len(read) == len(marks) + 2
 
 
 def _ids(pair: TokenPair) -> list[tuple[list[int], list[int]]]:

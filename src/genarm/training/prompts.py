@@ -99,7 +99,8 @@ def _read_prompts(source: str, split: str, config: TrainConfig, chat: bool) -> P
     path = Path(source)
     rows: Rows
     if path.is_file() and path.name.lower().removesuffix(".gz").endswith(".txt"):
-        rows = [{"prompt": line} for line in read_text(path).splitlines() if line.strip()]
+        # Not splitlines(): a form feed or U+2028 is a prompt's own, here as for `genarm generate`.
+        rows = [{"prompt": line.rstrip("\r")} for line in read_text(path).split("\n") if line.strip()]
     else:
         rows = load_rows(source, split=split)
     return to_prompts(rows, source=source, objective=config.objective, chat=chat)
