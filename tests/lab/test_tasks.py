@@ -290,6 +290,12 @@ def test_code_that_is_cut_off_is_continued_where_it_ends(prompt: str, reply: str
     assert code.score(problem, reply.replace("x + 1", "x + 2").replace(" + 1)", " + 2)")) == 0
 
 
+@pytest.mark.parametrize("mark", ["\x0c", "\x1c", "\x85", "\u2028"])
+def test_a_line_of_a_prompts_code_ends_where_pythons_does(mark: str) -> None:
+    begun = f"def f(x):\n    y = 'a{mark}b'\n"
+    assert problem_of(f"Solve it.\n{begun}Go on.\n", "assert f(1)", "f").prompt == begun
+
+
 def test_a_decorated_head_is_replaced_whole() -> None:
     problem = problem_of("import functools\n\n@functools.cache\ndef f(x):\n", "assert f(1) == 2", "f")
     assert code.score(problem, "    return x + 1\n") == 1

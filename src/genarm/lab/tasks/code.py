@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import codeop
 import gzip
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -206,8 +207,8 @@ def _begun(prompt: str, entry_point: str) -> str:
     if not _defines(code, entry_point):
         return ""
     start = _head(code, entry_point).start()
-    before = code[:start].splitlines(keepends=True)
-    head = code[start:].splitlines(keepends=True)
+    before = _lines(code[:start])
+    head = _lines(code[start:])
     first = next(i for i in range(len(before) + 1) if _is_program("".join(before[i:])))
     # Of a last line without an end nobody knows whether it is words or code that is cut off; words begin at the margin.
     whole = code.endswith("\n")
@@ -216,9 +217,14 @@ def _begun(prompt: str, entry_point: str) -> str:
     return "".join(before[first:] + head[: next(fits, len(head))])
 
 
+def _lines(code: str) -> list[str]:
+    """With their ends, as Python has them: a form feed or U+2028, at which splitlines() splits, is within a line."""
+    return list(io.StringIO(code, newline=""))
+
+
 def _goes_on(code: str) -> bool:
     """Whether a line of a body can follow `code`, or the rest of a statement that it begins."""
-    lines = code.rstrip().splitlines()
+    lines = [line.rstrip("\r\n") for line in _lines(code.rstrip())]
     indent = lines[-1][: -len(lines[-1].lstrip())] or "    "
     if _is_program("\n".join([*lines, f"{indent}pass"])):
         return True
