@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jinja2 import TemplateError, meta, nodes
 
 from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_at, kind_of
+from genarm.text.detokenizer import decode
 from genarm.text.plain import plain
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def encode_pair(
     """Ids of `prompt` and of `response` after it, up to the first of `ends`, which is included.
 
     Both are encoded together where the prompt's own ids come out unchanged, as SentencePiece needs; otherwise
-    (a token would straddle the boundary, which decoding can never produce) the response is encoded alone.
+    (a token would straddle the boundary, which decoding can never produce) the response is encoded alone, or as it is
+    behind a line break where only that makes the same text.
 
     Args:
         tokenizer: the model's.
@@ -423,7 +425,24 @@ def _continuation(
     together = list(tokenizer(before + after, add_special_tokens=special).input_ids)
     if together[: len(prompt_ids)] == prompt_ids:
         return together[len(prompt_ids) :]
-    return list(tokenizer(after, add_special_tokens=False).input_ids)
+    alone = list(tokenizer(after, add_special_tokens=False).input_ids)
+
+    def text(ids: list[int], *, special: bool = True) -> str:
+        return decode(tokenizer, [*prompt_ids, *ids], special=special)
+
+    written = text([]) + after
+    if text(alone) in (before + after, written):
+        return alone
+    # Alone it may begin with a space of its own, which SentencePiece puts before every text: let that go elsewhere.
+    anchor, behind = tokenizer([_ANCHOR, _ANCHOR + after], add_special_tokens=False).input_ids
+    anchored = list(behind[len(anchor) :]) if behind[: len(anchor)] == anchor else alone
+    if text(anchored) == written:
+        return anchored
+    made = decode(tokenizer, together, special=False)  # some tokenizers write other text than they were given
+    return anchored if text(alone, special=False) != made == text(anchored, special=False) else alone
+
+
+_ANCHOR = "\n"
 
 
 def _close(
