@@ -117,6 +117,7 @@ _USER = "{% for m in messages %}{% if m['role'] == 'user' %}<user> "
 _REPLY = " {% elif m['role'] == 'assistant' %}<assistant> "
 _REST = " <end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 _SAID = "{{ m['content'] }}"
+_TWO = _USER + _SAID + _REPLY + "{{ m['content'].split('</think>')[-1] }}" + _REST
 
 
 @pytest.mark.parametrize("user", [_SAID, "{{ m['content'] | replace('w3', 'w4') }}", "", "{{ loop.index }}"])
@@ -141,6 +142,70 @@ def test_what_a_template_leaves_out_is_refused(user: str, reply: str) -> None:
     else:
         with pytest.raises(ConversationError, match="does not write the response down as it is"):
             encode_pair(tokenizer, earlier, thought)
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "role"),
+    [
+        (_TWO, [said("user", "w1 w2 w3"), said("assistant", "w4"), said("tool", "w2")], "tool"),
+        (_TWO, [said("system", "w2 w3"), said("user", "w1 w2 w3")], "system"),
+        (_TWO, [said("User", "w1"), said("user", "w1 w2")], "User"),
+        (
+            _TWO,
+            [said("system", "w1"), said("user", "w1"), said("assistant", "w5 </think> w6"), said("user", "w7")],
+            "system",
+        ),
+        ("{{ messages[-1]['content'] }}", [said("user", "w1"), said("assistant", "w2"), said("user", "w1 w3")], "user"),
+        (
+            "{{ messages[0]['content'] }} {{ messages[-1]['content'] }}",
+            [said(r, "w1") for r in ("user", "assistant", "user")],
+            "assistant",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_is_noticed_where_another_message_has_its_text(
+    template: str, messages: list[dict[str, str]], role: str
+) -> None:
+    """Also once the same messages without the one that is lost have been read."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    encode_prompt(tokenizer, [messages[-1] if messages[-1]["role"] == "user" else said("user", "w1")])
+    for _ in range(2):
+        with pytest.raises(ConversationError, match=f"leaves out or changes the message of the role '{role}'"):
+            encode_prompt(tokenizer, messages)
+
+
+def test_no_message_is_missed_that_says_nothing_or_whose_place_its_text_decides() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = _TWO
+    for empty in ("", " \n"):
+        ids = encode_prompt(tokenizer, [said("system", empty), said("user", "w1")])
+        assert tokenizer.decode(ids) == "<user> w1 <assistant>"
+    for checks in ("{% if 'w' not in m['content'] %}{{ raise_exception('no word') }}{% endif %}", ""):
+        tokenizer.chat_template = (
+            "{% for m in messages %}"
+            + checks
+            + "{% if 'w' in m['content'] %}{{ m['content'] }} {% endif %}{% endfor %}"
+        )
+        assert tokenizer.decode(encode_prompt(tokenizer, [said("system", "w1"), said("user", "w2")])) == "w1 w2"
+
+
+def test_a_conversation_of_known_roles_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What checks the template costs the first of many conversations alone."""
+    tokenizer = tiny_tokenizer()
+    rendered: list[Any] = []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: (rendered.append(a), render(*a, **k))[1])
+    for i in range(5):
+        encode_prompt(tokenizer, [said("system", f"w{i}"), said("user", f"w{i}")])
+    assert len(rendered) == 6
+    tokenizer.chat_template = _TWO  # another template, another look at it
+    with pytest.raises(ConversationError, match="of the role 'system'"):
+        encode_prompt(tokenizer, [said("system", "w1"), said("user", "w1")])
 
 
 def test_plain_text_ends_with_one_eos() -> None:

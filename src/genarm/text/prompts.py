@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError, meta, nodes
 
@@ -163,6 +164,7 @@ def encode_prompt(
         render = _render_open if continued else partial(_render, add_generation_prompt=True)
         text = render(tokenizer, prompt, reading)
         _check_said(prompt, text)
+        _check_written(tokenizer, prompt, reading, text, render)
         parts = _parts(tokenizer, prompt, reading, text, render) if reading.plain_user_text else None
         if parts is None:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -297,11 +299,73 @@ def _check_said(messages: Sequence[Message], text: str) -> None:
     """
     for message in messages:
         if message["role"] != "assistant" and not _says(text, message["content"]):
-            hint = "" if message["role"] == "user" else "put its text into the user's first, or "
-            raise ConversationError(
-                f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the "
-                f"model would not read it; {hint}use another template"
-            )
+            raise _left_out(message)
+
+
+def _check_written(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    reading: Reading,
+    text: str,
+    render: Callable[[PreTrainedTokenizerBase, Sequence[Message], Reading], str],
+) -> None:
+    """Refuse a conversation of which `text`, which `render` made of it, leaves out a message that others repeat.
+
+    The template is given a secret word in each message's stead, once for all conversations of the same roles. Where a
+    word is missing, so is the message, if the rest is as in `text`; a template may look at what messages say.
+    """
+    speaks = [bool((message.get("content") or "").strip()) for message in messages]
+    others = [sorted((key, str(value)) for key, value in m.items() if key != "content") for m in messages]
+    shape = hash((tokenizer.get_chat_template(), repr((speaks, others, reading.template_args)), render is _render_open))
+    known = _written.setdefault(tokenizer, set())
+    if shape in known:
+        return
+    words = {f"q{token_hex(16)}z": message for message, says in zip(messages, speaks, strict=True) if says}
+    spare = iter(words)
+    stand_ins = [{**m, "content": next(spare)} if says else m for m, says in zip(messages, speaks, strict=True)]
+    try:
+        shown = render(tokenizer, stand_ins, reading)
+    except ConversationError:  # a template that checks what messages say
+        shown = "".join(words)
+    lost = next((message for word, message in words.items() if word not in shown), None)
+    if lost is None:
+        if len(known) >= _MOST_SHAPES:
+            known.clear()
+        known.add(shape)
+    elif _same_but(shown, words, text):
+        raise _left_out(lost)
+
+
+_written: WeakKeyDictionary[PreTrainedTokenizerBase, set[int]] = WeakKeyDictionary()
+"""Conversations of which each message is written down: hashes of all of them but what they say."""
+_MOST_SHAPES = 10_000
+
+
+def _same_but(shown: str, words: Mapping[str, Message], text: str) -> bool:
+    """Whether `text` is `shown` with messages for their words, spaces aside; of an assistant's, anything may stand."""
+    parts = [""]
+    for piece in re.split(f"({'|'.join(words)})", shown):
+        if piece in words and words[piece]["role"] == "assistant":
+            parts.append("")
+        else:
+            parts[-1] += "".join((words[piece]["content"] if piece in words else piece).split())
+    rest = "".join(text.split())
+    if len(parts) == 1 or not rest.startswith(parts[0]):
+        return rest == parts[0]
+    rest = rest.removeprefix(parts[0])
+    for part in parts[1:-1]:
+        _, found, rest = rest.partition(part) if part else ("", "found", rest)
+        if not found:
+            return False
+    return rest.endswith(parts[-1])
+
+
+def _left_out(message: Message) -> ConversationError:
+    hint = "" if message["role"] in ("user", "assistant") else "put its text into the user's first, or "
+    return ConversationError(
+        f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the model would "
+        f"not read it; {hint}use another template"
+    )
 
 
 def _says(text: str, said: str) -> bool:
