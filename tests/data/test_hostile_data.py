@@ -165,6 +165,13 @@ def test_rows_in_json_are_told_from_notes(text: str, tmp_path: Path) -> None:
         load_rows(str(tmp_path), split="train")
 
 
+def test_a_card_that_is_broken_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(LINE)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(DataError, match=r"README\.md is no YAML: .*; mend it, or move it away$"):
+        load_rows(str(tmp_path), split="train")
+
+
 @pytest.mark.parametrize("said", ["data_files: train.jsonl", "data_dir: sub"])
 def test_a_card_may_say_which_files_are_read(said: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()

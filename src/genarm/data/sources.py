@@ -228,6 +228,7 @@ def _from_folder(folder: Path, split: str) -> Rows:
     """The rows of a folder, whose files `datasets` sorts into splits by their names."""
     from datasets import DatasetDict, load_dataset_builder, load_from_disk
     from datasets.exceptions import DatasetsError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # of `save_to_disk`
@@ -240,6 +241,11 @@ def _from_folder(folder: Path, split: str) -> Rows:
         data_files = builder.config.data_files or {}
     except (DatasetsError, ValueError, OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"cannot read the folder {folder}: {error}; expected {_FOLDER}") from error
+    except YAMLError as error:
+        why = " ".join(str(error).split())
+        raise DataError(
+            f"the metadata of {folder / 'README.md'} is no YAML: {why}; mend it, or move it away"
+        ) from error
     splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
     if not _card_says_files(folder / "README.md"):
         _check_complete(folder, splits)
