@@ -390,6 +390,10 @@ def test_another_base_or_weight_than_trained_through_is_said(toy: dict[str, Any]
     assert "a was trained for the weight 2-3 and has 1 here; give a=PATH:2" in notes
     notes = compose(toy["model"], {"a": str(arm)}, tmp_path / "as-trained", weights={"a": 2.5}).notes
     assert not notes
+    (tmp_path / "link").symlink_to(toy["model"])
+    linked = _settings(toy, tmp_path / "linked", loss="product", through=str(tmp_path / "link"), max_steps=1)
+    arm = run({**linked, "start": "model", "through_weight": "1-3"}).output
+    assert not compose(toy["model"], {"a": str(arm)}, tmp_path / "through-a-link").notes
 
 
 def test_an_arm_still_has_no_reference(toy: dict[str, Any], tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def trained_through(name: str, trained: Mapping[str, Any], base: MemberSpec, wei
     if through is None or served is None:
         return []
     notes = []
-    if through not in (base.model, f"{base.model}@{base.revision}"):
+    # The base is where its folder really lies, and what was given to train through may be a link to it.
+    where = str(Path(through).expanduser().resolve()) if Path(through).expanduser().is_dir() else through
+    if where not in (base.model, f"{base.model}@{base.revision}"):
         notes.append(f"{name} was trained through {through}, and guides another base here")
     low, _, high = str(served).partition("-")
     if not float(low) <= weight <= float(high or low):
