@@ -426,6 +426,16 @@ def test_what_is_said_about_a_message_is_no_part_of_it() -> None:
     assert to_preferences([row], source="rows").pairs == [Preference(prompt=[user("Why?")], chosen="x", rejected="y")]
 
 
+def test_what_a_judge_was_asked_is_no_part_of_a_pair() -> None:
+    """The columns of distilabel's pairs."""
+    about = {"generations": ["x", "y"], "order": ["chosen", "rejected"], "labelling_model": "m", "rating": [9, 1]}
+    about |= {"labelling_prompt": [user("Which answer is better?")], "raw_labelling_response": "9 1 As I see it …"}
+    about |= {"rationale": "As I see it …", "status": "tie", "original_chosen": "a b", "chosen_score": 9.0}
+    row = {"system": "Be brief.", "input": "Why?", "chosen": "x", "rejected": "y", **about}
+    (pair,) = to_preferences([row], source="rows", chat=True).pairs
+    assert (pair.prompt, pair.chosen) == ([{"role": "system", "content": "Be brief."}, user("Why?")], "x")
+
+
 def test_columns_that_are_not_read_are_named() -> None:
     row = {"prompt": "Why?", "chosen": "x", "rejected": "y", "id": 3, "chosen-model": "a b", "score_chosen": 0.5}
     found = to_preferences([row, {**row, "extra": 1}], source="rows")

@@ -33,8 +33,8 @@ _ABOUT = frozenset(
         """
     id ids idx index uid uuid qid hash sha256 source sources origin dataset subset split domain category
     categories topic type task tag tags lang language languages model models score scores rating ratings rank
-    ranking reward rewards margin label labels judge annotator annotators annotation annotations rationale
-    rationales critique critiques feedback comment comments explanation preference preferences generation
+    ranking reward rewards margin label labels labeling labelling judge annotator annotators annotation annotations
+    rationale rationales critique critiques feedback comment comments explanation preference preferences generation
     generations response responses completion completions messages conversation conversations raw all original
     full meta metadata info date time timestamp url link status order seed license harm severity safe toxicity
     tokens length count version author answer answers reference references solution target gold
