@@ -16,12 +16,12 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError, meta, nodes
 
 from genarm.errors import ConfigError, ConversationError, DataError, GenarmError, kind_at, kind_of
 from genarm.text.detokenizer import decode
+from genarm.text.left_out import check_said, check_written, says
 from genarm.text.plain import plain
 
 if TYPE_CHECKING:
@@ -163,8 +163,9 @@ def encode_prompt(
         check_end(prompt, continued=continued)
         render = _render_open if continued else partial(_render, add_generation_prompt=True)
         text = render(tokenizer, prompt, reading)
-        _check_said(prompt, text)
-        _check_written(tokenizer, prompt, reading, text, render)
+        check_said(prompt, text)
+        read_so = (reading.template_args, bool(continued))
+        check_written(tokenizer, prompt, text, lambda told: render(tokenizer, told, reading), read_so)
         parts = _parts(tokenizer, prompt, reading, text, render) if reading.plain_user_text else None
         if parts is None:
             ids = list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -283,94 +284,13 @@ def encode_pair(
             f"begin with the text that asks for it (…{before[-60:]!r} against …{whole[: len(before)][-60:]!r}); "
             "use a template whose generation prompt is a prefix of the assistant turn"
         )
-    if not _says(whole[len(before) :], response):
+    if not says(whole[len(before) :], response):
         raise ConversationError(
             "the chat template does not write the response down as it is (it leaves out what was thought, say), so "
             "that something else would be read; use another template, or text without one"
         )
     response_ids = _continuation(tokenizer, prompt_ids, before, whole[len(before) :], special=False)
     return prompt_ids, _close(tokenizer, response, response_ids, ends)
-
-
-def _check_said(messages: Sequence[Message], text: str) -> None:
-    """Refuse a conversation of which `text`, which a template made of it, leaves a message out.
-
-    What an assistant said earlier a template may shorten on purpose: its thoughts, say.
-    """
-    for message in messages:
-        if message["role"] != "assistant" and not _says(text, message["content"]):
-            raise _left_out(message)
-
-
-def _check_written(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    reading: Reading,
-    text: str,
-    render: Callable[[PreTrainedTokenizerBase, Sequence[Message], Reading], str],
-) -> None:
-    """Refuse a conversation of which `text`, which `render` made of it, leaves out a message that others repeat.
-
-    The template is given a secret word in each message's stead, once for all conversations of the same roles. Where a
-    word is missing, so is the message, if the rest is as in `text`; a template may look at what messages say.
-    """
-    speaks = [bool((message.get("content") or "").strip()) for message in messages]
-    others = [sorted((key, str(value)) for key, value in m.items() if key != "content") for m in messages]
-    shape = hash((tokenizer.get_chat_template(), repr((speaks, others, reading.template_args)), render is _render_open))
-    known = _written.setdefault(tokenizer, set())
-    if shape in known:
-        return
-    words = {f"q{token_hex(16)}z": message for message, says in zip(messages, speaks, strict=True) if says}
-    spare = iter(words)
-    stand_ins = [{**m, "content": next(spare)} if says else m for m, says in zip(messages, speaks, strict=True)]
-    try:
-        shown = render(tokenizer, stand_ins, reading)
-    except ConversationError:  # a template that checks what messages say
-        shown = "".join(words)
-    lost = next((message for word, message in words.items() if word not in shown), None)
-    if lost is None:
-        if len(known) >= _MOST_SHAPES:
-            known.clear()
-        known.add(shape)
-    elif _same_but(shown, words, text):
-        raise _left_out(lost)
-
-
-_written: WeakKeyDictionary[PreTrainedTokenizerBase, set[int]] = WeakKeyDictionary()
-"""Conversations of which each message is written down: hashes of all of them but what they say."""
-_MOST_SHAPES = 10_000
-
-
-def _same_but(shown: str, words: Mapping[str, Message], text: str) -> bool:
-    """Whether `text` is `shown` with messages for their words, spaces aside; of an assistant's, anything may stand."""
-    parts = [""]
-    for piece in re.split(f"({'|'.join(words)})", shown):
-        if piece in words and words[piece]["role"] == "assistant":
-            parts.append("")
-        else:
-            parts[-1] += "".join((words[piece]["content"] if piece in words else piece).split())
-    rest = "".join(text.split())
-    if len(parts) == 1 or not rest.startswith(parts[0]):
-        return rest == parts[0]
-    rest = rest.removeprefix(parts[0])
-    for part in parts[1:-1]:
-        _, found, rest = rest.partition(part) if part else ("", "found", rest)
-        if not found:
-            return False
-    return rest.endswith(parts[-1])
-
-
-def _left_out(message: Message) -> ConversationError:
-    hint = "" if message["role"] in ("user", "assistant") else "put its text into the user's first, or "
-    return ConversationError(
-        f"the chat template leaves out or changes the message of the role {message['role']!r:.50}, so the model would "
-        f"not read it; {hint}use another template"
-    )
-
-
-def _says(text: str, said: str) -> bool:
-    """Whether `text` has all of `said`; templates trim and break lines."""
-    return said.strip() in text or "".join(said.split()) in "".join(text.split())
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], reading: Reading, **options: Any) -> str:
