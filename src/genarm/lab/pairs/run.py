@@ -118,37 +118,27 @@ def make_pairs(
             writing, or no pair at all.
     """
     with alone(output):
-        return _make_pairs(output, jobs, conversations, plan, settings, scorer, open_engine, advance)
-
-
-def _make_pairs(
-    output: Path,
-    jobs: Sequence[BatchJob],
-    conversations: Sequence[Prompt],
-    plan: Plan,
-    settings: PairSettings,
-    scorer: Scorer,
-    open_engine: Callable[[int, int], Engine],
-    advance: Advance,
-) -> Counts:
-    sampled, scored = _beside(output, "samples"), _beside(output, "scores")
-    digest = claim(output, settings.record, parts=(sampled, scored))
-    samples = _sample(sampled, jobs, plan, settings.sampling, open_engine, advance)
-    scores = score_samples(scored, samples, conversations, scorer, digest, advance)
-    selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
-    rows = [row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)]
-    counts = _count(samples, selected)
-    if not rows:
-        if all(score is None for score in scores.values()):
-            why = scorer.why_none(_item(samples[0], conversations))
-            raise DataError(f"no pairs: none of the {len(scores)} different responses has a score; {why}")
-        raise DataError(
-            f"no pairs: of {counts.prompts} prompts, {counts.lone} have fewer than two different scored responses and "
-            f"{counts.ties} tie; sample more, at a higher temperature, or use a finer score, with another --output"
-        )
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    note(settings_file(output), settings.record, counts=asdict(counts))
-    return counts
+        sampled, scored = _beside(output, "samples"), _beside(output, "scores")
+        digest = claim(output, settings.record, parts=(sampled, scored))
+        samples = _sample(sampled, jobs, plan, settings.sampling, open_engine, advance)
+        scores = score_samples(scored, samples, conversations, scorer, digest, advance)
+        selected = [select(group, settings.selection) for group in _by_prompt(samples, scores, len(conversations))]
+        rows = [
+            row for prompt, chosen in zip(conversations, selected, strict=True) for row in _pair_rows(prompt, chosen)
+        ]
+        counts = _count(samples, selected)
+        if not rows:
+            if all(score is None for score in scores.values()):
+                why = scorer.why_none(_item(samples[0], conversations))
+                raise DataError(f"no pairs: none of the {len(scores)} different responses has a score; {why}")
+            raise DataError(
+                f"no pairs: of {counts.prompts} prompts, {counts.lone} have fewer than two different scored responses "
+                f"and {counts.ties} tie; sample more, at a higher temperature, or use a finer score, with another "
+                "--output"
+            )
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        note(settings_file(output), settings.record, counts=asdict(counts))
+        return counts
 
 
 def _beside(output: Path, what: str) -> Path:
