@@ -23,6 +23,7 @@ from genarm.data.presets import read_presets
 from genarm.errors import DataError
 from genarm.lab.tune import regression
 from genarm.lab.tune.regression import fit_pairs, maximise
+from genarm.lab.tune.report import verdict
 from genarm.lab.tune.sweep import _measured
 from genarm.model.compose import compose
 from genarm.model.config import GuidedConfig
@@ -363,6 +364,11 @@ def test_a_scorer_that_is_silent_about_the_hard_prompts_of_a_point_does_not_make
     assert found.best == 0
     assert (found.points[1].gain.value, found.points[1].gain.n) == (pytest.approx(-0.5), 20)
     assert (found.points[1].score.n, found.points[1].kl.n) == (20, 40)
+    better = {0.0: [*base[:39], np.nan], 1.0: np.where(hard, np.nan, base + 1 + np.arange(40) / 40).tolist()}
+    said = verdict(_measured(jobs, drawn, better, 40, settings, scorer, None))
+    assert said[:2] == ["the best: r=1", "it is better than scale 0 (19 prompts)"]
+    with pytest.raises(DataError, match="no prompt has a score at scale 0 and at another scale"):
+        _measured(jobs, drawn, {**better, 0.0: [np.nan] * 40}, 40, settings, scorer, None)
 
 
 def test_the_best_point_is_within_the_budget() -> None:

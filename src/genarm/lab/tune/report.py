@@ -102,7 +102,7 @@ def verdict(result: SweepResult) -> Sequence[str]:
     best = result.points[result.best]
     within = "" if result.budget is None else f" among those within {result.budget:g} nats a token"
     said = [f"the best{within}: {show_weights(best.weights)}"]
-    n = best.score.n
+    n = best.gain.n
     if not result.best:
         said = [f"no weights{within} have a higher score than scale 0"]
     elif best.gain.low > 0:

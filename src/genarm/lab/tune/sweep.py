@@ -205,6 +205,11 @@ def _measured(
     base = columns[scales[0]][:, 0]
     # Not by the scores themselves: where a scorer is silent about the hard prompts of one point, its mean is of others.
     gains = {scale: mean_difference(columns[scale][:, 0], base) for scale in scales}
+    if len(within) > 1 and all(math.isnan(gains[scale].value) for scale in within if scale != scales[0]):
+        raise DataError(
+            "no prompt has a score at scale 0 and at another scale, so none can be told from it; look at the files of "
+            "replies, and at what scores them"
+        )
     best = max(within, key=lambda scale: -math.inf if math.isnan(gains[scale].value) else gains[scale].value)
     top = columns[best][:, 0]
     points = [
