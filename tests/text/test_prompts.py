@@ -416,3 +416,16 @@ def test_template_arguments_in_training_and_accuracy(tmp_path: Path) -> None:
     assert list(read_questions(spec, str(data), tokenizer, 20)[0].ids) == expected
     with pytest.raises(ConfigError, match="no argument 'x'"):
         read_questions(dataclasses.replace(spec, template_args={"x": 1}), str(data), tokenizer, 20)
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"), [("train", [0, 2]), ("train[:3]", [0, 2]), ("train[1:]", [None, None]), ("train[50%:]", None)]
+)
+def test_a_question_knows_its_place_in_the_data(split: str, numbers: list[int | None] | None, tmp_path: Path) -> None:
+    """Rows that are left out count, and of a part that begins later nothing is known."""
+    data = tmp_path / "rows.jsonl"
+    asked = ["w1", "w1", "w2", "w3"]
+    data.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in asked))
+    spec = PromptSpec(data=str(data), count=2, split=split, column="instruction")
+    found = read_questions(spec, str(data), tiny_tokenizer(), 20)
+    assert [question.number for question in found] == (numbers or [None, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def read_questions(
     found: dict[str, Question] = {}
     wishes = {text: text for text in texts}
     too_long = 0
+    counted = re.fullmatch(r"[^\[]*(\[:[^:]*\])?", spec.split)  # a part that begins later has other numbers
     for number, (prompt, row) in enumerate(_prompts(spec, source, chat)):
         text = as_text(prompt)
         if text in found:
@@ -58,7 +60,9 @@ def read_questions(
         if longest > room:
             too_long += 1
             continue
-        found[text] = Question(prompt=prompt, text=text, ids=tuple(ids), row=row, number=number if row else None)
+        found[text] = Question(
+            prompt=prompt, text=text, ids=tuple(ids), row=row, number=number if row and counted else None
+        )
         if len(found) == spec.count:
             return list(found.values())
     raise DataError(
